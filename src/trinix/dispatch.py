@@ -1,0 +1,78 @@
+"""Which backend runs a call: the named one or an error, or for "auto" the first that can, with every reason kept."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import ModuleType
+
+_forced: ContextVar[str | None] = ContextVar("trinix_backend", default=None)
+
+
+class Unsupported(RuntimeError):
+    """A named backend cannot run this call. The message says which backend and why."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``trinix.explain`` returns; ``print`` it, or read the fields."""
+
+    op: str
+    backend: str
+    why: str
+    config: str = ""
+    rejected: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} -> {self.backend}: {self.why}"]
+        if self.config:
+            lines.append(f"  config: {self.config}")
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, ``backend="auto"`` means ``name``, in this thread or task.
+
+    >>> import torch, trinix
+    >>> with trinix.use_backend("torch"):
+    ...     y = trinix.ops.silu(torch.randn(8))
+
+    A backward pass runs where its forward ran.
+    """
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def resolve(backend: str) -> str:
+    """``backend``, or what ``use_backend`` put in the place of "auto"."""
+    return (_forced.get() or backend) if backend == "auto" else backend
+
+
+def missing(load: Callable[[], ModuleType]) -> str | None:
+    """The package that a backend lacks, in words, or None. A broken module of our own is an error, not a reason."""
+    try:
+        load()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "trinix":
+            raise
+        return f"needs the package {error.name}, which is not installed"
+    return None
+
+
+def check_name(op: str, backends: Mapping, backend: str) -> None:
+    if backend != "auto" and backend not in backends:
+        raise ValueError(f"{op}: backend must be one of {['auto', *backends]}, got {backend!r}")
+
+
+def load_named(op: str, backends: Mapping[str, Callable[[], ModuleType]], backend: str, *call) -> ModuleType:
+    """The module of a named backend, or ``Unsupported`` with its reason."""
+    check_name(op, backends, backend)
+    reason = missing(backends[backend]) or backends[backend]().unsupported(*call)
+    if reason:
+        raise Unsupported(f"{op}: backend {backend!r} {reason}; use backend='auto' to run it where it can")
+    return backends[backend]()

@@ -1,0 +1,1 @@
+"""Portable Triton kernels: sm_80 and later, gfx942."""

@@ -1,0 +1,195 @@
+"""Launch a compiled Triton kernel without paying for Triton's Python on every call.
+
+The normal path, ``kernel[grid](...)``, rebinds and re-specialises its arguments each time: about 12 us more than the CUDA
+launch itself on the H100 machine. Here the first call of each specialisation takes the normal path and keeps the
+``CompiledKernel`` that it returns; later calls go to ``CompiledKernel.run`` directly.
+
+A kept binary is only right for arguments that Triton would specialise in the same way, so the key holds everything that
+Triton looks at: device, the dtype of every tensor, and for every specialised integer whether it is 1, divisible by 16,
+and fits int32. Constants and options are fixed in the ``Launch``. Everything else takes the normal path: a pointer that
+is not 16-byte aligned, launch or pre-run hooks, the interpreter, drivers other than CUDA, kernels that read globals or
+need scratch memory, an unknown argument type. ``TRINIX_FAST_LAUNCH=0`` sends every call there.
+
+Before the first fast launch in a process, a probe kernel is launched both ways and compared; if they differ, the fast
+path is off for the process, with a warning, and ``status()`` (shown by ``trinix doctor``) says why.
+"""
+
+import contextlib
+import functools
+import operator
+import os
+import threading
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
+_runtime = triton.knobs.runtime
+_NO_ENTER_HOOK = _runtime.launch_enter_hook  # chains that are empty until a profiler adds to them
+_NO_EXIT_HOOK = _runtime.launch_exit_hook
+_lock = threading.Lock()
+
+
+def _initial_reason() -> str | None:
+    if os.environ.get("TRINIX_FAST_LAUNCH", "1") == "0":
+        return "TRINIX_FAST_LAUNCH=0"
+    if INTERPRETED:
+        return "TRITON_INTERPRET is set"
+    if torch.version.hip is not None:
+        return "the HIP driver specialises on storage size"
+    if triton.knobs.runtime.debug or triton.knobs.compilation.instrumentation_mode:
+        return "Triton's debug or instrumentation mode is on"
+    return None
+
+
+class _State:
+    """Why fast launches are off, or None while they may be used; ``checked`` once the probe has agreed."""
+
+    off = _initial_reason()
+    checked = False
+    many_devices = False
+
+
+def status() -> str:
+    """One line for ``trinix doctor``."""
+    if _State.off:
+        return f"off: {_State.off}"
+    return "on, self-check passed" if _State.checked else "on, self-check at the first launch"
+
+
+def _int_class(value) -> int:
+    """What Triton specialises an integer on: == 1, % 16 == 0, and its width."""
+    return (value == 1) | (value & 15 == 0) << 1 | (-(2**31) <= value < 2**31) << 2
+
+
+def _is_pinned(param) -> bool:
+    """True when an annotation fixes the type and Triton looks at no value of this scalar."""
+    kind = param.annotation_type
+    return kind.startswith(("fp", "bf")) or bool(kind and param.do_not_specialize)
+
+
+class Launcher:
+    """A jit kernel whose parameters are tensors first, then scalars, then constants.
+
+    Scalars annotated with a type ("i64" with do_not_specialize, "fp32") are passed as they are; other scalars must be
+    Python ints and become part of the key.
+    """
+
+    def __init__(self, kernel, tensors: int):
+        self.kernel = kernel
+        self.specialized = ()
+        if not INTERPRETED:  # an interpreted function has no parameter records, and never reaches the fast path
+            scalars = [p for p in kernel.params if not p.is_constexpr][tensors:]
+            self.specialized = tuple(i for i, p in enumerate(scalars) if not _is_pinned(p))
+
+    def bind(self, *, num_warps: int = 4, num_stages: int = 1, **constants) -> "Launch":
+        """Fix the constants (in the order of the signature) and options; returns the callable that is launched."""
+        assert INTERPRETED or tuple(constants) == tuple(p.name for p in self.kernel.params if p.is_constexpr)
+        return Launch(self, constants, {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True})
+
+
+class Launch:
+    """One kernel with its constants: ``launch(blocks, tensors, scalars)``, ``blocks`` along the grid's x axis."""
+
+    __slots__ = ("constants", "keep", "kernel", "options", "specialized", "tail")
+
+    def __init__(self, launcher: Launcher, constants: dict, options: dict):
+        self.kernel = launcher.kernel
+        self.constants = constants
+        self.options = options
+        self.tail = tuple(constants.values())
+        self.keep = {}  # key -> (run, function, packed metadata) of a compiled kernel
+        self.specialized = launcher.specialized
+
+    def __call__(self, blocks: int, tensors: tuple, scalars: tuple) -> None:
+        # Written for the clock (a microsecond here is a tenth of an eager call): no helper calls, no generator.
+        if len(tensors) == 2:
+            first, second = tensors
+            pointers = (first.data_ptr(), second.data_ptr())
+            bits = pointers[0] | pointers[1]
+            device = first.get_device()
+            key = (device, first.dtype, second.dtype)
+        else:
+            pointers = [t.data_ptr() for t in tensors]
+            bits = functools.reduce(operator.or_, pointers)
+            device = tensors[0].get_device()
+            key = (device, *[t.dtype for t in tensors])
+        if self.specialized:
+            key += tuple([_int_class(scalars[i]) for i in self.specialized])
+        compiled = self.keep.get(key)
+        if (
+            compiled is None
+            or bits & 15
+            or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
+            or _NO_ENTER_HOOK.calls
+            or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
+            or _NO_EXIT_HOOK.calls
+            or self.kernel.pre_run_hooks
+            or (_State.many_devices and torch._C._cuda_getDevice() != device)
+        ):
+            self._normal(blocks, tensors, scalars, None if compiled or bits & 15 else key)
+            return
+        run, function, packed = compiled
+        # pointers go as integers: Triton then asks neither the tensor nor the driver about them
+        run(
+            blocks, 1, 1, _raw_stream(device), function, packed, None, None, None, *pointers, *scalars, *self.tail
+        )  # fmt: skip
+
+    def _normal(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple | None) -> None:
+        """Triton's own path; keeps the kernel under ``key`` if later calls may launch it directly."""
+        device = tensors[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            compiled = self.kernel[(blocks,)](*tensors, *scalars, **self.constants, **self.options)
+            if key is None or _State.off or not _keepable(self.kernel, compiled):
+                return
+            if not _State.checked and not _self_check(device):
+                return
+        self.keep[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+
+
+def _keepable(kernel, compiled) -> bool:
+    if compiled is None or kernel.used_global_vals:
+        return False
+    facts = compiled.metadata
+    scratch = getattr(facts, "global_scratch_size", 0) or getattr(facts, "profile_scratch_size", 0)
+    return not scratch and facts.num_ctas == 1 and not getattr(facts, "launch_cooperative_grid", False)
+
+
+@triton.jit
+def _probe(src, dst, n, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(dst + i, tl.load(src + i, mask=i < n) * FACTOR, mask=i < n)
+
+
+def _self_check(device: torch.device) -> bool:
+    """Launch the probe both ways once in a process. True when fast launches may be used from now on."""
+    if torch.cuda.is_current_stream_capturing():
+        return False  # comparing needs a synchronisation; the next launch outside the capture checks
+    with _lock:
+        if _State.checked or _State.off:
+            return _State.checked
+        src = torch.arange(1, 65, dtype=torch.float32, device=device)
+        normal, fast = torch.zeros_like(src), torch.zeros_like(src)
+        compiled = _probe[(2,)](src, normal, 48, FACTOR=3, BLOCK=32)
+        try:
+            compiled.run(
+                2, 1, 1, _raw_stream(device.index), compiled.function, compiled.packed_metadata, None, None, None,
+                src.data_ptr(), fast.data_ptr(), 48, 3, 32,
+            )  # fmt: skip
+            agree = torch.equal(normal, fast)
+            reason = None if agree else "the probe kernel gave another result on the fast path"
+        except (TypeError, AttributeError, SystemError) as error:  # an unknown launcher signature
+            reason = f"this Triton's launcher does not take the call: {error}"
+        if reason:
+            _State.off = reason
+            warnings.warn(
+                f"trinix: fast launches are off, every launch takes Triton's normal path: {reason}", stacklevel=2
+            )
+            return False
+        _State.many_devices = torch.cuda.device_count() > 1
+        _State.checked = True
+        return True

@@ -1,0 +1,112 @@
+"""Activation modules: drop-in for ``torch.nn``'s, one call into ``trinix.ops.activation`` each."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from trinix.ops import activation as ops
+
+
+class _FastActivation(nn.Module):
+    """y = f(x), elementwise on ``[..., hidden_size]`` or any shape.
+
+    Args:
+        hidden_size: accepted for the sake of the seed documents' signature; not needed and not checked.
+        use_triton: None lets trinix choose, False means PyTorch, True means trinix's own kernels wherever they can run.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.use_triton = use_triton
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._apply_kind(x, _backend(self.use_triton, x))
+
+    def _apply_kind(self, x: Tensor, backend: str) -> Tensor:
+        return ops.activation(x, self.kind, backend=backend)
+
+    def extra_repr(self) -> str:
+        shown = {"hidden_size": self.hidden_size, "use_triton": self.use_triton}
+        return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
+
+
+def _backend(use_triton: bool | None, x: Tensor) -> str:
+    if use_triton is None:
+        return "auto"
+    if not use_triton:
+        return "torch"
+    return "triton" if ops.triton_can_run(x) else "auto"
+
+
+class FastReLU(_FastActivation):
+    kind = "relu"
+
+
+class FastSigmoid(_FastActivation):
+    kind = "sigmoid"
+
+
+class FastSiLU(_FastActivation):
+    kind = "silu"
+
+
+class FastGELU(_FastActivation):
+    """GELU with erf, or with ``approximate="tanh"`` its tanh approximation; arguments as in ``_FastActivation``."""
+
+    def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None, *, approximate: str = "none"):
+        super().__init__(hidden_size, use_triton)
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"FastGELU: approximate must be 'none' or 'tanh', got {approximate!r}")
+        self.approximate = approximate
+
+    def _apply_kind(self, x: Tensor, backend: str) -> Tensor:
+        return ops.gelu(x, self.approximate, backend=backend)
+
+
+class FastQuickGELU(_FastActivation):
+    kind = "quick_gelu"
+
+
+class FastSquaredReLU(_FastActivation):
+    kind = "squared_relu"
+
+
+class FastMish(_FastActivation):
+    kind = "mish"
+
+
+class FastLeakyReLU(_FastActivation):
+    """x where x > 0, else ``negative_slope`` x; other arguments as in ``_FastActivation``."""
+
+    def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None, *, negative_slope: float = 0.01):
+        super().__init__(hidden_size, use_triton)
+        self.negative_slope = negative_slope
+
+    def _apply_kind(self, x: Tensor, backend: str) -> Tensor:
+        return ops.leaky_relu(x, self.negative_slope, backend=backend)
+
+
+class FastTanh(_FastActivation):
+    kind = "tanh"
+
+
+class FastSoftplus(_FastActivation):
+    """log(1 + exp(beta x)) / beta, x where beta x > threshold; other arguments as in ``_FastActivation``."""
+
+    def __init__(
+        self,
+        hidden_size: int | None = None,
+        use_triton: bool | None = None,
+        *,
+        beta: float = 1.0,
+        threshold: float = 20.0,
+    ):
+        super().__init__(hidden_size, use_triton)
+        self.beta = beta
+        self.threshold = threshold
+
+    def _apply_kind(self, x: Tensor, backend: str) -> Tensor:
+        return ops.softplus(x, self.beta, self.threshold, backend=backend)

@@ -1,0 +1,308 @@
+"""Activations  y = f(x), elementwise.
+
+===============  =====================================================  ==========================================
+kind             f(x)                                                   parameters, source
+===============  =====================================================  ==========================================
+"relu"           max(x, 0)
+"sigmoid"        1 / (1 + exp(-x))
+"silu"           x sigmoid(x)                                           arXiv:1606.08415, arXiv:1710.05941
+"gelu"           x Phi(x), Phi the normal distribution (erf)            arXiv:1606.08415
+"gelu_tanh"      x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))             the tanh approximation of gelu
+"quick_gelu"     x sigmoid(1.702 x)                                     CLIP
+"squared_relu"   max(x, 0)^2                                            Primer, arXiv:2109.08668
+"mish"           x tanh(softplus(x))                                    arXiv:1908.08681
+"leaky_relu"     x > 0 ? x : negative_slope x                           negative_slope = 0.01
+"tanh"           tanh(x)
+"softplus"       log(1 + exp(beta x)) / beta, x where beta x > threshold  beta = 1, threshold = 20
+"none"           x                                                      returns x itself
+===============  =====================================================  ==========================================
+
+x is [...] (any shape, any strides, 0 elements too); y has x's shape, dtype and device, and the strides that
+``torch.empty_like(x)`` gives. Arithmetic is float32 inside the kernels, float64 for float64. NaN passes, and gradients at
+the kinks are PyTorch's (0 at relu's 0, NaN-transparent).
+
+Backward saves x and recomputes. relu of a dense x under grad saves one bit an element instead (1/16 of a bf16 tensor):
+bit r of byte [t, c] of the mask belongs to element 8192 t + 1024 r + c in memory order; relu of a strided x saves y.
+The first derivative runs in one kernel; a second derivative (``create_graph=True``) goes through the PyTorch formula.
+
+Under ``torch.compile`` "auto" hands the compiler the plain formula, so that it fuses with its neighbours.
+"""
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from trinix import dispatch
+from trinix.dispatch import Explanation
+from trinix.kernels.torch import activation as reference
+
+
+@functools.cache
+def _triton():
+    from trinix.kernels.triton import activation
+
+    return activation
+
+
+def _torch():
+    return reference
+
+
+BACKENDS = {"triton": _triton, "torch": _torch}
+KINDS = (
+    "none", "relu", "sigmoid", "silu", "gelu", "gelu_tanh", "quick_gelu", "squared_relu", "mish", "leaky_relu", "tanh",
+    "softplus",
+)  # fmt: skip
+
+_ALWAYS, _NEVER = 0, 1 << 62
+# From how many elements on "auto" runs the Triton kernel on a GPU: (no gradient, with gradient). Kinds that PyTorch has as
+# one kernel go to it while the call is bound by the host: our launch costs as much, our autograd node about 45 us more.
+_TRITON_FROM = dict.fromkeys(KINDS, (1 << 21, 1 << 25))
+_TRITON_FROM |= {"quick_gelu": (_ALWAYS, _ALWAYS), "squared_relu": (_ALWAYS, _ALWAYS), "none": (_NEVER, _NEVER)}
+
+
+def activation(
+    x: Tensor,
+    kind: str,
+    *,
+    negative_slope: float = 0.01,
+    beta: float = 1.0,
+    threshold: float = 20.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply the activation ``kind`` to every element of ``x``; differentiable.
+
+    Args:
+        x: ``[...]``, floating point.
+        kind: one of ``trinix.ops.KINDS``; see the table at the top of this file.
+        negative_slope: slope of "leaky_relu" for x <= 0; other kinds ignore it.
+        beta, threshold: of "softplus"; other kinds ignore them.
+        backend: "auto", "triton" or "torch". A named backend never falls back.
+
+    Returns:
+        ``[...]`` in ``x.dtype``.
+
+    Raises:
+        TypeError: ``x`` is not a floating-point tensor.
+        ValueError: unknown ``kind`` or ``backend``, or ``beta`` is 0.
+        Unsupported: the named backend cannot run this call.
+
+    >>> x = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
+    >>> y = trinix.ops.activation(x, "squared_relu")
+    >>> y.tolist()
+    [0.0, 0.0, 4.0]
+    >>> y.sum().backward(); x.grad.tolist()
+    [0.0, 0.0, 4.0]
+    """
+    if kind == "leaky_relu":
+        return _activation(x, kind, float(negative_slope), 0.0, backend)
+    if kind == "softplus":
+        return softplus(x, beta, threshold, backend=backend)
+    if kind not in KINDS:
+        raise ValueError(f"activation: kind must be one of {list(KINDS)}, got {kind!r}")
+    return _activation(x, kind, 0.0, 0.0, backend)
+
+
+def relu(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """max(x, 0); see ``activation``."""
+    return _activation(x, "relu", 0.0, 0.0, backend)
+
+
+def sigmoid(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """1 / (1 + exp(-x)); see ``activation``."""
+    return _activation(x, "sigmoid", 0.0, 0.0, backend)
+
+
+def silu(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """x sigmoid(x), also called swish; see ``activation``."""
+    return _activation(x, "silu", 0.0, 0.0, backend)
+
+
+def gelu(x: Tensor, approximate: str = "none", *, backend: str = "auto") -> Tensor:
+    """x Phi(x), or its tanh approximation with ``approximate="tanh"``; see ``activation``."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    return _activation(x, "gelu" if approximate == "none" else "gelu_tanh", 0.0, 0.0, backend)
+
+
+def quick_gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """x sigmoid(1.702 x); see ``activation``."""
+    return _activation(x, "quick_gelu", 0.0, 0.0, backend)
+
+
+def squared_relu(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """max(x, 0)^2; see ``activation``."""
+    return _activation(x, "squared_relu", 0.0, 0.0, backend)
+
+
+def mish(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """x tanh(softplus(x)); see ``activation``."""
+    return _activation(x, "mish", 0.0, 0.0, backend)
+
+
+def leaky_relu(x: Tensor, negative_slope: float = 0.01, *, backend: str = "auto") -> Tensor:
+    """x where x > 0, else ``negative_slope`` x; see ``activation``."""
+    return _activation(x, "leaky_relu", float(negative_slope), 0.0, backend)
+
+
+def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """tanh(x); see ``activation``."""
+    return _activation(x, "tanh", 0.0, 0.0, backend)
+
+
+def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0, *, backend: str = "auto") -> Tensor:
+    """log(1 + exp(beta x)) / beta, and x where beta x > threshold; see ``activation``."""
+    if beta == 0:
+        raise ValueError("softplus: beta must not be 0")
+    return _activation(x, "softplus", float(beta), float(threshold), backend)
+
+
+def identity(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """x itself (kind "none"); see ``activation``."""
+    return _activation(x, "none", 0.0, 0.0, backend)
+
+
+def _activation(x, kind, a, b, backend):
+    # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first.
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"activation: x must be a floating-point tensor, got {got}; convert it with x.float()")
+    if backend == "auto":
+        backend = dispatch.resolve(backend)
+    grad = x.requires_grad and torch.is_grad_enabled()
+    if backend == "auto":
+        if torch.compiler.is_compiling() or not x.is_cuda or x.numel() < _TRITON_FROM[kind][grad]:
+            return reference.forward(x, kind, a, b)
+        if not _plain(x) or _against_triton(x):
+            return reference.forward(x, kind, a, b)
+        return _Activation.apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+    module = dispatch.load_named("activation", BACKENDS, backend, x)
+    if kind == "none" or backend == "torch":
+        return reference.forward(x, kind, a, b)
+    if torch.compiler.is_compiling() or not _plain(x):
+        return _RegisteredActivation.apply(x, kind, a, b) if grad else _forward_op(x, kind, a, b)
+    return _Activation.apply(x, kind, a, b) if grad else module.forward(x, kind, a, b)
+
+
+def _plain(x: Tensor) -> bool:
+    """True when a raw launch sees what it thinks it sees: no subclass, dispatch mode or functorch transform."""
+    return (
+        type(x) in (Tensor, Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def triton_can_run(x: Tensor) -> bool:
+    """Whether ``backend="triton"`` takes ``x``."""
+    return _against_triton(x) is None
+
+
+def _against_triton(x: Tensor) -> str | None:
+    return _triton_missing() or _triton().unsupported(x)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    return dispatch.missing(_triton)
+
+
+class _Activation(torch.autograd.Function):
+    """The Triton kernels under autograd."""
+
+    @staticmethod
+    def forward(ctx, x, kind, a, b):
+        y, saved = _triton().forward_saving(x, kind, a, b)
+        ctx.save_for_backward(saved)
+        ctx.call = kind, a, b, y.stride()
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (saved,) = ctx.saved_tensors
+        kind, a, b, layout = ctx.call
+        if not torch.is_grad_enabled():
+            return _triton().backward(saved, dy, kind, a, b, layout), None, None, None
+        # create_graph=True: the same derivative from differentiable operations
+        if saved.dtype == torch.uint8:
+            dx = torch.where(_triton().unpack_mask(saved, dy.shape, layout), dy, 0.0)
+        else:
+            (dx,) = torch.autograd.grad(reference.forward(saved, kind, a, b), saved, dy, create_graph=True)
+        return dx, None, None, None
+
+
+# The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch
+# modes, subclasses. relu saves y here, not the mask.
+
+_LIBRARY = torch.library.Library("trinix", "FRAGMENT")
+_LIBRARY.define("activation(Tensor x, str kind, float a, float b) -> Tensor")
+_LIBRARY.define("activation_backward(Tensor saved, Tensor dy, str kind, float a, float b) -> Tensor")
+
+
+def _backward_op(saved, dy, kind, a, b):
+    return _triton().backward(saved, dy, kind, a, b, torch.empty_like(saved, device="meta").stride())
+
+
+for _device in ("CUDA", "CPU"):  # "CPU" is Triton's interpreter: ``unsupported`` lets nothing else through
+    _LIBRARY.impl("activation", lambda x, kind, a, b: _triton().forward(x, kind, a, b), _device)
+    _LIBRARY.impl("activation_backward", _backward_op, _device)
+torch.library.register_fake("trinix::activation", lambda x, kind, a, b: torch.empty_like(x), lib=_LIBRARY)
+torch.library.register_fake(
+    "trinix::activation_backward", lambda saved, dy, kind, a, b: torch.empty_like(saved), lib=_LIBRARY
+)
+_forward_op = torch.ops.trinix.activation.default
+
+
+class _RegisteredActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kind, a, b):
+        y = _forward_op(x, kind, a, b)
+        ctx.save_for_backward(y if kind == "relu" else x)
+        ctx.call = kind, a, b
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (saved,) = ctx.saved_tensors
+        return torch.ops.trinix.activation_backward.default(saved, dy, *ctx.call), None, None, None
+
+
+def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
+    """Which backend ``op(x, *args, **kwargs)`` would run on, why, and with which configuration; runs nothing."""
+    call = inspect.signature(op).bind(x, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    kind = given.get("kind") or {"identity": "none"}.get(op.__name__, op.__name__)
+    if kind == "gelu" and given.get("approximate") == "tanh":
+        kind = "gelu_tanh"
+    name = op.__name__ if op.__name__ != "activation" else f"activation[{kind}]"
+    backend = dispatch.resolve(given["backend"])
+    dispatch.check_name(op.__name__, BACKENDS, backend)
+    against = _against_triton(x)
+    grad = x.requires_grad and torch.is_grad_enabled()
+    if backend == "torch":
+        return Explanation(name, "torch", "named by the caller")
+    if kind == "none":
+        return Explanation(name, "torch", "the identity returns x itself: nothing runs")
+    if backend == "triton":
+        if against:
+            raise dispatch.Unsupported(f"{name}: backend 'triton' {against}")
+        return Explanation(name, "triton", "named by the caller", _triton().describe(x, kind, grad))
+    rejected = {}
+    least = _TRITON_FROM[kind][grad]
+    if not x.is_cuda:
+        rejected["triton"] = f"needs a GPU tensor, got {x.device.type}"
+    elif against:
+        rejected["triton"] = against
+    elif not _plain(x):
+        rejected["triton"] = f"a raw launch does not see through {type(x).__name__} or an active mode"
+    elif x.numel() < least:
+        with_grad = "with" if grad else "without"
+        rejected["triton"] = f"{x.numel()} elements {with_grad} gradient are bound by host time; faster from {least} on"
+    if rejected:
+        return Explanation(name, "torch", "the first backend that is right and fastest here", rejected=rejected)
+    return Explanation(name, "triton", f"fastest measured from {least} elements on", _triton().describe(x, kind, grad))

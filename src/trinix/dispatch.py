@@ -48,9 +48,12 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+forced = _forced.get  # what ``use_backend`` put in the place of "auto", or None
+
+
 def resolve(backend: str) -> str:
     """``backend``, or what ``use_backend`` put in the place of "auto"."""
-    return (_forced.get() or backend) if backend == "auto" else backend
+    return (forced() or backend) if backend == "auto" else backend
 
 
 def missing(load: Callable[[], ModuleType]) -> str | None:

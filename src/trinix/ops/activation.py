@@ -22,7 +22,7 @@ x is [...] (any shape, any strides, 0 elements too); y has x's shape, dtype and 
 the kinks are PyTorch's (0 at relu's 0, NaN-transparent).
 
 Backward saves x and recomputes. relu of a dense x under grad saves one bit an element instead (1/16 of a bf16 tensor):
-bit r of byte [t, c] of the mask belongs to element 8192 t + 1024 r + c in memory order; relu of a strided x saves y.
+bit r of byte [t, c] of the mask belongs to element 4096 t + 512 r + c in memory order; relu of a strided x saves y.
 The first derivative runs in one kernel; a second derivative (``create_graph=True``) goes through the PyTorch formula.
 
 Under ``torch.compile`` "auto" hands the compiler the plain formula, so that it fuses with its neighbours.
@@ -58,10 +58,14 @@ KINDS = (
 )  # fmt: skip
 
 _ALWAYS, _NEVER = 0, 1 << 62
-# From how many elements on "auto" runs the Triton kernel on a GPU: (no gradient, with gradient). Kinds that PyTorch has as
-# one kernel go to it while the call is bound by the host: our launch costs as much, our autograd node about 45 us more.
-_TRITON_FROM = dict.fromkeys(KINDS, (1 << 21, 1 << 25))
-_TRITON_FROM |= {"quick_gelu": (_ALWAYS, _ALWAYS), "squared_relu": (_ALWAYS, _ALWAYS), "none": (_NEVER, _NEVER)}
+# From how many elements on "auto" runs the Triton kernel on a GPU: (no gradient, with gradient), from the H100's rows.
+# Where PyTorch has the kind as one kernel, ours costs about as much host time without gradient and 30 to 50 us more with:
+# it has to win on the device. Equal device time (0.5% apart): X-relu, X-sigmoid, X-silu from 4096 up. Faster: mish and
+# softplus from G-mi-1 on, relu's backward by its mask from X-relu-512 on. Kinds that eager composes: always.
+_TRITON_FROM = dict.fromkeys(KINDS, (1 << 26, 1 << 26))
+_TRITON_FROM |= dict.fromkeys(("mish", "softplus"), (1 << 21, 1 << 22))
+_TRITON_FROM |= dict.fromkeys(("quick_gelu", "squared_relu"), (_ALWAYS, _ALWAYS))
+_TRITON_FROM |= {"relu": (1 << 26, 1 << 24), "none": (_NEVER, _NEVER)}
 
 
 def activation(
@@ -166,19 +170,22 @@ def identity(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def _activation(x, kind, a, b, backend):
-    # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first.
+    # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first, few calls.
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"activation: x must be a floating-point tensor, got {got}; convert it with x.float()")
-    if backend == "auto":
-        backend = dispatch.resolve(backend)
     grad = x.requires_grad and torch.is_grad_enabled()
-    if backend == "auto":
-        if torch.compiler.is_compiling() or not x.is_cuda or x.numel() < _TRITON_FROM[kind][grad]:
-            return reference.forward(x, kind, a, b)
-        if not _plain(x) or _against_triton(x):
-            return reference.forward(x, kind, a, b)
-        return _Activation.apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+    if backend != "auto" or dispatch.forced() is not None:
+        return _named(x, kind, a, b, backend, grad)
+    if torch.compiler.is_compiling() or not x.is_cuda or x.numel() < _TRITON_FROM[kind][grad]:
+        return reference.FORMULAS[kind](x, a, b)
+    if not _plain(x) or _against_triton(x):
+        return reference.FORMULAS[kind](x, a, b)
+    return _Activation.apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+
+
+def _named(x, kind, a, b, backend, grad):
+    backend = dispatch.resolve(backend)
     module = dispatch.load_named("activation", BACKENDS, backend, x)
     if kind == "none" or backend == "torch":
         return reference.forward(x, kind, a, b)
@@ -190,7 +197,7 @@ def _activation(x, kind, a, b, backend):
 def _plain(x: Tensor) -> bool:
     """True when a raw launch sees what it thinks it sees: no subclass, dispatch mode or functorch transform."""
     return (
-        type(x) in (Tensor, Parameter)
+        (type(x) is Tensor or type(x) is Parameter)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
     )

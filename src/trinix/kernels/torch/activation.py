@@ -6,13 +6,13 @@ from torch import Tensor
 
 FORMULAS = {
     "none": lambda x, a, b: x,
-    "relu": lambda x, a, b: F.relu(x),
+    "relu": lambda x, a, b: torch.relu(x),
     "sigmoid": lambda x, a, b: torch.sigmoid(x),
     "silu": lambda x, a, b: F.silu(x),
     "gelu": lambda x, a, b: F.gelu(x),
     "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x, a, b: x * torch.sigmoid(1.702 * x),
-    "squared_relu": lambda x, a, b: F.relu(x).square(),
+    "squared_relu": lambda x, a, b: torch.relu(x).square(),
     "mish": lambda x, a, b: F.mish(x),
     "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
     "tanh": lambda x, a, b: torch.tanh(x),

@@ -2,7 +2,8 @@
 
 The normal path, ``kernel[grid](...)``, rebinds and re-specialises its arguments each time: about 12 us more than the CUDA
 launch itself on the H100 machine. Here the first call of each specialisation takes the normal path and keeps the
-``CompiledKernel`` that it returns; later calls go to ``CompiledKernel.run`` directly.
+``CompiledKernel`` that it returns; later calls launch its function directly, through PyTorch's own C launcher for Triton
+kernels (4.7 us) where this PyTorch has it, else through ``CompiledKernel.run`` (6.2 us).
 
 A kept binary is only right for arguments that Triton would specialise in the same way, so the key holds everything that
 Triton looks at: device, the dtype of every tensor, and for every specialised integer whether it is 1, divisible by 16,
@@ -28,6 +29,7 @@ import triton.language as tl
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
+_static_launcher = getattr(torch._C, "_StaticCudaLauncher", None)
 _runtime = triton.knobs.runtime
 _NO_ENTER_HOOK = _runtime.launch_enter_hook  # chains that are empty until a profiler adds to them
 _NO_EXIT_HOOK = _runtime.launch_exit_hook
@@ -39,6 +41,8 @@ def _initial_reason() -> str | None:
         return "TRINIX_FAST_LAUNCH=0"
     if INTERPRETED:
         return "TRITON_INTERPRET is set"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is a CPU build"
     if torch.version.hip is not None:
         return "the HIP driver specialises on storage size"
     if triton.knobs.runtime.debug or triton.knobs.compilation.instrumentation_mode:
@@ -51,6 +55,7 @@ class _State:
 
     off = _initial_reason()
     checked = False
+    static = hasattr(_static_launcher, "_launch_kernel")  # whether to go through PyTorch's C launcher
     many_devices = False
 
 
@@ -58,7 +63,8 @@ def status() -> str:
     """One line for ``trinix doctor``."""
     if _State.off:
         return f"off: {_State.off}"
-    return "on, self-check passed" if _State.checked else "on, self-check at the first launch"
+    launcher = "PyTorch's launcher" if _State.static else "Triton's launcher"
+    return f"on, through {launcher}, self-check {'passed' if _State.checked else 'at the first launch'}"
 
 
 def _int_class(value) -> int:
@@ -95,15 +101,14 @@ class Launcher:
 class Launch:
     """One kernel with its constants: ``launch(blocks, tensors, scalars)``, ``blocks`` along the grid's x axis."""
 
-    __slots__ = ("constants", "keep", "kernel", "options", "specialized", "tail")
+    __slots__ = ("constants", "keep", "kernel", "options", "specialized")
 
     def __init__(self, launcher: Launcher, constants: dict, options: dict):
         self.kernel = launcher.kernel
         self.constants = constants
         self.options = options
-        self.tail = tuple(constants.values())
-        self.keep = {}  # key -> (run, function, packed metadata) of a compiled kernel
         self.specialized = launcher.specialized
+        self.keep = {}  # key -> fire(blocks, stream, arguments) of a compiled kernel
 
     def __call__(self, blocks: int, tensors: tuple, scalars: tuple) -> None:
         # Written for the clock (a microsecond here is a tenth of an eager call): no helper calls, no generator.
@@ -114,15 +119,15 @@ class Launch:
             device = first.get_device()
             key = (device, first.dtype, second.dtype)
         else:
-            pointers = [t.data_ptr() for t in tensors]
+            pointers = tuple([t.data_ptr() for t in tensors])
             bits = functools.reduce(operator.or_, pointers)
             device = tensors[0].get_device()
             key = (device, *[t.dtype for t in tensors])
         if self.specialized:
             key += tuple([_int_class(scalars[i]) for i in self.specialized])
-        compiled = self.keep.get(key)
+        fire = self.keep.get(key)
         if (
-            compiled is None
+            fire is None
             or bits & 15
             or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
             or _NO_ENTER_HOOK.calls
@@ -131,13 +136,10 @@ class Launch:
             or self.kernel.pre_run_hooks
             or (_State.many_devices and torch._C._cuda_getDevice() != device)
         ):
-            self._normal(blocks, tensors, scalars, None if compiled or bits & 15 else key)
+            self._normal(blocks, tensors, scalars, None if fire or bits & 15 else key)
             return
-        run, function, packed = compiled
-        # pointers go as integers: Triton then asks neither the tensor nor the driver about them
-        run(
-            blocks, 1, 1, _raw_stream(device), function, packed, None, None, None, *pointers, *scalars, *self.tail
-        )  # fmt: skip
+        # pointers go as integers: nobody then asks the tensor or the driver about them
+        fire(blocks, _raw_stream(device), pointers + scalars)
 
     def _normal(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple | None) -> None:
         """Triton's own path; keeps the kernel under ``key`` if later calls may launch it directly."""
@@ -148,7 +150,7 @@ class Launch:
                 return
             if not _State.checked and not _self_check(device):
                 return
-        self.keep[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+        self.keep[key] = _fire(compiled, tuple(self.constants.values()))
 
 
 def _keepable(kernel, compiled) -> bool:
@@ -157,6 +159,48 @@ def _keepable(kernel, compiled) -> bool:
     facts = compiled.metadata
     scratch = getattr(facts, "global_scratch_size", 0) or getattr(facts, "profile_scratch_size", 0)
     return not scratch and facts.num_ctas == 1 and not getattr(facts, "launch_cooperative_grid", False)
+
+
+def _fire(compiled, constants: tuple):
+    """A function (blocks, stream, arguments without constants) that launches a compiled kernel, and nothing else."""
+    function, facts = compiled.function, compiled.metadata
+    types = _argument_types(compiled)
+    if _State.static and types:
+        launch, num_warps, shared = _static_launcher._launch_kernel, facts.num_warps, facts.shared
+        # unused scratch pointers are parameters of the binary all the same
+        unused = (None,) * sum(hasattr(facts, f"{name}_scratch_size") for name in ("global", "profile"))
+        types += "O" * len(unused)
+
+        def fire(blocks, stream, arguments):
+            launch(function, blocks, 1, 1, num_warps, shared, types, arguments + unused, stream)
+
+    else:
+        run, packed = compiled.run, compiled.packed_metadata
+
+        def fire(blocks, stream, arguments):
+            run(blocks, 1, 1, stream, function, packed, None, None, None, *arguments, *constants)
+
+    return fire
+
+
+_TYPE_LETTERS = {"i32": "i", "i64": "l", "fp32": "f"}
+
+
+def _argument_types(compiled) -> str | None:
+    """The static launcher's letter for every parameter that the binary has, or None for a type that it lacks.
+
+    An integer equal to 1 became a constant: Triton's launcher skips it, so the call must not pass it. Rather than build
+    argument lists for that, such kernels go through ``CompiledKernel.run``, which does it itself.
+    """
+    letters = ""
+    for kind in compiled.src.signature.values():
+        if kind == "constexpr":
+            continue
+        letter = "O" if kind.startswith("*") else _TYPE_LETTERS.get(kind)
+        if letter is None:
+            return None
+        letters += letter
+    return letters if len(letters) == sum(not p.is_constexpr for p in compiled.src.fn.params) else None
 
 
 @triton.jit
@@ -172,18 +216,10 @@ def _self_check(device: torch.device) -> bool:
     with _lock:
         if _State.checked or _State.off:
             return _State.checked
-        src = torch.arange(1, 65, dtype=torch.float32, device=device)
-        normal, fast = torch.zeros_like(src), torch.zeros_like(src)
-        compiled = _probe[(2,)](src, normal, 48, FACTOR=3, BLOCK=32)
-        try:
-            compiled.run(
-                2, 1, 1, _raw_stream(device.index), compiled.function, compiled.packed_metadata, None, None, None,
-                src.data_ptr(), fast.data_ptr(), 48, 3, 32,
-            )  # fmt: skip
-            agree = torch.equal(normal, fast)
-            reason = None if agree else "the probe kernel gave another result on the fast path"
-        except (TypeError, AttributeError, SystemError) as error:  # an unknown launcher signature
-            reason = f"this Triton's launcher does not take the call: {error}"
+        reason = _probe_fails(device)
+        if reason and _State.static:
+            _State.static = False  # this PyTorch's launcher is another one: Triton's then
+            reason = _probe_fails(device)
         if reason:
             _State.off = reason
             warnings.warn(
@@ -193,3 +229,14 @@ def _self_check(device: torch.device) -> bool:
         _State.many_devices = torch.cuda.device_count() > 1
         _State.checked = True
         return True
+
+
+def _probe_fails(device: torch.device) -> str | None:
+    src = torch.arange(1, 65, dtype=torch.float32, device=device)
+    normal, fast = torch.zeros_like(src), torch.zeros_like(src)
+    compiled = _probe[(2,)](src, normal, 48, FACTOR=3, BLOCK=32)
+    try:
+        _fire(compiled, (3, 32))(2, _raw_stream(device.index), (src.data_ptr(), fast.data_ptr(), 48))
+    except (TypeError, AttributeError, SystemError, ValueError) as error:
+        return f"the launcher does not take the call: {error}"
+    return None if torch.equal(normal, fast) else "the probe kernel gave another result on the fast path"

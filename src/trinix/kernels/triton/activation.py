@@ -221,63 +221,70 @@ def _backward_flat(x, dy, dx, n: "i64", a: "fp32", b: "fp32", DX: tl.constexpr, 
     dy += start
     dx += start
     if start + BLOCK <= n:
-        xv = tl.load(x + i).to(tl.float32)
-        dyv = tl.load(dy + i).to(tl.float32)
-        tl.store(dx + i, DX(xv, dyv, a, b).to(dx.dtype.element_ty))
+        v = tl.load(x + i).to(tl.float32)
+        g = tl.load(dy + i).to(tl.float32)
+        tl.store(dx + i, DX(v, g, a, b).to(dx.dtype.element_ty))
     else:
         live = i < n - start
-        xv = tl.load(x + i, mask=live).to(tl.float32)
-        dyv = tl.load(dy + i, mask=live).to(tl.float32)
-        tl.store(dx + i, DX(xv, dyv, a, b).to(dx.dtype.element_ty), mask=live)
+        v = tl.load(x + i, mask=live).to(tl.float32)
+        g = tl.load(dy + i, mask=live).to(tl.float32)
+        tl.store(dx + i, DX(v, g, a, b).to(dx.dtype.element_ty), mask=live)
 
 
 # relu's mask: one bit an element. Memory is cut into tiles of 8 x MASK_COLS elements; bit r of byte [t, c] says that
 # element t * 8 * MASK_COLS + r * MASK_COLS + c was not <= 0. With 8 rows in a thread's registers, packing needs no
-# traffic between threads, and a thread writes 8 neighbouring bytes at once.
+# traffic between threads, and a thread writes 8 neighbouring bytes at once. The last tile walks its rows in a loop, which
+# keeps its masks from setting the register count of all (56 registers against 168).
 
 
 @triton.jit(do_not_specialize=["n"])
 def _relu_forward_mask(x, y, mask, n: "i64", COLS: tl.constexpr):
     tile = tl.program_id(0).to(tl.int64)
     start = tile * (8 * COLS)
-    row = tl.arange(0, 8)[:, None]
-    col = tl.arange(0, COLS)[None, :]
-    i = row * COLS + col
+    col = tl.arange(0, COLS)
     x += start
     y += start
-    mask += tile * COLS
     if start + 8 * COLS <= n:
+        row = tl.arange(0, 8)[:, None]
+        i = row * COLS + col[None, :]
         v = tl.load(x + i).to(tl.float32)
         keep = ~(v <= 0)
         tl.store(y + i, tl.where(keep, v, 0.0).to(y.dtype.element_ty))
-        tl.store(mask + tl.arange(0, COLS), tl.sum(keep.to(tl.int32) << row, 0).to(tl.uint8))
+        bits = tl.sum(keep.to(tl.int32) << row, 0)
     else:
-        live = i < n - start
-        v = tl.load(x + i, mask=live, other=0.0).to(tl.float32)
-        keep = ~(v <= 0)
-        tl.store(y + i, tl.where(keep, v, 0.0).to(y.dtype.element_ty), mask=live)
-        tl.store(mask + tl.arange(0, COLS), tl.sum(keep.to(tl.int32) << row, 0).to(tl.uint8))
+        rest = (n - start).to(tl.int32)
+        bits = tl.zeros((COLS,), tl.int32)
+        for r in range(8):
+            i = r * COLS + col
+            v = tl.load(x + i, mask=i < rest, other=0.0).to(tl.float32)
+            keep = ~(v <= 0)
+            tl.store(y + i, tl.where(keep, v, 0.0).to(y.dtype.element_ty), mask=i < rest)
+            bits += keep.to(tl.int32) << r
+    tl.store(mask + tile * COLS + col, bits.to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["n"])
 def _relu_backward_mask(mask, dy, dx, n: "i64", COLS: tl.constexpr):
     tile = tl.program_id(0).to(tl.int64)
     start = tile * (8 * COLS)
-    row = tl.arange(0, 8)[:, None]
-    col = tl.arange(0, COLS)[None, :]
-    i = row * COLS + col
+    col = tl.arange(0, COLS)
     dy += start
     dx += start
-    mask += tile * COLS
-    bits = tl.load(mask + tl.arange(0, COLS)).to(tl.int32)[None, :]
-    keep = ((bits >> row) & 1) != 0
+    at = mask + tile * COLS
     if start + 8 * COLS <= n:
-        g = tl.load(dy + i).to(tl.float32)
-        tl.store(dx + i, tl.where(keep, g, 0.0).to(dx.dtype.element_ty))
+        row = tl.arange(0, 8)[:, None]
+        i = row * COLS + col[None, :]
+        # loaded as [1, COLS]: a bits[None, :] would go through shared memory to change its layout
+        keep = tl.load(at + col[None, :]).to(tl.int32) >> row
+        g = tl.load(dy + i)
+        tl.store(dx + i, tl.where(keep & 1 != 0, g.to(tl.float32), 0.0).to(dx.dtype.element_ty))
     else:
-        live = i < n - start
-        g = tl.load(dy + i, mask=live).to(tl.float32)
-        tl.store(dx + i, tl.where(keep, g, 0.0).to(dx.dtype.element_ty), mask=live)
+        rest = (n - start).to(tl.int32)
+        bits = tl.load(at + col).to(tl.int32)
+        for r in range(8):
+            i = r * COLS + col
+            g = tl.load(dy + i, mask=i < rest).to(tl.float32)
+            tl.store(dx + i, tl.where((bits >> r) & 1 != 0, g, 0.0).to(dx.dtype.element_ty), mask=i < rest)
 
 
 # The strided kernels serve every other layout without a copy. Dimensions come sorted by the output's strides and merged
@@ -346,18 +353,19 @@ FORMULAS = {  # kind -> (value, dx)
 }
 HALF_FORMULAS = {"gelu": (_gelu_half, _gelu_half_dx)}  # instead, for float16 and bfloat16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MASK_COLS = 1024
+MASK_COLS = 512
 
 _FORWARD_FLAT = Launcher(_forward_flat, tensors=2)
 _BACKWARD_FLAT = Launcher(_backward_flat, tensors=3)
 _FORWARD_STRIDED = Launcher(_forward_strided, tensors=2)
 _BACKWARD_STRIDED = Launcher(_backward_strided, tensors=3)
-RELU_FORWARD_MASK = Launcher(_relu_forward_mask, tensors=3).bind(COLS=MASK_COLS, num_warps=4)
-RELU_BACKWARD_MASK = Launcher(_relu_backward_mask, tensors=3).bind(COLS=MASK_COLS, num_warps=2)
+_RELU_FORWARD_MASK = Launcher(_relu_forward_mask, tensors=3)
+_RELU_BACKWARD_MASK = Launcher(_relu_backward_mask, tensors=3)
+LANES = 64 if torch.version.hip else 32  # threads of a warp
 
 
 class FlatConfig(NamedTuple):
-    block: int
+    block: int  # elements of a program
     num_warps: int
 
 
@@ -367,15 +375,13 @@ class TileConfig(NamedTuple):
     num_warps: int
 
 
-def choose_flat(kind: str, itemsize: int) -> FlatConfig:
-    """Elements and warps of one program of the flat kernels.
+def choose_flat(itemsize: int, lanes: int) -> FlatConfig:
+    """Elements and warps of one program of the flat kernels: one 16-byte access a thread, 4 warps of ``lanes`` threads.
 
-    Light formulas: four 16-byte accesses in flight a thread (X-relu-4096: 104.3 us against 105.4 with one). Formulas with
-    exp and division: one, more warps hide their latency better (X-mish-4096 backward: 154.8 us against 159.1 with two).
+    Within 0.5% of the copy for every kind (X-*-4096, X-*-16384); two or four accesses a thread gave no more, and mish's
+    backward lost 3% to the registers.
     """
-    if kind in ("relu", "leaky_relu", "squared_relu"):
-        return FlatConfig(block=128 * 64 // itemsize, num_warps=4)
-    return FlatConfig(block=128 * 16 // itemsize, num_warps=4)
+    return FlatConfig(block=4 * lanes * 16 // itemsize, num_warps=4)
 
 
 def choose_tile(rows: int, cols: int) -> TileConfig:
@@ -401,15 +407,30 @@ def formula(kind: str, dtype: torch.dtype) -> tuple:
 
 
 @functools.cache
-def flat_launches(kind: str, dtype: torch.dtype) -> tuple[int, Launch, Launch]:
+def flat_launches(kind: str, dtype: torch.dtype, lanes: int = LANES) -> tuple[int, Launch, Launch]:
     """(block, forward launch, backward launch)."""
     value, dx = formula(kind, dtype)
-    block, warps = choose_flat(kind, dtype.itemsize)
+    block, num_warps = choose_flat(dtype.itemsize, lanes)
     return (
         block,
-        _FORWARD_FLAT.bind(VALUE=value, BLOCK=block, num_warps=warps),
-        _BACKWARD_FLAT.bind(DX=dx, BLOCK=block, num_warps=warps),
+        _FORWARD_FLAT.bind(VALUE=value, BLOCK=block, num_warps=num_warps),
+        _BACKWARD_FLAT.bind(DX=dx, BLOCK=block, num_warps=num_warps),
     )
+
+
+def mask_launches(lanes: int = LANES) -> tuple[Launch, Launch]:
+    """relu's (forward launch, backward launch) with the bit mask.
+
+    Forward a 16-byte access a thread and row, backward two: 108.2 and 108.1 us at X-relu-4096, with 1024 columns and twice
+    the warps 108.9 and 108.7.
+    """
+    return (
+        _RELU_FORWARD_MASK.bind(COLS=MASK_COLS, num_warps=MASK_COLS // 8 // lanes),
+        _RELU_BACKWARD_MASK.bind(COLS=MASK_COLS, num_warps=1),
+    )
+
+
+_mask_forward, _mask_backward = mask_launches()
 
 
 def forward(x: torch.Tensor, kind: str, a: float, b: float) -> torch.Tensor:
@@ -437,7 +458,7 @@ def forward_saving(x: torch.Tensor, kind: str, a: float, b: float) -> tuple[torc
         return y, y
     tiles = -(-n // (8 * MASK_COLS))
     mask = torch.empty(tiles * MASK_COLS, dtype=torch.uint8, device=x.device)
-    RELU_FORWARD_MASK(tiles, (x, y, mask), (n,))
+    _mask_forward(tiles, (x, y, mask), (n,))
     return y, mask
 
 
@@ -450,7 +471,7 @@ def backward(saved: torch.Tensor, dy: torch.Tensor, kind: str, a: float, b: floa
         if not n:
             return dx
         if masked:
-            RELU_BACKWARD_MASK(-(-n // (8 * MASK_COLS)), (saved, dy, dx), (n,))
+            _mask_backward(-(-n // (8 * MASK_COLS)), (saved, dy, dx), (n,))
         else:
             block, _, launch = flat_launches(kind, dy.dtype)
             launch(-(-n // block), (saved, dy, dx), (n, a, b))
@@ -478,7 +499,7 @@ def describe(x: torch.Tensor, kind: str, grad: bool) -> str:
         return f"strided kernel, tile {tile.rows} x {tile.cols}, {tile.num_warps} warps"
     if kind == "relu" and grad:
         return f"flat kernel with a bit mask for backward, tile 8 x {MASK_COLS}"
-    config = choose_flat(kind, x.dtype.itemsize)
+    config = choose_flat(x.dtype.itemsize, LANES)
     return f"flat kernel, block {config.block}, {config.num_warps} warps"
 
 
@@ -524,3 +545,59 @@ def merge_dims(shape, order, strides):
     if not sizes:
         return [1], [(0,) for _ in strides]
     return sizes, [tuple(m) for m in merged]
+
+
+class CompileCase(NamedTuple):
+    """One binary that the library launches, as ``trinix.lab.aot`` compiles it without a GPU."""
+
+    name: str  # module/kind/pass/dtype
+    kernel: triton.JITFunction
+    signature: dict  # every parameter and its Triton type
+    constexprs: dict
+    options: dict
+    aligned: tuple  # parameters divisible by 16
+    access_bits: int  # what the widest load and the widest store have to reach
+    bytes_per_element: float
+
+
+def compile_cases(lanes: int = LANES):
+    """Every flat and mask binary; of the strided kernels what one half of a tensor's last dimension launches."""
+
+    def case(name, launch, bytes_per_element, tensors, integers=()):
+        # the specialisation that Triton makes: pointers aligned, an integer 1 is a constant, multiples of 16 are marked
+        signature, constexprs, aligned = {}, dict(launch.constants), []
+        values = iter((*tensors, *integers))
+        for p in launch.kernel.params:
+            value = next(values, None)
+            if value == 1:
+                constexprs[p.name] = 1
+            elif isinstance(value, str) or (value is not None and value % 16 == 0):
+                aligned.append(p.name)
+            pointer = value if isinstance(value, str) else None
+            signature[p.name] = "constexpr" if p.name in constexprs else pointer or p.annotation_type or "i32"
+        return CompileCase(
+            f"activation/{name}", launch.kernel, signature, constexprs, launch.options, tuple(aligned),
+            128, bytes_per_element,
+        )  # fmt: skip
+
+    mask_forward, mask_backward = mask_launches(lanes)
+    rows = cols = 4096
+    sizes, dense, half, none = (rows, cols, 1, 1, rows), (0, 0, 0, cols, 1), (0, 0, 0, 2 * cols, 1), (0,) * 5
+    tile = choose_tile(rows, cols)
+    for dtype in DTYPES:
+        size, suffix = dtype.itemsize, str(dtype).removeprefix("torch.")
+        t = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[suffix]
+        for kind in FORMULAS:
+            _, fwd, bwd = flat_launches(kind, dtype, lanes)
+            yield case(f"{kind}/fwd/{suffix}", fwd, 2 * size, (t, t))
+            yield case(f"{kind}/bwd/{suffix}", bwd, 3 * size, (t, t, t))
+        with_mask = 2 * size + 1 / 8
+        yield case(f"relu/fwd-mask/{suffix}", mask_forward, with_mask, (t, t, "*u8"))
+        yield case(f"relu/bwd-mask/{suffix}", mask_backward, with_mask, ("*u8", t, t))
+        value, dx = formula("silu", dtype)
+        fwd = _bound(_FORWARD_STRIDED, tile, ("VALUE", value))
+        bwd = _bound(_BACKWARD_STRIDED, tile, ("DX", dx), ("MASK_COLS", 0))
+        bwd_mask = _bound(_BACKWARD_STRIDED, tile, ("DX", _relu_dx), ("MASK_COLS", MASK_COLS))
+        yield case(f"silu/fwd-strided/{suffix}", fwd, 2 * size, (t, t), sizes + half)
+        yield case(f"silu/bwd-strided/{suffix}", bwd, 3 * size, (t, t, t), sizes + half + dense)
+        yield case(f"relu/bwd-mask-strided/{suffix}", bwd_mask, with_mask, ("*u8", t, t), sizes + none + half)

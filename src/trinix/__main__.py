@@ -1,0 +1,3 @@
+from trinix.cli import main
+
+raise SystemExit(main())

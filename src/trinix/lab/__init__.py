@@ -1,0 +1,1 @@
+"""The laboratory: correctness first, then four clocks, then the limit of the card."""

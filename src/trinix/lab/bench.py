@@ -1,0 +1,215 @@
+"""``trinix bench``: run a suite on this machine, show it, keep it.
+
+With a GPU: every built case through ``run.run_gpu``. Without one: the kernels in the interpreter, PyTorch's CPU times
+labelled as such, and the compiler's report for four targets.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from trinix import device
+from trinix.lab import aot, interpret, measure, record, report, run
+from trinix.lab.case import Case, load_cases
+from trinix.lab.peers import PREPARE, trinix
+
+CPU_ELEMENTS = 1 << 24  # larger cases are not timed on a CPU
+
+
+def bench(
+    *, suite: str = "quick", ops: Sequence[str] = (), impls: Sequence[str] = (), out: Path, console: Console
+) -> int:
+    """Run and report; returns the exit status: 0, 1 if a result of trinix failed, 130 after Ctrl-C."""
+    if unknown := set(impls) - set(PREPARE):
+        raise ValueError(f"bench: impl must be among {list(PREPARE)}, got {sorted(unknown)}")
+    return bench_cases(load_cases(suite, ops), impls or tuple(PREPARE), out, console)
+
+
+def bench_cases(cases: Sequence[Case], impls: Sequence[str], out: Path, console: Console) -> int:
+    card = device.card()
+    if card:
+        console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
+        return _on_gpu(cases, impls, out / card.slug, console)
+    console.print(
+        "No GPU here: correctness in the interpreter, PyTorch's CPU times, the compiler's report. No GPU speed."
+    )
+    return _without_gpu(cases, impls, out / "cpu", console)
+
+
+def _on_gpu(cases, impls, folder: Path, console: Console) -> int:
+    clock = measure.Gpu()
+    lines, interrupted = _collect(cases, folder, console, lambda case: run.run_gpu(case, impls, clock))
+    console.print(summary(lines))
+    _show_not_built(cases, console)
+    console.print(verdict(lines))
+    if interrupted:
+        return 130
+    return int(any(not one["ok"] and _is_ours(one) and not _is_skip(one) for one in lines))
+
+
+def _collect(
+    cases: Sequence[Case], folder: Path, console: Console, run_case: Callable[[Case], list[dict]]
+) -> tuple[list[dict], bool]:
+    """Run the built cases op by op into their result files; (lines, whether Ctrl-C ended it)."""
+    built = [c for c in cases if trinix.is_built(c)]
+    lines: list[dict] = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(built))
+        for op in dict.fromkeys(c.op for c in built):
+            file = record.ResultFile(folder, op)
+            try:
+                for case in (c for c in built if c.op == op):
+                    progress.update(task, description=case.id)
+                    new = run_case(case)
+                    file.add(new)
+                    lines += new
+                    progress.advance(task)
+            except KeyboardInterrupt:
+                console.print(f"Stopped. {len(lines)} finished lines are in {file.interrupt()}")
+                return lines, True
+            except BaseException:
+                console.print(f"Failed. The finished lines are in {file.interrupt()}")
+                raise
+            console.print(f"Wrote {file.finish()}")
+    return lines, False
+
+
+def _without_gpu(cases, impls, folder: Path, console: Console) -> int:
+    failed = 0
+    console.rule("1 of 3: every kernel in Triton's interpreter, against float64")
+    checks = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=None)
+        for one in interpret.check():
+            checks.append(one)
+            progress.update(task, description=one["kernel"], completed=len(checks))
+    console.print(_interpreter_table(checks))
+    failed += sum(not one["ok"] for one in checks)
+
+    console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
+    small = [c for c in cases if all(prod(s) <= CPU_ELEMENTS for s in c.shape.values())]
+    lines, interrupted = _collect(small, folder, console, lambda case: run.run_cpu(case, impls))
+    console.print(_cpu_table(lines))
+    if interrupted:
+        return 130
+    failed += sum(not one["ok"] and _is_ours(one) for one in lines)
+    if skipped := sum(trinix.is_built(c) for c in cases) - sum(trinix.is_built(c) for c in small):
+        console.print(f"Skipped: {skipped} built cases above {CPU_ELEMENTS:,} elements are timed on a GPU only.")
+
+    console.rule("3 of 3: compiled ahead of time for GPUs (estimates, nothing was run)")
+    with _progress(console) as progress:
+        task = progress.add_task("compiling", total=None)
+        reports = aot.report(
+            aot.quick_cases(), progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    console.print(_compiler_table(reports))
+    failed += sum(not one.ok for one in reports)
+    _show_not_built(cases, console)
+    console.print(f"{failed} failed." if failed else "All checks passed. Timings of kernels need a GPU.")
+    return int(failed > 0)
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True)
+
+
+def _is_ours(one: dict) -> bool:
+    return one["impl"].startswith("trinix")
+
+
+def _is_skip(one: dict) -> bool:
+    return (one["reason"] or "").startswith("skipped")
+
+
+def _show_not_built(cases: Sequence[Case], console: Console) -> None:
+    missing = [c for c in cases if not trinix.is_built(c)]
+    if not missing:
+        return
+    table = Table("not built", "cases", "rows", "ids", title="Rows whose op does not exist yet", title_justify="left")
+    for op in dict.fromkeys(c.op for c in missing):
+        mine = [c for c in missing if c.op == op]
+        table.add_row(op, str(len(mine)), str(sum(len(c.rows) for c in mine)), ", ".join(c.id for c in mine))
+    console.print(table)
+
+
+def summary(lines: Iterable[dict]) -> Table:
+    """One row a case and pass: trinix beside the best rival."""
+    table = Table(title="Device time, cold L2, medians (ms); share: of the best measured traffic of the same bytes")
+    for name in ("case", "pass", "trinix", "runs", "trinix:triton", "eager", "compile", "seed_formula"):
+        table.add_column(name, justify="right" if name not in ("case", "pass", "runs") else "left")
+    for name in ("best/trinix", "share", "host us", "MiB", "error"):
+        table.add_column(name, justify="right")
+    for row in report.rows(lines):
+        ours = row.line("trinix")
+        cells = [row.case, row.pass_, _ms(ours), (ours or {}).get("backend") or "-"]
+        cells += [_ms(row.line(i)) for i in ("trinix:triton", "eager", "compile", "seed_formula")]
+        if ours and ours["ok"]:
+            ratio = row.speedup()
+            share = ours["ceiling_share"]
+            cells += [
+                f"{ratio:.2f}" if ratio else "-",
+                f"{share:.0%}" if share else "-",
+                f"{ours['host_us']:.1f}",
+                f"{ours['peak_mib']:.1f}",
+                f"{ours['error_ratio']:.2f}",
+            ]
+        else:
+            cells += ["-"] * 5
+        table.add_row(*cells)
+    return table
+
+
+def _ms(one: dict | None) -> str:
+    if not one:
+        return "-"
+    if not one["ok"]:
+        return "skipped" if _is_skip(one) else "FAILED"
+    return f"{one['device_ms']['p50']:.4f}"
+
+
+def verdict(lines: Sequence[dict]) -> str:
+    """Counts, and every failure of trinix with its reason."""
+    ours = [one for one in lines if one["impl"] == "trinix"]
+    failures = [one for one in lines if _is_ours(one) and not one["ok"] and not _is_skip(one)]
+    slow = [row for row in report.rows(lines) if (row.speedup() or 1.0) < 1 / 1.03]
+    text = [
+        f"{len(ours)} rows of trinix, {len(failures)} failed, {len(slow)} slower than the best rival by more than 3%."
+    ]
+    text += [f"  failed: {one['case']} {one['pass']} {one['impl']}: {one['reason']}" for one in failures]
+    text += [f"  slower: {row.case} {row.pass_}: {row.speedup():.2f} x {row.best_rival()['impl']}" for row in slow]
+    return "\n".join(text)
+
+
+def _interpreter_table(checks: Sequence[dict]) -> Table:
+    table = Table("kernel", "checks", "passed", "worst error / PyTorch's", "failures")
+    for kernel in dict.fromkeys(one["kernel"] for one in checks):
+        mine = [one for one in checks if one["kernel"] == kernel]
+        bad = [f"{one['dtype']} {one['layout']}: {one['reason']}" for one in mine if not one["ok"]]
+        passed = str(len(mine) - len(bad))
+        table.add_row(kernel, str(len(mine)), passed, f"{max(one['error_ratio'] for one in mine):.2f}", "; ".join(bad))
+    return table
+
+
+def _cpu_table(lines: Sequence[dict]) -> Table:
+    table = Table("case", "pass", "impl", "runs", "CPU ms", "error / PyTorch's")
+    for one in lines:
+        time = f"{one['wall_ms']:.2f}" if one["ok"] else f"FAILED: {one['reason']}"
+        table.add_row(one["case"], one["pass"], one["impl"], one["backend"] or "-", time, f"{one['error_ratio']:.2f}")
+    return table
+
+
+def _compiler_table(reports: Sequence) -> Table:
+    table = Table(
+        "kernel", "target", "registers", "spills", "shared B", "load bits", "store bits", "roofline estimate ms", ""
+    )
+    for one in reports:
+        table.add_row(
+            one.case, one.target, str(one.registers), str(one.spills), str(one.shared_bytes), str(one.load_bits),
+            str(one.store_bits), f"{one.estimate_ms:.3f}" if one.estimate_ms else "-", "ok" if one.ok else one.reason,
+        )  # fmt: skip
+    return table

@@ -1,0 +1,107 @@
+"""Cases are data: ``cases/<op>.toml`` holds every row of the five seed documents, and the lab's own.
+
+A case is one op on one set of shapes; its rows are the documents' published figures for it, by pass and unit.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "cases"
+PASSES = ("fwd", "fwd_grad", "bwd", "fwd_bwd")
+SUITES = ("quick", "seeds", "full")
+UNITS = ("ms", "MiB", "MB")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published row: figures by column ("torch", "triton", "compile", "flash"), empty where the document says TBD."""
+
+    id: str
+    pass_: str
+    unit: str
+    published: dict[str, float]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    op: str
+    args: dict[str, Any]
+    shape: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    passes: tuple[str, ...]
+    document: str
+    gpu: str
+    suites: tuple[str, ...]
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The op with its first argument: "activation relu"."""
+        first = next(iter(self.args.values()), "")
+        return f"{self.op} {first}".strip()
+
+    def published(self, pass_: str, unit: str = "ms") -> dict[str, float]:
+        """The document's figures for a pass, all rows together."""
+        return {k: v for row in self.rows if row.pass_ == pass_ and row.unit == unit for k, v in row.published.items()}
+
+
+def _row(where: str, table: dict) -> Row:
+    table = dict(table)
+    row = Row(
+        id=table.pop("id"),
+        pass_=table.pop("pass"),
+        unit=table.pop("unit"),
+        published=table.pop("published"),
+        note=table.pop("note", ""),
+    )
+    if table or row.pass_ not in PASSES or row.unit not in UNITS:
+        raise ValueError(f"{where}: row {row.id}: unknown keys {list(table)}, pass {row.pass_!r} or unit {row.unit!r}")
+    return row
+
+
+def parse(table: dict, where: str) -> Case:
+    """One ``[[case]]`` table; refuses what it does not know."""
+    table = dict(table)
+    rows = tuple(_row(where, r) for r in table.pop("row", ()))
+    try:
+        case = Case(
+            id=table.pop("id"),
+            op=table.pop("op"),
+            args=table.pop("args"),
+            shape={name: tuple(size) for name, size in table.pop("shape").items()},
+            dtype=getattr(torch, table.pop("dtype")),
+            passes=tuple(table.pop("passes")),
+            document=table.pop("document"),
+            gpu=table.pop("gpu"),
+            suites=tuple(table.pop("suites")),
+            rows=rows,
+        )
+    except KeyError as missing:
+        raise ValueError(f"{where}: a case lacks {missing}") from None
+    if table or not set(case.passes) <= set(PASSES) or not set(case.suites) <= set(SUITES):
+        raise ValueError(
+            f"{where}: case {case.id}: unknown keys {list(table)}, passes {case.passes} or suites {case.suites}"
+        )
+    return case
+
+
+def load_cases(suite: str = "full", ops: Iterable[str] = ()) -> list[Case]:
+    """All cases of a suite ("full" is everything), in the order of the files; of some ops only, if named."""
+    if suite not in SUITES:
+        raise ValueError(f"bench: suite must be one of {list(SUITES)}, got {suite!r}")
+    cases = []
+    for path in sorted(FOLDER.glob("*.toml")):
+        with path.open("rb") as file:
+            cases += [parse(table, path.name) for table in tomllib.load(file)["case"]]
+    ops = tuple(ops)
+    known = {c.op for c in cases}
+    if unknown := set(ops) - known:
+        raise ValueError(f"bench: op must be among {sorted(known)}, got {sorted(unknown)}")
+    return [c for c in cases if (suite == "full" or suite in c.suites) and (not ops or c.op in ops)]

@@ -1,0 +1,125 @@
+"""``trinix doctor``: what this machine can run, and why not the rest."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from trinix import device, dispatch, ops
+from trinix.lab.record import version_of
+
+# torch minor -> the Triton that its GPU builds bring
+PAIRS = {"2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
+PEERS = {
+    "liger_kernel": "liger-kernel",
+    "quack": "quack-kernels",
+    "flash_attn": "flash-attn",
+    "fla": "flash-linear-attention",
+}
+
+
+def report() -> str:
+    """One line a fact, "ok" or "no" with the reason and the cure."""
+    lines = [
+        f"trinix {version_of('trinix') or 'from a source tree'}, Python {platform.python_version()} ({sys.executable})"
+    ]
+    lines += [_torch(), _triton(), *_cards(), _compiler(), _launcher(), *_peers()]
+    return "\n".join(lines)
+
+
+def _torch() -> str:
+    build = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"HIP {torch.version.hip}"
+        if torch.version.hip
+        else "CPU"
+    )
+    return f"ok  torch {torch.__version__}, {build} build"
+
+
+def _triton() -> str:
+    found = version_of("triton")
+    if importlib.util.find_spec("triton") is None:
+        return "no  triton: not installed; every op runs through PyTorch. GPU builds of torch bring it"
+    wanted = PAIRS.get(".".join(torch.__version__.split(".")[:2]))
+    if found and wanted and not found.startswith(wanted):
+        return f"no  triton {found}: torch {torch.__version__} pairs with triton {wanted}; other pairs are untested"
+    text = f"ok  triton {found}" + (", the pair of this torch" if wanted else ", pair of this torch unknown")
+    numpy = version_of("numpy")
+    if found and found.startswith("3.6") and numpy and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        text += f"\nno  interpreter: triton 3.6 needs numpy below 2.4, found {numpy}; kernels on a GPU are not affected"
+    elif numpy is None:
+        text += "\nno  interpreter: needs numpy, which is not installed"
+    else:
+        on = " (on: TRITON_INTERPRET is set)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+        text += f"\nok  interpreter, for tests without a GPU{on}"
+    return text
+
+
+def _cards() -> list[str]:
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if not (torch.version.cuda or torch.version.hip) else "PyTorch sees no device"
+        return [f"no  GPU: {why}; ops run through PyTorch on the CPU, kernels in the interpreter"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        card = device.card(index)
+        known = "" if card.limits else "; not a target we compile for in the tests (sm_80, sm_90, sm_100, gfx942)"
+        lines.append(
+            f"ok  GPU {index}: {card.name}, {card.target}, {card.sm_count} SMs, {card.memory_gib:.0f} GiB{known}"
+        )
+    return lines
+
+
+def _compiler() -> str:
+    """Triton up to 3.6 builds a C launcher at the first launch of a signature."""
+    found = version_of("triton") or ""
+    compiler = shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    need = "triton 3.6 needs both at run time" if found.startswith("3.6") else "needed by triton 3.6 only"
+    if compiler and headers:
+        return f"ok  C compiler {compiler}, Python.h ({need})"
+    lacks = " and ".join(name for name, there in (("a C compiler", compiler), ("Python.h", headers)) if not there)
+    return f"no  C compiler: {lacks} not found ({need}); install gcc and python3-dev"
+
+
+def _launcher() -> str:
+    try:
+        from trinix.kernels.triton import _launch
+    except ModuleNotFoundError as error:
+        return f"no  fast launches: {error.name} is not installed"
+    text = _launch.status()
+    return f"{'no' if text.startswith('off') else 'ok'}  fast launches: {text}"
+
+
+def _peers() -> list[str]:
+    lines = []
+    for module, package in PEERS.items():
+        if importlib.util.find_spec(module) is None:
+            lines.append(f"no  peer {package}: not installed (a rival in the lab, never needed)")
+        else:
+            lines.append(f"ok  peer {package} {version_of(package) or ''}".rstrip())
+    return lines
+
+
+def ops_table() -> str:
+    """Every public op with the backends it has and, for a small tensor here, whether each can run."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.zeros(8, device=where)
+    lines = []
+    for name, (op, _) in sorted(ops.EXPLAIN.items()):
+        arguments = (x, "relu") if name == "activation" else (x,)
+        states = []
+        for backend in ("triton", "torch"):
+            try:
+                ops.explain(op, *arguments, backend=backend)
+                states.append(f"{backend}: runs here")
+            except dispatch.Unsupported as error:
+                states.append(f"{backend}: {str(error).rpartition(repr(backend))[2].strip()}")
+        lines.append(f"{name:14} {'; '.join(states)}")
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""The only clocks of the lab. Four of them, never mixed:
+
+device_ms   what the GPU spends on a call: events on an idle stream, L2 cold, the host's time hidden behind a spin
+host_us     what the CPU spends to enqueue a call
+wall_ms     one call after another, as a program that does nothing else sees it
+graph_ms    the call's kernels replayed from a CUDA graph, L2 cold
+
+and memory, measured as the allocator's peak over what was there before the call.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+SPIN_GHZ = 2.0  # at least the highest SM clock: the spin is never shorter than asked
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Quantiles of a sample, in ms."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, sample: list[float]) -> "Spread":
+        ordered = sorted(sample)
+        at = [ordered[min(len(ordered) - 1, int(len(ordered) * q))] for q in (0.2, 0.5, 0.8)]
+        return cls(*(round(v, 6) for v in at))
+
+
+class Gpu:
+    """Clocks for CUDA calls. One instance holds the buffer that clears the L2 cache."""
+
+    def __init__(self, l2_bytes: int | None = None):
+        size = l2_bytes or torch.cuda.get_device_properties(0).L2_cache_size
+        self._flush = torch.empty(max(4 * size, 64 << 20), dtype=torch.int8, device="cuda")
+
+    def device_ms(self, calls: Mapping[str, Callable], *, rounds: int = 10, budget_s: float = 3.0) -> dict[str, Spread]:
+        """Time several calls interleaved: round by round, each in turn, the starting one rotating."""
+        spin = {name: int((2.5 * _enqueue_us(call) + 30) * 1000 * SPIN_GHZ) for name, call in calls.items()}
+        names = list(calls)
+        cost = sum(self._once(calls[n], spin[n]) for n in names)
+        reps = max(2, min(20, int(budget_s / rounds / max(cost, 1e-6))))
+        sample: dict[str, list[float]] = {n: [] for n in names}
+        for r in range(rounds):
+            for name in names[r % len(names) :] + names[: r % len(names)]:
+                events = [_events() for _ in range(reps)]
+                for start, end in events:
+                    self._record(calls[name], spin[name], start, end)
+                torch.cuda.synchronize()
+                sample[name] += [start.elapsed_time(end) for start, end in events]
+        return {n: Spread.of(s) for n, s in sample.items()}
+
+    def _record(self, call: Callable, spin: int, start, end) -> None:
+        self._flush.zero_()
+        # while the GPU spins the host enqueues the whole call; without it a short kernel would be timed as host time
+        torch.cuda._sleep(spin)
+        start.record()
+        call()
+        end.record()
+
+    def _once(self, call: Callable, spin: int) -> float:
+        """Seconds of one whole repetition, flush and spin included."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        self._record(call, spin, *_events())
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 25) -> dict[str, float]:
+        """Microseconds to enqueue a call: the best loop of 40 of many interleaved rounds, the GPU idle before each.
+
+        The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival.
+        """
+        best = dict.fromkeys(calls, float("inf"))
+        for _ in range(rounds):
+            for name, call in calls.items():
+                best[name] = min(best[name], _enqueue_us(call, 40))
+        torch.cuda.synchronize()
+        return best
+
+    def wall_ms(self, calls: Mapping[str, Callable], *, rounds: int = 15, loop_ms: float = 8.0) -> dict[str, float]:
+        """Milliseconds a call, back to back, one synchronisation at the end of each loop; medians of interleaved rounds."""
+        count = {name: max(5, min(50, int(loop_ms / _loop_ms(call, 5)))) for name, call in calls.items()}
+        sample: dict[str, list[float]] = {n: [] for n in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                sample[name].append(_loop_ms(call, count[name]))
+        return {n: statistics.median(s) for n, s in sample.items()}
+
+    def graph_ms(self, call: Callable) -> float:
+        """Milliseconds of one replay of the call captured in a CUDA graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = call()
+        spread = self.device_ms({"graph": graph.replay}, rounds=2)["graph"]
+        del kept, graph
+        return spread.p50
+
+    def peak_mib(self, call: Callable, *, before: int | None = None) -> float:
+        """MiB that the allocator's peak rises during a call over ``before`` (bytes; now, if not given)."""
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated() if before is None else before
+        torch.cuda.reset_peak_memory_stats()
+        kept = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        del kept
+        return (peak - before) / 2**20
+
+
+def cpu_ms(calls: Mapping[str, Callable], *, rounds: int = 5, budget_s: float = 0.4) -> dict[str, Spread]:
+    """Wall time of calls on the CPU, interleaved. PyTorch on a CPU: it says nothing about a GPU kernel."""
+    cost = 0.0
+    for call in calls.values():
+        call()
+        begin = time.perf_counter()
+        call()
+        cost += time.perf_counter() - begin
+    rounds = max(3, min(50, int(budget_s / max(cost, 1e-6))), min(rounds, 3))
+    sample: dict[str, list[float]] = {n: [] for n in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            sample[name].append((time.perf_counter() - begin) * 1000)
+    return {n: Spread.of(s) for n, s in sample.items()}
+
+
+def _enqueue_us(call: Callable, calls: int = 10) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls * 1e6
+
+
+def _loop_ms(call: Callable, count: int) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / count * 1000
+
+
+def _events():
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,0 +1,107 @@
+"""Result lines: one JSON object a line, a file written whole or not at all."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from trinix import device
+
+FIELDS = (
+    "case", "op", "pass", "impl", "backend", "device_ms", "host_us", "wall_ms", "graph_ms", "peak_mib", "inputs_mib",
+    "bytes", "flops", "ceiling", "ceiling_share", "error_ratio", "ok", "reason", "gpu", "versions", "commit", "time",
+)  # fmt: skip
+
+
+def line(**known) -> dict:
+    """A result line: the given fields, this run's stamp, null for the rest."""
+    if unknown := set(known) - set(FIELDS):
+        raise KeyError(f"not fields of a result line: {sorted(unknown)}")
+    values = {**known, **stamp(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {field: values.get(field) for field in FIELDS}
+
+
+@cache
+def stamp() -> dict:
+    """What produced a result: card, versions, commit."""
+    card = device.card()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": version_of("triton")}
+    if card:
+        versions["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader,nounits") or None
+    return {"gpu": card.name if card else None, "versions": versions, "commit": _commit()}
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, "+" when its tracked files differ; TRINIX_COMMIT where there is no git history."""
+    root = Path(__file__).parents[3]
+    commit = _run("git", "-C", str(root), "rev-parse", "--short", "HEAD")
+    if not commit:
+        return os.environ.get("TRINIX_COMMIT")
+    return commit + (
+        "+" if _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "src") else ""
+    )
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
+
+
+class ResultFile:
+    """Lines of one op. ``add`` appends to ``<op>.jsonl.partial``, which ``finish`` renames: a complete run replaces the
+    last result in one step; an interrupted one leaves its finished lines in the partial file and the last result alone.
+    """
+
+    def __init__(self, folder: Path, op: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{op}.jsonl"
+        self.partial = folder / f"{op}.jsonl.partial"
+        self._file = self.partial.open("w", encoding="utf-8")
+
+    def add(self, lines: Iterable[dict]) -> None:
+        for one in lines:
+            self._file.write(json.dumps(one, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def finish(self) -> Path:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.partial, self.path)
+        return self.path
+
+    def interrupt(self) -> Path:
+        """Close without replacing the last complete result; returns where the finished lines are."""
+        self._file.close()
+        return self.partial
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a result file; an error names the line that is not one."""
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            one = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
+        if not isinstance(one, dict) or set(one) != set(FIELDS):
+            raise ValueError(f"{path}: line {number} is not a result line")
+        lines.append(one)
+    return lines

@@ -1,0 +1,195 @@
+"""From result lines to tables: ours beside the rivals of the same run and the documents' published figures."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trinix.lab import record
+from trinix.lab.case import Case, load_cases
+from trinix.lab.peers import RIVALS, trinix
+
+PASS_NAMES = {
+    "fwd": "forward, no gradient recorded",
+    "fwd_grad": "forward while autograd records",
+    "bwd": "backward",
+    "fwd_bwd": "forward and backward",
+}
+
+
+@dataclass
+class ResultRow:
+    """The lines of one case and pass, by implementation."""
+
+    case: str
+    pass_: str
+    lines: dict[str, dict] = field(default_factory=dict)
+
+    def line(self, impl: str) -> dict | None:
+        return self.lines.get(impl)
+
+    def best_rival(self) -> dict | None:
+        timed = [self.lines[i] for i in RIVALS if i in self.lines and self.lines[i]["ok"]]
+        return min(timed, key=lambda one: one["device_ms"]["p50"], default=None)
+
+    def speedup(self, impl: str = "trinix") -> float | None:
+        """Device time of the best rival over ours; above 1 we are faster."""
+        ours, best = self.line(impl), self.best_rival()
+        if not ours or not ours["ok"] or not best:
+            return None
+        return best["device_ms"]["p50"] / ours["device_ms"]["p50"]
+
+
+def rows(lines: Iterable[dict]) -> list[ResultRow]:
+    found: dict[tuple[str, str], ResultRow] = {}
+    for one in lines:
+        row = found.setdefault((one["case"], one["pass"]), ResultRow(one["case"], one["pass"]))
+        row.lines[one["impl"]] = one
+    return list(found.values())
+
+
+def write(folder: Path) -> list[Path]:
+    """Write ``<op>.md`` beside every ``<op>.jsonl`` below ``folder``; returns what was written."""
+    written = []
+    for path in sorted(folder.glob("*/*.jsonl")):
+        target = path.with_suffix(".md")
+        text = markdown(record.read(path), path.name)
+        temporary = target.with_suffix(".md.partial")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+        written.append(target)
+    return written
+
+
+def markdown(lines: list[dict], source: str) -> str:
+    """The report of one result file."""
+    cases = {c.id: c for c in load_cases("full")}
+    out = [f"# {lines[0]['op'] if lines else source}: results", ""]
+    if not lines:
+        return "\n".join([*out, "No lines."]) + "\n"
+    first = lines[0]
+    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
+    out += [
+        f"{_cell(first['gpu'] or 'CPU')}; {versions}; commit {first['commit']}; {first['time']}. Made by `trinix report` from "
+        f"[{source}]({source}); not edited by hand.",
+        "",
+    ]
+    if first["gpu"] is None:
+        return "\n".join([*out, *_cpu_section(lines)]) + "\n"
+    out += [
+        "Device ms are medians with a cold L2 cache and the host's time hidden; wall ms are calls back to back; host us is the "
+        "time to enqueue a call. *best / trinix* is the best rival's (eager, compile) device time over ours: above 1 we are "
+        "faster. *share* is the device time of a plain copy or sum of the same, fewest bytes over ours. *runs* is the backend "
+        'that "auto" chose. MiB are the measured peak over the inputs; *error* is our error against float64 over PyTorch\'s.',
+        "",
+    ]
+    grouped = rows(lines)
+    for pass_ in PASS_NAMES:
+        mine = [row for row in grouped if row.pass_ == pass_]
+        if mine:
+            out += [f"## {PASS_NAMES[pass_].capitalize()}", "", *_speed_table(mine, cases), ""]
+    out += ["## Memory beside the documents", "", *_memory_table(grouped, cases), ""]
+    failed = [one for one in lines if not one["ok"]]
+    if failed:
+        out += ["## Not timed", ""]
+        out += [f"- {one['case']} {one['pass']} {one['impl']}: {_cell(one['reason'])}" for one in failed]
+        out.append("")
+    return "\n".join(out)
+
+
+def _speed_table(mine: list[ResultRow], cases: dict[str, Case]) -> list[str]:
+    head = (
+        "case", "what", "trinix", "runs", "trinix:triton", "eager", "compile", "seed formula", "best / trinix", "share",
+        "wall ms", "best wall", "host us", "MiB", "error", "published (document's GPU)",
+    )  # fmt: skip
+    table = [_line(head), _line(["---"] * len(head))]
+    for row in mine:
+        case, ours = cases.get(row.case), row.line("trinix")
+        speedup = row.speedup()
+        fine = bool(ours and ours["ok"])
+        walls = [row.lines[i]["wall_ms"] for i in RIVALS if i in row.lines and row.lines[i]["ok"]]
+        share = ours["ceiling_share"] if fine else None
+        table.append(
+            _line(
+                [
+                    row.case,
+                    f"{case.label} {'x'.join(map(str, next(iter(case.shape.values()))))} {_short(case)}"
+                    if case
+                    else "",
+                    _ms(ours),
+                    (ours or {}).get("backend") or "",
+                    *(_ms(row.line(i)) for i in ("trinix:triton", "eager", "compile", "seed_formula")),
+                    f"{speedup:.2f}" if speedup else "",
+                    f"{share:.1%}" if share else "",
+                    f"{ours['wall_ms']:.4f}" if fine else "",
+                    f"{min(walls):.4f}" if walls else "",
+                    f"{ours['host_us']:.1f}" if fine else "",
+                    f"{ours['peak_mib']:.2f}" if fine else "",
+                    f"{ours['error_ratio']:.2f}" if fine else "",
+                    _published(case, row.pass_, "ms"),
+                ]
+            )
+        )
+    return table
+
+
+def _memory_table(grouped: list[ResultRow], cases: dict[str, Case]) -> list[str]:
+    out = [
+        "The documents count inputs, output and x.grad as they stand (backward: x, output, dy, dx and an accumulated x.grad); ours "
+        "is the measured peak over the inputs plus the inputs; backward keeps what forward saved, not its output.",
+        "",
+    ]
+    head = ("case", "pass", "trinix MiB", "trinix:triton MiB", "eager MiB", "published MiB")
+    table = [_line(head), _line(["---"] * len(head))]
+    for row in grouped:
+        case = cases.get(row.case)
+        if case and case.published(row.pass_, "MiB"):
+            totals = [_total_mib(row.line(i)) for i in ("trinix", "trinix:triton", "eager")]
+            table.append(_line([row.case, row.pass_, *totals, _published(case, row.pass_, "MiB")]))
+    return out + table
+
+
+def _cpu_section(lines: list[dict]) -> list[str]:
+    head = ("case", "pass", "impl", "runs", "CPU ms")
+    out = [
+        "PyTorch's times on a CPU. They say nothing about a GPU kernel.",
+        "",
+        _line(head),
+        _line(["---"] * len(head)),
+    ]
+    for one in lines:
+        out.append(_line([one["case"], one["pass"], one["impl"], one["backend"] or "", f"{one['wall_ms'] or 0:.3f}"]))
+    return out
+
+
+def not_built(cases: Iterable[Case]) -> list[Case]:
+    return [c for c in cases if not trinix.is_built(c)]
+
+
+def _published(case: Case | None, pass_: str, unit: str) -> str:
+    figures = case.published(pass_, unit) if case else {}
+    if figures:
+        return ", ".join(f"{name} {value:g}" for name, value in figures.items()) + f" ({case.gpu})"
+    return "TBD in the document" if case and any(r.pass_ == pass_ and r.unit == unit for r in case.rows) else ""
+
+
+def _short(case: Case) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(case.dtype).removeprefix("torch.")]
+
+
+def _total_mib(one: dict | None) -> str:
+    return f"{one['peak_mib'] + one['inputs_mib']:.2f}" if one and one["ok"] else ""
+
+
+def _ms(one: dict | None) -> str:
+    if not one:
+        return ""
+    return f"{one['device_ms']['p50']:.4f}" if one["ok"] else "not timed"
+
+
+def _cell(value) -> str:
+    """Text from outside (a card's name, an error) cannot break a table or start markup."""
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _line(cells: Iterable) -> str:
+    return "| " + " | ".join(_cell(c) for c in cells) + " |"

@@ -1,0 +1,78 @@
+"""Where the tests run: Triton's interpreter on the CPU, or the GPU itself for ``-m gpu``.
+
+A kernel that leaves part of its output unwritten must not pass because the memory held the right numbers already: every
+``torch.empty`` of a test is filled, floats with NaN and integers with their largest value.
+"""
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two xdist workers share two cores
+torch.use_deterministic_algorithms(True, warn_only=True)  # what makes the next line work
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_configure(config):
+    # Before a test module imports Triton, which reads this when a kernel is defined.
+    chosen = config.option.markexpr
+    if not torch.cuda.is_available() or "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    if not interpreted():
+        return
+    reason = "needs a CUDA GPU, torch.cuda.is_available() is False"
+    if torch.cuda.is_available():
+        reason = "Triton's interpreter runs in this process; choose the GPU tests with -m gpu"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Both places where backend "triton" runs: the interpreter, and the card in a process of its own."""
+    return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_rounds_as_on_the_card():
+    """Triton's interpreter cuts float32 to bfloat16 where every card rounds to the nearest, ties to even."""
+    if not interpreted():
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, wanted):
+        if (source.dtype.scalar, wanted.scalar) != (tl.float32, tl.bfloat16):
+            return plain(self, source, wanted)
+        bits = np.ascontiguousarray(source.data).view(np.uint32)
+        nearest = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+        nan = np.isnan(source.data)
+        nearest[nan] = 0x7FC0
+        return interpreter.TensorHandle(nearest, tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
+        for name in ("create_fp_trunc", "create_fp_ext"):
+            patch.setattr(interpreter.InterpreterBuilder, name, cast_impl)
+        yield
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch.compile starts from nothing and leaves nothing."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,142 @@
+"""The compilers' verdict on every kernel, without a GPU; and kernels made badly on purpose, which it has to reject."""
+
+import os
+import re
+
+import pytest
+
+from trinix import ops
+from trinix.lab import aot
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from trinix.kernels.triton.activation import CompileCase  # noqa: E402
+
+
+def fault(one: aot.Report) -> str | None:
+    if one.reason:
+        return one.reason
+    least = 1 / 3 if "-mask/" in one.case else 1 / 2  # eight rows of a mask's tile are eight loads in flight a thread
+    return None if one.occupancy >= least else f"{one.registers} registers leave an occupancy of {one.occupancy:.0%}"
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_every_binary_compiles_well(target):
+    names = aot.case_names() if target == "sm_90" else aot.quick_cases()
+    reports = aot.report(names, [target])
+    assert len(reports) == len(names) > 20
+    assert not [f"{one.case}: {fault(one)}" for one in reports if fault(one)]
+
+
+def test_every_kind_pass_and_dtype_is_listed():
+    dtypes = ("float16", "bfloat16", "float32")
+    flat = {f"activation/{k}/{p}/{d}" for k in ops.KINDS if k != "none" for p in ("fwd", "bwd") for d in dtypes}
+    special = ("relu/fwd-mask", "relu/bwd-mask", "silu/fwd-strided", "silu/bwd-strided", "relu/bwd-mask-strided")
+    assert set(aot.case_names()) == flat | {f"activation/{name}/{d}" for name in special for d in dtypes}
+
+
+# ---- bad on purpose; this module is a kernel module for ``aot.report``, so it needs compile_cases -----------------------
+
+
+@triton.jit
+def _copy(x, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i))
+
+
+@triton.jit
+def _masked_copy(x, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def _center(x, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + i).to(tl.float32)
+    tl.store(y + i, (v - tl.sum(v, 0) / BLOCK).to(y.dtype.element_ty))
+
+
+@triton.jit
+def _multiply(x, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(n):
+        total += tl.dot(tl.load(x + k * BLOCK * BLOCK + i), tl.load(y + k * BLOCK * BLOCK + i))
+    tl.store(y + i, total.to(y.dtype.element_ty))
+
+
+@triton.jit
+def _odd(x, y, n, BLOCK: tl.constexpr):
+    tl.store(y + tl.arange(0, BLOCK - 1), 0.0)
+
+
+def compile_cases(lanes):
+    def case(name, kernel, block, aligned=("x", "y"), **options):
+        signature = {"x": "*bf16", "y": "*bf16", "n": "i32", "BLOCK": "constexpr"}
+        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True} | options
+        return CompileCase(name, kernel, signature, {"BLOCK": block}, options, aligned, 128, 4)
+
+    yield case("good", _copy, 2048)
+    yield case("narrow", _masked_copy, 2048)
+    yield case("unaligned", _copy, 2048, aligned=())
+    yield case("spilling", _center, 32768, maxnreg=64, waves_per_eu=8)  # options of NVIDIA and AMD: few registers
+    yield case("greedy", _multiply, 128, num_stages=5)
+    yield case("wrong", _odd, 2048)
+    yield case("crash", _copy, 2048, aligned=(os._exit(3) for _ in "x"))  # as a compiler's segmentation fault would
+
+
+def test_bad_kernels_are_rejected(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the compiling processes
+    modules, seen = (__name__,), []
+    names = aot.case_names(modules)
+    reports = aot.report(names, ["sm_90", "gfx942"], lambda done, total: seen.append((done, total)), modules)
+    assert seen == [(n, len(reports)) for n in range(1, len(reports) + 1)]
+    assert [(one.case, one.target) for one in reports] == [(n, t) for n in names for t in ("sm_90", "gfx942")]
+    wanted = {
+        "good": "None",
+        "narrow": "widest load is 16 bits, wanted 128; widest store is 16 bits, wanted 128",
+        "unaligned": "widest load is 16 bits, wanted 128; widest store is 16 bits, wanted 128",
+        "spilling": r"spills \d+ (bytes|registers) a thread.*",
+        "greedy": r".*asks for \d+ bytes of shared memory, limit \d+.*",
+        "wrong": "(?s)CompilationError: .*power of 2.*",
+        "crash": "the compiling process ended with exit status 3",
+    }
+    assert not [str(one) for one in reports if not re.fullmatch(wanted[one.case], str(one.reason))]
+    assert [one.ok for one in reports] == [one.case == "good" for one in reports]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no-such-case"):
+        aot.report(["no-such-case"])
+
+
+@pytest.mark.parametrize(
+    ("text", "load", "store"),
+    [
+        ("ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];\n@%p1 st.global.b16 [ %rd2 + 0 ], { %rs1 };", 128, 16),
+        ("ld.global.L1::evict_last.v8.b32 { %r1 };\nst.global.v2.b32 [ %rd1 ], { %r1 };", 256, 64),
+        ("ld.shared.v4.b32 {%r1}, [%r2];\nld.param.b64 %rd1, [p];", 0, 0),
+        ("cp.async.cg.shared.global [ %r5 + 0 ], [ %rd8 + 0 ], 0x10, %r6;", 128, 0),
+        ("buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen\nglobal_store_short v0, v1, s[2:3]", 128, 16),
+        ("global_load_ushort v0, v1, s[0:1]\nbuffer_store_dword v2, v1, s[0:3], 0 offen", 16, 32),
+    ],
+)
+def test_widest_access(text, load, store):
+    assert (aot.widest_access(text, "load"), aot.widest_access(text, "store")) == (load, store)
+
+
+def test_too_many_registers_are_a_fault():
+    facts = {"spills": 0, "shared_bytes": 0, "load_bits": 128, "store_bits": 128, "wanted_bits": 128}
+    used = {("sm_90", 32): 1.0, ("sm_90", 40): 0.8, ("sm_90", 255): 0.125, ("gfx942", 64): 1.0, ("gfx942", 131): 0.375}
+    for (target, registers), occupancy in used.items():
+        one = aot.Report("activation/silu/fwd/float16", target, registers=registers, **facts)
+        assert one.ok
+        assert one.occupancy == pytest.approx(occupancy, abs=0.01)
+        assert (fault(one) is None) == (occupancy > 0.5)
+
+
+def test_estimate_is_bytes_over_listed_bandwidth():
+    one = aot.Report("c", "sm_90", bytes_per_element=4)
+    assert one.estimate_ms == pytest.approx(12 * 12 * 4096 * 128 * 4 / 3352e9 * 1e3)

@@ -1,0 +1,669 @@
+"""The low-overhead launcher: which kept kernel a call goes to, and when it takes Triton's normal path.
+
+First with a fake kernel on the CPU, which remembers what it was compiled for and refuses everything else; then, marked
+``gpu``, the same list with a real kernel and its results.
+"""
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from trinix.kernels.triton import _launch
+from trinix.kernels.triton._launch import Launcher
+
+BLOCK, FACTOR, WARPS = 64, 3, 2
+
+
+def _scale(src, dst, n, m: "i64", a: "fp32", FACTOR: tl.constexpr, BLOCK: tl.constexpr):  # noqa: F821
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < n
+    v = tl.load(src + i, mask=live).to(tl.float32) * FACTOR + a + m.to(tl.float32)
+    tl.store(dst + i, v.to(dst.dtype.element_ty), mask=live)
+
+
+def _scale_unbound(src, dst, n, m: "i64", a: "fp32", FACTOR: tl.constexpr, BLOCK: tl.constexpr):  # noqa: F821
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < n
+    v = tl.load(src + i, mask=live).to(tl.float32) * FACTOR + a + m.to(tl.float32) + A_GLOBAL
+    tl.store(dst + i, v.to(dst.dtype.element_ty), mask=live)
+
+
+A_GLOBAL = tl.constexpr(0)
+
+
+# name -> (arguments of the first call, arguments that need another kernel)
+OTHER_KERNELS = {
+    "an int becomes 1": ({"n": 48}, {"n": 1}),
+    "an int is no longer 1": ({"n": 1}, {"n": 48}),
+    "an int becomes divisible by 16": ({"n": 47}, {"n": 48}),
+    "an int is no longer divisible by 16": ({"n": 48}, {"n": 47}),
+    "an int exceeds int32": ({"n": 48}, {"n": 2**31}),
+    "an odd int exceeds int32": ({"n": 47}, {"n": 2**31 + 47}),
+    "an int fits int32 again": ({"n": 2**31}, {"n": 48}),
+    "the first dtype differs": ({}, {"dtypes": (torch.bfloat16, torch.float32)}),
+    "the second dtype differs": ({}, {"dtypes": (torch.float32, torch.float16)}),
+}
+SAME_KERNEL = {
+    "another multiple of 16": ({"n": 48}, {"n": 64}),
+    "another number that is none": ({"n": 47}, {"n": 5}),
+    "another int beyond int32": ({"n": 2**31}, {"n": 2**31 + 64}),
+    "a pinned int becomes 1": ({"m": 5}, {"m": 1}),
+    "a pinned int exceeds int32": ({"m": 5}, {"m": 2**40}),
+    "another float": ({"a": 0.5}, {"a": 1.0}),
+    "more blocks": ({"blocks": 2}, {"blocks": 3}),
+}
+
+
+@contextlib.contextmanager
+def _hooked(chain, hook):
+    chain.add(hook)
+    try:
+        yield
+    finally:
+        chain.remove(hook)
+
+
+@contextlib.contextmanager
+def _chain_replaced(name, hook):
+    runtime = triton.knobs.runtime
+    plain = getattr(runtime, name)
+    mine = type(plain)()
+    mine.add(hook)
+    setattr(runtime, name, mine)
+    try:
+        yield
+    finally:
+        setattr(runtime, name, plain)
+
+
+@contextlib.contextmanager
+def _pre_run_hook(kernel, hook):
+    kernel.pre_run_hooks.append(hook)
+    try:
+        yield
+    finally:
+        kernel.pre_run_hooks.remove(hook)
+
+
+# name -> context in which a launch has to be seen by ``hook``
+HOOKS = {
+    "a launch enter hook": lambda kernel, hook: _hooked(triton.knobs.runtime.launch_enter_hook, hook),
+    "a launch exit hook": lambda kernel, hook: _hooked(triton.knobs.runtime.launch_exit_hook, hook),
+    "another enter chain": lambda kernel, hook: _chain_replaced("launch_enter_hook", hook),
+    "another exit chain": lambda kernel, hook: _chain_replaced("launch_exit_hook", hook),
+    "a pre-run hook": _pre_run_hook,
+}
+
+
+# ---- with a fake kernel ------------------------------------------------------------------------------------------------
+
+
+class FakeTensor:
+    def __init__(self, dtype, address, card, device=None):
+        self.dtype, self.address, self.card = dtype, address, card
+        self.device = device or SimpleNamespace(type="cuda", index=card)
+
+    def data_ptr(self):
+        return self.address
+
+    def get_device(self):
+        return self.card
+
+
+class FakeCompiled:
+    """A binary for one specialisation. ``run`` fails on arguments of another: the card would answer wrongly."""
+
+    def __init__(self, kernel, dtypes, specialization, **metadata):
+        self.kernel, self.dtypes, self.specialization = kernel, dtypes, specialization
+        self.function, self.packed_metadata = object(), object()
+        facts = {"global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1, "launch_cooperative_grid": False}
+        self.metadata = SimpleNamespace(**(facts | metadata))
+
+    def run(self, *arguments):
+        *pointers, n, _m, _a, _factor, _block = arguments[9:]
+        aligned = tuple(p % 16 == 0 for p in pointers)
+        wanted = specialization(aligned, n)
+        assert self.specialization == wanted, f"compiled for {self.specialization}, launched with {wanted}"
+        self.kernel.log.append(("fast", self, arguments))
+
+
+def specialization(aligned, n):
+    """Triton's rule, written again."""
+    return (*aligned, "constant 1" if n == 1 else n % 16 == 0, "i32" if -(2**31) <= n < 2**31 else "i64")
+
+
+class FakeKernel:
+    def __init__(self, **metadata):
+        self.params = JITFunction(_scale, do_not_specialize=["m"]).params
+        self.pre_run_hooks, self.used_global_vals, self.metadata, self.log = [], {}, metadata, []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants_and_options):
+            tensors, n = arguments[:-3], arguments[-3]
+            self.log.append(("normal", grid, arguments, constants_and_options))
+            aligned = tuple(t.data_ptr() % 16 == 0 for t in tensors)
+            return FakeCompiled(self, [t.dtype for t in tensors], specialization(aligned, n), **self.metadata)
+
+        return launch
+
+
+class Rig:
+    """``rig(n=48, ...)`` launches and says which path it took."""
+
+    def __init__(self, kernel=None, device=None, tensors=2):
+        self.kernel = kernel or FakeKernel()
+        if tensors == 3:
+            self.kernel.params = [self.kernel.params[0], *self.kernel.params]
+        self.launch = Launcher(self.kernel, tensors=tensors).bind(FACTOR=FACTOR, BLOCK=BLOCK, num_warps=WARPS)
+        self.device, self.count = device, tensors
+
+    def __call__(self, *, n=48, m=5, a=0.5, blocks=2, dtypes=(torch.float32,) * 2, addresses=(256, 512), card=0):
+        extra = self.count - 2
+        dtypes, addresses = dtypes + (torch.uint8,) * extra, addresses + (1024,) * extra
+        self.tensors = tuple(FakeTensor(d, p, card, self.device) for d, p in zip(dtypes, addresses, strict=True))
+        before = len(self.kernel.log)
+        self.launch(blocks, self.tensors, (n, m, a))
+        (entry,) = self.kernel.log[before:]  # one launch, no more and no less
+        return entry[0]
+
+    @property
+    def last(self):
+        return self.kernel.log[-1]
+
+
+@pytest.fixture
+def fake_driver(monkeypatch):
+    """The launcher as on a machine with one CUDA card, its self-check passed; yields the devices that were switched to."""
+    switched = []
+
+    @contextlib.contextmanager
+    def switch(device):
+        switched.append(device.index)
+        yield
+
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(_launch, "_raw_stream", lambda card: 7000 + card)
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    for name, value in {"off": None, "checked": True, "many_devices": False}.items():
+        monkeypatch.setattr(_launch._State, name, value)
+    return switched
+
+
+@pytest.fixture
+def rig(fake_driver):
+    return Rig()
+
+
+def test_the_first_call_takes_the_normal_path_with_every_constant_and_option(rig, fake_driver):
+    assert rig() == "normal"
+    _, grid, arguments, rest = rig.last
+    assert grid == (2,)
+    assert arguments == (*rig.tensors, 48, 5, 0.5)
+    assert rest == {"FACTOR": FACTOR, "BLOCK": BLOCK, "num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    assert fake_driver == [0]
+
+
+def test_the_second_call_goes_straight_to_the_kept_kernel_with_the_exact_argument_list(rig, fake_driver):
+    rig()
+    assert rig(addresses=(1024, 2048), m=6, a=0.25, blocks=9) == "fast"
+    _, compiled, arguments = rig.last
+    handles = compiled.function, compiled.packed_metadata
+    assert arguments == (9, 1, 1, 7000, *handles, None, None, None, 1024, 2048, 48, 6, 0.25, FACTOR, BLOCK)
+    assert fake_driver == [0]  # nothing switched the device for the fast launch
+
+
+def test_three_tensors_are_launched_as_two_are(fake_driver):
+    rig = Rig(tensors=3)
+    assert [rig(), rig(), rig(n=64), rig(n=1)] == ["normal", "fast", "fast", "normal"]
+    assert rig() == "fast"
+    assert rig.last[2][9:] == (256, 512, 1024, 48, 5, 0.5, FACTOR, BLOCK)
+    assert rig(dtypes=(torch.float32, torch.float16)) == "normal"
+
+
+@pytest.mark.parametrize("case", OTHER_KERNELS)
+def test_a_call_that_triton_would_specialise_otherwise_gets_its_own_kernel(case, rig):
+    one, other = OTHER_KERNELS[case]
+    assert [rig(**one), rig(**one)] == ["normal", "fast"]
+    first = rig.last[1]
+    assert [rig(**other), rig(**other)] == ["normal", "fast"]
+    assert rig.last[1] is not first
+    assert rig(**one) == "fast"
+    assert rig.last[1] is first
+
+
+def test_another_device_gets_its_own_kernel_and_its_own_stream(rig, fake_driver):
+    rig()
+    assert [rig(card=1), rig(card=1)] == ["normal", "fast"]
+    assert rig.last[2][3] == 7001
+    assert fake_driver == [0, 1]
+
+
+@pytest.mark.parametrize("case", SAME_KERNEL)
+def test_a_call_that_triton_would_specialise_alike_goes_fast_with_its_own_values(case, rig):
+    one, other = SAME_KERNEL[case]
+    assert [rig(**one), rig(**other)] == ["normal", "fast"]
+    sent = {"n": 48, "m": 5, "a": 0.5, "blocks": 2} | other
+    arguments = rig.last[2]
+    assert (arguments[0], *arguments[11:14]) == (sent["blocks"], sent["n"], sent["m"], sent["a"])
+
+
+@pytest.mark.parametrize("addresses", [(260, 512), (256, 520), (257, 513)])
+def test_a_misaligned_pointer_takes_the_normal_path_and_leaves_no_kernel_behind(addresses, rig):
+    assert [rig(addresses=addresses), rig(addresses=addresses)] == ["normal", "normal"]
+    assert not rig.launch.keep
+    assert [rig(), rig(), rig(addresses=addresses), rig()] == ["normal", "fast", "normal", "fast"]
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_sends_launches_to_the_normal_path_as_long_as_it_stays(name, rig):
+    rig()
+    with HOOKS[name](rig.kernel, lambda *_, **__: None):
+        assert [rig(), rig()] == ["normal", "normal"]
+    assert rig() == "fast"
+
+
+def test_a_tensor_on_another_device_than_the_current_one_takes_the_normal_path(rig, fake_driver, monkeypatch):
+    current = [0]
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(_launch._State, "many_devices", True)
+    assert [rig(), rig(card=1)] == ["normal", "normal"]
+    assert [rig(), rig(card=1)] == ["fast", "normal"]
+    current[0] = 1
+    assert [rig(), rig(card=1)] == ["normal", "fast"]
+    assert fake_driver == [0, 1, 1, 0]  # the normal path switched to the tensor's device
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"global_scratch_size": 128},
+        {"profile_scratch_size": 128},
+        {"num_ctas": 2},
+        {"launch_cooperative_grid": True},
+    ],
+    ids=str,
+)
+def test_a_kernel_that_the_short_argument_list_cannot_launch_is_not_kept(metadata, fake_driver):
+    rig = Rig(FakeKernel(**metadata))
+    assert [rig(), rig(), rig()] == ["normal"] * 3
+
+
+def test_a_kernel_that_reads_globals_is_not_kept(rig):
+    rig.kernel.used_global_vals = {("A", 0): (1, {})}
+    assert [rig(), rig(), rig()] == ["normal"] * 3
+
+
+def test_a_launch_that_gives_no_kernel_back_is_not_kept(rig):
+    assert not _launch._keepable(rig.kernel, None)
+
+
+@pytest.mark.parametrize("reason", ["TRINIX_FAST_LAUNCH=0", "TRITON_INTERPRET is set"])
+def test_switched_off_every_launch_takes_the_normal_path(reason, rig, monkeypatch):
+    monkeypatch.setattr(_launch._State, "off", reason)
+    assert [rig(), rig(), rig()] == ["normal"] * 3
+    assert _launch.status() == f"off: {reason}"
+
+
+@pytest.mark.parametrize("constants", [{"BLOCK": BLOCK, "FACTOR": FACTOR}, {"FACTOR": FACTOR}, {}], ids=str)
+def test_constants_out_of_the_signatures_order_are_a_mistake_of_ours(constants, rig):
+    with pytest.raises(AssertionError):
+        Launcher(rig.kernel, tensors=2).bind(**constants)
+
+
+@pytest.mark.parametrize(
+    "n", [0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**62]
+)
+def test_the_class_of_an_int_is_tritons(n):
+    native = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    from triton.backends.compiler import BaseBackend
+
+    numbers = [0, 1, 3, 16, -16, -3, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**40, 2**40 + 1]
+    for other in numbers:
+        ours = _launch._int_class(n) == _launch._int_class(other)
+        tritons = [native(BaseBackend, v, False, True, True) for v in (n, other)]
+        assert not ours or tritons[0] == tritons[1], (n, other)  # one key, one binary
+        assert ours or tritons[0] != tritons[1], (n, other)  # and no binary kept twice
+
+
+# ---- the switch and the self-check -------------------------------------------------------------------------------------
+
+
+def in_fresh_process(code, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRINIX_FAST_LAUNCH")} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("environment", "status"),
+    [
+        ({"TRINIX_FAST_LAUNCH": "0"}, "off: TRINIX_FAST_LAUNCH=0"),
+        ({"TRITON_INTERPRET": "1"}, "off: TRITON_INTERPRET is set"),
+        ({"TRITON_INTERPRET": "1", "TRINIX_FAST_LAUNCH": "0"}, "off: TRINIX_FAST_LAUNCH=0"),
+    ],
+)
+def test_the_environment_switches_fast_launches_off_and_status_says_so(environment, status):
+    code = "from trinix.kernels.triton import _launch; print(_launch.status())"
+    assert in_fresh_process(code, **environment) == status
+
+
+def test_fast_launches_are_off_where_the_driver_or_a_debug_mode_needs_the_normal_path(monkeypatch):
+    monkeypatch.delenv("TRINIX_FAST_LAUNCH", raising=False)
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert _launch._initial_reason() is None
+    monkeypatch.setenv("TRINIX_FAST_LAUNCH", "1")
+    assert _launch._initial_reason() is None
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.debug = True
+        assert "debug" in _launch._initial_reason()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.instrumentation_mode = "consan"
+        assert "instrumentation" in _launch._initial_reason()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "HIP" in _launch._initial_reason()
+
+
+def test_an_interpreted_kernel_runs_right_and_is_never_kept():
+    if not _launch.INTERPRETED:
+        pytest.skip("Triton's interpreter is off in this process")
+    launch = Launcher(triton.jit(_scale), tensors=2).bind(FACTOR=FACTOR, BLOCK=BLOCK, num_warps=WARPS)
+    for n in (48, 48, 1, 47):
+        src, dst = torch.arange(128.0), torch.full((128,), -1.0)
+        launch(2, (src, dst), (n, 5, 0.5))
+        assert torch.equal(dst, torch.where(torch.arange(128) < n, src * FACTOR + 5.5, -1.0))
+    assert not launch.keep
+    assert _launch.status().startswith("off: ")
+
+
+def fake_probe(fast):
+    """Stands in for the probe kernel: right on the normal path, ``fast`` on the other."""
+
+    def launch(src, dst, n, FACTOR, BLOCK):
+        dst[:n] = src[:n] * FACTOR
+        return SimpleNamespace(run=fast, function=None, packed_metadata=None)
+
+    return {(2,): launch}
+
+
+def right(*arguments):
+    src, dst, n, factor, _ = arguments[9:]
+    source, result = ((ctypes.c_float * n).from_address(pointer) for pointer in (src, dst))
+    for i in range(n):
+        result[i] = source[i] * factor
+
+
+def one_element_short(*arguments):
+    right(*arguments[:11], arguments[11] - 1, *arguments[12:])
+
+
+def wrong_signature(*arguments):
+    raise TypeError("function takes exactly 10 arguments (14 given)")
+
+
+@pytest.fixture
+def unchecked(fake_driver, monkeypatch):
+    """The self-check lies ahead; yields a rig whose tensors say that they are on the CPU, where the check can run."""
+    monkeypatch.setattr(_launch._State, "checked", False)
+    monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7000)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    return Rig(device=torch.device("cpu"))
+
+
+def test_a_self_check_that_agrees_turns_fast_launches_on(unchecked, monkeypatch):
+    monkeypatch.setattr(_launch, "_probe", fake_probe(right))
+    assert _launch.status() == "on, self-check at the first launch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [unchecked(), unchecked()] == ["normal", "fast"]
+    assert _launch.status() == "on, self-check passed"
+    assert _launch._State.many_devices
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [(one_element_short, "the probe kernel gave another result"), (wrong_signature, "does not take the call")],
+)
+def test_a_self_check_that_disagrees_warns_once_and_leaves_the_normal_path(probe, reason, unchecked, monkeypatch):
+    monkeypatch.setattr(_launch, "_probe", fake_probe(probe))
+    with pytest.warns(UserWarning, match=f"fast launches are off.*{reason}") as seen:
+        assert [unchecked(), unchecked(), unchecked(n=47)] == ["normal"] * 3
+    assert len(seen) == 1
+    assert not unchecked.launch.keep
+    assert _launch.status().startswith("off: ")
+    assert reason in _launch.status()
+
+
+def test_during_stream_capture_the_self_check_waits(unchecked, monkeypatch):
+    monkeypatch.setattr(_launch, "_probe", None)  # touching it would raise
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert [unchecked(), unchecked()] == ["normal", "normal"]
+    assert _launch.status() == "on, self-check at the first launch"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(_launch, "_probe", fake_probe(right))
+    assert [unchecked(), unchecked()] == ["normal", "fast"]
+
+
+# ---- the tests can fail ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in OTHER_KERNELS if " int " in c])
+@pytest.mark.parametrize("broken", ["_int_class", "_is_pinned"])
+def test_a_key_without_the_int_launches_the_wrong_kernel_and_is_caught(broken, case, fake_driver, monkeypatch):
+    monkeypatch.setattr(_launch, broken, {"_int_class": lambda value: 0, "_is_pinned": lambda param: True}[broken])
+    rig = Rig()
+    one, other = OTHER_KERNELS[case]
+    rig(**one)
+    with pytest.raises(AssertionError, match="compiled for"):
+        rig(**other)
+
+
+# ---- with a real kernel, on the card -----------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+SIZE = 4 * BLOCK
+
+
+class Card:
+    """``card(n=48, ...)`` launches the real kernel, compares its result, and says which path it took."""
+
+    def __init__(self, monkeypatch, function=_scale):
+        self.kernel = triton.jit(function, do_not_specialize=["m"])
+        self.launch = Launcher(self.kernel, tensors=2).bind(FACTOR=FACTOR, BLOCK=BLOCK, num_warps=WARPS)
+        self.normal = 0
+        plain = _launch.Launch._normal
+
+        def counting(launch, *arguments):
+            self.normal += launch is self.launch
+            plain(launch, *arguments)
+
+        monkeypatch.setattr(_launch.Launch, "_normal", counting)
+
+    def __call__(self, *, n=48, m=5, a=0.5, blocks=2, dtypes=(torch.float32,) * 2, offset=(0, 0), card=0):
+        device = f"cuda:{card}"
+        src = torch.arange(SIZE + 8, device=device).remainder(61).to(dtypes[0])[offset[0] :][:SIZE]
+        dst = torch.full((SIZE + 8,), -1.0, device=device, dtype=dtypes[1])[offset[1] :][:SIZE]
+        before = self.normal
+        self.launch(blocks, (src, dst), (n, m, a))
+        self.check(src, dst, n, m, a, blocks)
+        return "normal" if self.normal > before else "fast"
+
+    def check(self, src, dst, n=48, m=5, a=0.5, blocks=2):
+        i = torch.arange(SIZE, device=src.device)
+        wanted = (src.float() * FACTOR + a + torch.tensor(float(m), device=src.device)).to(dst.dtype)
+        wanted = torch.where((i < n) & (i < blocks * BLOCK), wanted, -1.0)
+        torch.testing.assert_close(dst, wanted)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    return Card(monkeypatch)
+
+
+@gpu
+def test_on_the_card_fast_launches_are_on():
+    """Or every test below passes by the normal path."""
+    from trinix.ops import silu
+
+    for _ in range(2):
+        silu(torch.ones(8, device="cuda"), backend="triton")
+    assert _launch.status() == "on, self-check passed"
+
+
+@gpu
+@pytest.mark.parametrize("case", OTHER_KERNELS)
+def test_on_the_card_another_specialisation_gets_its_own_kernel(case, card):
+    one, other = OTHER_KERNELS[case]
+    assert [card(**one), card(**one)] == ["normal", "fast"]
+    assert [card(**other), card(**other)] == ["normal", "fast"]
+    assert card(**one) == "fast"
+
+
+@gpu
+@pytest.mark.parametrize("case", SAME_KERNEL)
+def test_on_the_card_the_same_specialisation_goes_fast(case, card):
+    one, other = SAME_KERNEL[case]
+    assert [card(**one), card(**other)] == ["normal", "fast"]
+
+
+@gpu
+@pytest.mark.parametrize("offset", [(1, 0), (0, 1), (3, 2)])
+def test_on_the_card_a_misaligned_pointer_takes_the_normal_path(offset, card):
+    assert [card(offset=offset), card(offset=offset), card(), card()] == ["normal", "normal", "normal", "fast"]
+    assert [card(offset=offset), card(offset=(4, 4))] == ["normal", "fast"]
+
+
+@gpu
+@pytest.mark.parametrize("name", HOOKS)
+def test_on_the_card_a_hook_sees_every_launch(name, card):
+    seen = []
+    card()
+    with HOOKS[name](card.kernel, lambda *arguments, **_: seen.append(len(arguments))):
+        assert [card(), card()] == ["normal", "normal"]
+    assert len(seen) == 2
+    assert card() == "fast"
+    assert len(seen) == 2
+
+
+@gpu
+def test_on_the_card_a_kernel_that_reads_globals_takes_the_normal_path(monkeypatch):
+    card = Card(monkeypatch, _scale_unbound)
+    assert [card(), card(), card()] == ["normal"] * 3
+
+
+@gpu
+def test_on_the_card_switched_off_every_launch_takes_the_normal_path(card, monkeypatch):
+    card()
+    monkeypatch.setattr(_launch._State, "off", "a test")
+    other = Card(monkeypatch)
+    assert [other(), other()] == ["normal", "normal"]
+
+
+@gpu
+def test_on_the_card_the_environment_switches_fast_launches_off():
+    code = (
+        "import torch, trinix; from trinix.kernels.triton import _launch, activation as kernels\n"
+        "x = torch.randn(1000, device='cuda')\n"
+        "for _ in range(3): assert torch.equal(trinix.ops.relu(x, backend='triton'), x.relu())\n"
+        "print(_launch.status(), len(kernels.flat_launches('relu', x.dtype)[1].keep))"
+    )
+    assert in_fresh_process(code, TRINIX_FAST_LAUNCH="0") == "off: TRINIX_FAST_LAUNCH=0 0"
+    assert in_fresh_process(code) == "on, self-check passed 1"
+
+
+@gpu
+def test_on_the_card_another_device_is_served_there(card):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs a second CUDA GPU, this machine has {torch.cuda.device_count()}")
+    assert [card(), card(card=1)] == ["normal", "normal"]
+    assert [card(), card(card=1)] == ["fast", "normal"]
+    with torch.cuda.device(1):
+        assert [card(), card(card=1)] == ["normal", "fast"]
+
+
+@gpu
+def test_on_the_card_a_self_check_that_disagrees_warns_and_results_stay_right(card, monkeypatch):
+    monkeypatch.setattr(_launch._State, "checked", False)
+    monkeypatch.setattr(_launch._State, "off", None)
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    with pytest.warns(UserWarning, match="fast launches are off"):
+        assert [card(), card()] == ["normal", "normal"]
+    assert _launch.status().startswith("off: the probe kernel gave another result")
+
+
+@gpu
+def test_on_the_card_a_self_check_waits_for_the_end_of_a_capture(card, monkeypatch):
+    card()  # compiled, so that the capture only launches
+    card.launch.keep.clear()
+    monkeypatch.setattr(_launch._State, "checked", False)
+    src, dst = (torch.zeros(SIZE, device="cuda") for _ in range(2))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        card.launch(2, (src, dst), (48, 5, 0.5))
+    assert not card.launch.keep
+    assert _launch.status() == "on, self-check at the first launch"
+    assert [card(), card()] == ["normal", "fast"]
+    assert _launch.status() == "on, self-check passed"
+    src.copy_(torch.arange(SIZE))
+    dst.fill_(-1.0)
+    graph.replay()
+    card.check(src, dst)
+
+
+@gpu
+@pytest.mark.parametrize("offset", [0, 1])
+def test_on_the_card_a_captured_launch_replays_on_new_data(offset, card):
+    assert [card(), card()] == ["normal", "fast"]
+    src, dst = (torch.zeros(SIZE + 1, device="cuda")[offset:][:SIZE] for _ in range(2))
+    card(offset=(offset, offset))
+    graph = torch.cuda.CUDAGraph()
+    before = card.normal
+    with torch.cuda.graph(graph):
+        card.launch(2, (src, dst), (48, 5, 0.5))
+    assert card.normal - before == offset  # a misaligned pointer went the normal way, the other one fast
+    for step in (1, 7):
+        src.copy_(torch.arange(SIZE) * step)
+        dst.fill_(-1.0)
+        graph.replay()
+        card.check(src, dst)
+
+
+@gpu
+def test_on_the_card_a_launch_goes_to_the_current_stream(card):
+    card()
+    src, dst = torch.zeros(SIZE, device="cuda"), torch.full((SIZE,), -1.0, device="cuda")
+    values = torch.arange(SIZE, device="cuda").float()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        src.copy_(values)
+        before = card.normal
+        card.launch(2, (src, dst), (48, 5, 0.5))
+    assert card.normal == before
+    side.synchronize()
+    card.check(values, dst)
+
+
+@gpu
+def test_on_the_card_a_key_without_the_int_gives_wrong_numbers(card, monkeypatch):
+    monkeypatch.setattr(_launch, "_int_class", lambda value: 0)
+    assert card(n=1) == "normal"
+    with pytest.raises(AssertionError):  # the kernel for n = 1 writes one element
+        card(n=48)

@@ -1,0 +1,88 @@
+"""What an import costs and does, each in a fresh process."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def in_fresh_process(code: str, **environment: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRINIX_FAST_LAUNCH")} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import trinix", ["torch", "triton", "rich", "numpy"]),
+        ("import trinix; dir(trinix); trinix.__version__", ["torch", "triton", "rich", "numpy"]),
+        ("import trinix.ops", ["triton", "rich", "trinix.kernels.triton", "trinix.layers", "trinix.lab"]),
+        ("import trinix; trinix.FastReLU; trinix.Unsupported", ["triton", "rich", "trinix.lab"]),
+        ("import torch, trinix; trinix.ops.relu(torch.ones(3, requires_grad=True)).sum().backward()", ["rich"]),
+    ],
+)
+def test_an_import_loads_only_what_it_needs(statement, absent):
+    code = f"import sys\n{statement}\nprint([name for name in {absent} if name in sys.modules])"
+    assert in_fresh_process(code) == "[]"
+
+
+def test_every_public_name_can_be_had_and_is_listed():
+    code = """
+        import trinix
+        assert set(dir(trinix)) == set(trinix.__all__)
+        for name in trinix.__all__:
+            assert getattr(trinix, name) is getattr(trinix, name), name
+        try:
+            trinix.no_such_name
+        except AttributeError as error:
+            print(error)
+    """
+    assert in_fresh_process(code) == "module 'trinix' has no attribute 'no_such_name'"
+
+
+def test_without_triton_every_activation_runs_on_the_cpu_and_naming_triton_says_what_is_missing():
+    code = """
+        import sys
+        sys.modules["triton"] = None
+        import torch, trinix
+        from trinix.ops import KINDS, activation
+        for kind in KINDS:
+            x = torch.linspace(-3, 3, 7, requires_grad=True)
+            (dx,) = torch.autograd.grad(activation(x, kind).sum(), x)
+            assert dx.isfinite().all(), kind
+            try:
+                activation(x, kind, backend="triton")
+            except trinix.Unsupported as error:
+                assert "'triton'" in str(error) and "needs the package triton, which is not installed" in str(error)
+            else:
+                raise AssertionError(kind)
+            assert "triton" in str(trinix.explain("activation", x, kind)) or kind == "none"
+        assert trinix.FastSiLU(use_triton=True)(torch.ones(3)).shape == (3,)
+        print("done")
+    """
+    assert in_fresh_process(code) == "done"
+
+
+@pytest.mark.parametrize("modules", ["trinix.ops, trinix.layers.activation", "trinix.kernels.triton.activation"])
+def test_importing_leaves_torch_and_the_process_as_they_were(modules):
+    code = f"""
+        import os, random, torch, warnings, triton
+        def facts():
+            return [
+                torch.get_rng_state().tolist(), random.getstate(), dict(os.environ), torch.cuda.is_initialized(),
+                torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
+                torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
+                torch.backends.cuda.matmul.allow_tf32, list(warnings.filters), str(torch.get_default_device()),
+                [list(h.calls) for h in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)],
+            ]
+        before = facts()
+        import {modules}
+        print([i for i, (a, b) in enumerate(zip(before, facts(), strict=True)) if a != b])
+    """
+    assert in_fresh_process(code) == "[]"

@@ -29,15 +29,27 @@ def bench(
     return bench_cases(load_cases(suite, ops), impls or tuple(PREPARE), out, console)
 
 
-def bench_cases(cases: Sequence[Case], impls: Sequence[str], out: Path, console: Console) -> int:
+def bench_cases(
+    cases: Sequence[Case],
+    impls: Sequence[str],
+    out: Path,
+    console: Console,
+    *,
+    kernels: bool = True,
+    cpu_elements: int = CPU_ELEMENTS,
+) -> int:
+    """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels=False`` leaves only the CPU times there."""
     card = device.card()
     if card:
         console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
         return _on_gpu(cases, impls, out / card.slug, console)
-    console.print(
-        "No GPU here: correctness in the interpreter, PyTorch's CPU times, the compiler's report. No GPU speed."
-    )
-    return _without_gpu(cases, impls, out / "cpu", console)
+    if kernels:
+        console.print(
+            "No GPU here: kernels in the interpreter, PyTorch's CPU times, the compilers' report. No GPU speed."
+        )
+    else:
+        console.print("No GPU here: PyTorch's CPU times only. They say nothing about a GPU kernel.")
+    return _without_gpu(cases, impls, out / "cpu", console, kernels, cpu_elements)
 
 
 def _on_gpu(cases, impls, folder: Path, console: Console) -> int:
@@ -78,8 +90,27 @@ def _collect(
     return lines, False
 
 
-def _without_gpu(cases, impls, folder: Path, console: Console) -> int:
+def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cpu_elements: int) -> int:
     failed = 0
+    if kernels:
+        failed += _interpret(console)
+        console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
+    small = [c for c in cases if all(prod(s) <= cpu_elements for s in c.shape.values())]
+    lines, interrupted = _collect(small, folder, console, lambda case: run.run_cpu(case, impls))
+    console.print(_cpu_table(lines))
+    if interrupted:
+        return 130
+    failed += sum(not one["ok"] and _is_ours(one) for one in lines)
+    if skipped := sum(trinix.is_built(c) for c in cases) - sum(trinix.is_built(c) for c in small):
+        console.print(f"Skipped: {skipped} built cases above {cpu_elements:,} elements are timed on a GPU only.")
+    if kernels:
+        failed += _compile(console)
+    _show_not_built(cases, console)
+    console.print(f"{failed} failed." if failed else "All checks passed. The speed of a kernel needs a GPU.")
+    return int(failed > 0)
+
+
+def _interpret(console: Console) -> int:
     console.rule("1 of 3: every kernel in Triton's interpreter, against float64")
     checks = []
     with _progress(console) as progress:
@@ -88,29 +119,18 @@ def _without_gpu(cases, impls, folder: Path, console: Console) -> int:
             checks.append(one)
             progress.update(task, description=one["kernel"], completed=len(checks))
     console.print(_interpreter_table(checks))
-    failed += sum(not one["ok"] for one in checks)
+    return sum(not one["ok"] for one in checks)
 
-    console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
-    small = [c for c in cases if all(prod(s) <= CPU_ELEMENTS for s in c.shape.values())]
-    lines, interrupted = _collect(small, folder, console, lambda case: run.run_cpu(case, impls))
-    console.print(_cpu_table(lines))
-    if interrupted:
-        return 130
-    failed += sum(not one["ok"] and _is_ours(one) for one in lines)
-    if skipped := sum(trinix.is_built(c) for c in cases) - sum(trinix.is_built(c) for c in small):
-        console.print(f"Skipped: {skipped} built cases above {CPU_ELEMENTS:,} elements are timed on a GPU only.")
 
-    console.rule("3 of 3: compiled ahead of time for GPUs (estimates, nothing was run)")
+def _compile(console: Console) -> int:
+    console.rule("3 of 3: compiled ahead of time (the last column is an estimate: least bytes over listed bandwidth)")
     with _progress(console) as progress:
         task = progress.add_task("compiling", total=None)
         reports = aot.report(
             aot.quick_cases(), progress=lambda done, total: progress.update(task, completed=done, total=total)
         )
     console.print(_compiler_table(reports))
-    failed += sum(not one.ok for one in reports)
-    _show_not_built(cases, console)
-    console.print(f"{failed} failed." if failed else "All checks passed. Timings of kernels need a GPU.")
-    return int(failed > 0)
+    return sum(not one.ok for one in reports)
 
 
 def _progress(console: Console) -> Progress:
@@ -205,11 +225,12 @@ def _cpu_table(lines: Sequence[dict]) -> Table:
 
 def _compiler_table(reports: Sequence) -> Table:
     table = Table(
-        "kernel", "target", "registers", "spills", "shared B", "load bits", "store bits", "roofline estimate ms", ""
+        title=f"estimate: for {aot.ELEMENTS / 1e6:.1f} M elements (X-*-4096); nothing was run", title_justify="left"
     )
+    for name in ("kernel", "target", "registers", "spills", "shared B", "load bits", "store bits", "estimate ms", ""):
+        table.add_column(name, justify="left" if name in ("kernel", "target", "") else "right")
     for one in reports:
-        table.add_row(
-            one.case, one.target, str(one.registers), str(one.spills), str(one.shared_bytes), str(one.load_bits),
-            str(one.store_bits), f"{one.estimate_ms:.3f}" if one.estimate_ms else "-", "ok" if one.ok else one.reason,
-        )  # fmt: skip
+        facts = (one.registers, one.spills, one.shared_bytes, one.load_bits, one.store_bits)
+        estimate = f"{one.estimate_ms:.3f}" if one.estimate_ms else "-"
+        table.add_row(one.case, one.target, *map(str, facts), estimate, "ok" if one.ok else f"FAILED: {one.reason}")
     return table

@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    from trinix.kernels.triton import _interpreter  # noqa: F401  (corrects its rounding)
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
 _static_launcher = getattr(torch._C, "_StaticCudaLauncher", None)

@@ -248,18 +248,18 @@ def _relu_forward_mask(x, y, mask, n: "i64", COLS: tl.constexpr):
         row = tl.arange(0, 8)[:, None]
         i = row * COLS + col[None, :]
         v = tl.load(x + i).to(tl.float32)
-        keep = ~(v <= 0)
-        tl.store(y + i, tl.where(keep, v, 0.0).to(y.dtype.element_ty))
-        bits = tl.sum(keep.to(tl.int32) << row, 0)
+        v = tl.where(v <= 0, 0.0, v)  # NaN stays, and counts as not 0: its gradient passes, as in PyTorch
+        tl.store(y + i, v.to(y.dtype.element_ty))
+        bits = tl.sum((v != 0).to(tl.int32) << row, 0)
     else:
         rest = (n - start).to(tl.int32)
         bits = tl.zeros((COLS,), tl.int32)
         for r in range(8):
             i = r * COLS + col
             v = tl.load(x + i, mask=i < rest, other=0.0).to(tl.float32)
-            keep = ~(v <= 0)
-            tl.store(y + i, tl.where(keep, v, 0.0).to(y.dtype.element_ty), mask=i < rest)
-            bits += keep.to(tl.int32) << r
+            v = tl.where(v <= 0, 0.0, v)
+            tl.store(y + i, v.to(y.dtype.element_ty), mask=i < rest)
+            bits += (v != 0).to(tl.int32) << r
     tl.store(mask + tile * COLS + col, bits.to(tl.uint8))
 
 

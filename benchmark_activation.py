@@ -1,0 +1,11 @@
+"""Seed document 002's own command: python benchmark_activation.py --hidden_size 4096 --seq_len 8192"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "src"))  # a source tree needs no installation
+
+from trinix.lab.documents import benchmark_activation  # noqa: E402
+
+if __name__ == "__main__":
+    raise SystemExit(benchmark_activation())

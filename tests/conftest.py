@@ -5,6 +5,9 @@ A kernel that leaves part of its output unwritten must not pass because the memo
 """
 
 import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -76,3 +79,23 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def fresh_process():
+    """``fresh_process(code, **environment)``: what the code prints in a Python of its own."""
+
+    def run(code: str, **environment: str) -> str:
+        ours = ("TRITON_INTERPRET", "TRINIX_FAST_LAUNCH")
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env={k: v for k, v in os.environ.items() if k not in ours} | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run

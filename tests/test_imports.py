@@ -1,20 +1,6 @@
 """What an import costs and does, each in a fresh process."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
-
-
-def in_fresh_process(code: str, **environment: str) -> str:
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRINIX_FAST_LAUNCH")} | environment
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -27,12 +13,12 @@ def in_fresh_process(code: str, **environment: str) -> str:
         ("import torch, trinix; trinix.ops.relu(torch.ones(3, requires_grad=True)).sum().backward()", ["rich"]),
     ],
 )
-def test_an_import_loads_only_what_it_needs(statement, absent):
+def test_an_import_loads_only_what_it_needs(statement, absent, fresh_process):
     code = f"import sys\n{statement}\nprint([name for name in {absent} if name in sys.modules])"
-    assert in_fresh_process(code) == "[]"
+    assert fresh_process(code) == "[]"
 
 
-def test_every_public_name_can_be_had_and_is_listed():
+def test_every_public_name_can_be_had_and_is_listed(fresh_process):
     code = """
         import trinix
         assert set(dir(trinix)) == set(trinix.__all__)
@@ -43,10 +29,10 @@ def test_every_public_name_can_be_had_and_is_listed():
         except AttributeError as error:
             print(error)
     """
-    assert in_fresh_process(code) == "module 'trinix' has no attribute 'no_such_name'"
+    assert fresh_process(code) == "module 'trinix' has no attribute 'no_such_name'"
 
 
-def test_without_triton_every_activation_runs_on_the_cpu_and_naming_triton_says_what_is_missing():
+def test_without_triton_every_activation_runs_on_the_cpu_and_naming_triton_says_what_is_missing(fresh_process):
     code = """
         import sys
         sys.modules["triton"] = None
@@ -66,11 +52,11 @@ def test_without_triton_every_activation_runs_on_the_cpu_and_naming_triton_says_
         assert trinix.FastSiLU(use_triton=True)(torch.ones(3)).shape == (3,)
         print("done")
     """
-    assert in_fresh_process(code) == "done"
+    assert fresh_process(code) == "done"
 
 
 @pytest.mark.parametrize("modules", ["trinix.ops, trinix.layers.activation", "trinix.kernels.triton.activation"])
-def test_importing_leaves_torch_and_the_process_as_they_were(modules):
+def test_importing_leaves_torch_and_the_process_as_they_were(modules, fresh_process):
     code = f"""
         import os, random, torch, warnings, triton
         def facts():
@@ -85,4 +71,4 @@ def test_importing_leaves_torch_and_the_process_as_they_were(modules):
         import {modules}
         print([i for i, (a, b) in enumerate(zip(before, facts(), strict=True)) if a != b])
     """
-    assert in_fresh_process(code) == "[]"
+    assert fresh_process(code) == "[]"

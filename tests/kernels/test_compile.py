@@ -17,8 +17,11 @@ from trinix.kernels.triton.activation import CompileCase  # noqa: E402
 def fault(one: aot.Report) -> str | None:
     if one.reason:
         return one.reason
-    least = 1 / 3 if "-mask/" in one.case else 1 / 2  # eight rows of a mask's tile are eight loads in flight a thread
-    return None if one.occupancy >= least else f"{one.registers} registers leave an occupancy of {one.occupancy:.0%}"
+    if (
+        one.occupancy < 1 / 2 and "-mask/" not in one.case
+    ):  # eight rows of a mask's tile: registers full of loads in flight
+        return f"{one.registers} registers leave an occupancy of {one.occupancy:.0%}"
+    return None
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
@@ -98,7 +101,7 @@ def test_bad_kernels_are_rejected(monkeypatch):
         "good": "None",
         "narrow": "widest load is 16 bits, wanted 128; widest store is 16 bits, wanted 128",
         "unaligned": "widest load is 16 bits, wanted 128; widest store is 16 bits, wanted 128",
-        "spilling": r"spills \d+ (bytes|registers) a thread.*",
+        "spilling": r"spills \d+ bytes a thread.*",
         "greedy": r".*asks for \d+ bytes of shared memory, limit \d+.*",
         "wrong": "(?s)CompilationError: .*power of 2.*",
         "crash": "the compiling process ended with exit status 3",

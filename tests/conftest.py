@@ -45,34 +45,6 @@ def device(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session", autouse=True)
-def bfloat16_rounds_as_on_the_card():
-    """Triton's interpreter cuts float32 to bfloat16 where every card rounds to the nearest, ties to even."""
-    if not interpreted():
-        yield
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    plain = interpreter.InterpreterBuilder.cast_impl
-
-    def cast_impl(self, source, wanted):
-        if (source.dtype.scalar, wanted.scalar) != (tl.float32, tl.bfloat16):
-            return plain(self, source, wanted)
-        bits = np.ascontiguousarray(source.data).view(np.uint32)
-        nearest = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
-        nan = np.isnan(source.data)
-        nearest[nan] = 0x7FC0
-        return interpreter.TensorHandle(nearest, tl.bfloat16)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
-        for name in ("create_fp_trunc", "create_fp_ext"):
-            patch.setattr(interpreter.InterpreterBuilder, name, cast_impl)
-        yield
-
-
 @pytest.fixture
 def fresh_dynamo():
     """torch.compile starts from nothing and leaves nothing."""

@@ -2,11 +2,10 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 
-_forced: ContextVar[str | None] = ContextVar("trinix_backend", default=None)
+forced: str | None = None  # what "auto" means at present: set by ``use_backend`` only; torch.compile guards it
 
 
 class Unsupported(RuntimeError):
@@ -33,27 +32,24 @@ class Explanation:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, ``backend="auto"`` means ``name``, in this thread or task.
+    """Within the block, ``backend="auto"`` means ``name``, in the whole process (as PyTorch's own backend switches do).
 
-    >>> import torch, trinix
     >>> with trinix.use_backend("torch"):
     ...     y = trinix.ops.silu(torch.randn(8))
 
     A backward pass runs where its forward ran.
     """
-    token = _forced.set(name)
+    global forced
+    before, forced = forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
-
-
-forced = _forced.get  # what ``use_backend`` put in the place of "auto", or None
+        forced = before
 
 
 def resolve(backend: str) -> str:
     """``backend``, or what ``use_backend`` put in the place of "auto"."""
-    return (forced() or backend) if backend == "auto" else backend
+    return forced or backend if backend == "auto" else backend
 
 
 def missing(load: Callable[[], ModuleType]) -> str | None:

@@ -437,6 +437,19 @@ def test_an_interpreted_kernel_runs_right_and_is_never_kept():
     assert _launch.status().startswith("off: ")
 
 
+def test_the_interpreter_rounds_to_bfloat16_as_a_card_does():
+    if not _launch.INTERPRETED:
+        pytest.skip("Triton's interpreter is off in this process")
+    launch = Launcher(triton.jit(_scale), tensors=2).bind(FACTOR=1, BLOCK=BLOCK, num_warps=WARPS)
+    bits = torch.tensor(
+        [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x00008001, 0x7F800000, 0x7F800001]
+    )
+    src = torch.cat([bits, bits + 2**31]).to(torch.uint32).view(torch.float32)  # ties, largest, subnormal, inf, NaN; -
+    dst = torch.empty(16, dtype=torch.bfloat16)
+    launch(1, (src, dst), (16, 0, 0.0))
+    torch.testing.assert_close(dst, src.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
 class FakeProbe:
     """Stands in for the probe kernel: right on the normal path; on the fast one as PyTorch's and Triton's launchers are
     told to be."""

@@ -396,7 +396,14 @@ def test_the_second_derivative_is_pytorchs(kind, layout, device):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("kind", FORMULA_KINDS)
+def test_a_gradient_penalty_of_relu_alone_is_refused_its_mask_keeps_no_graph(device):
+    x = normal((4, 5), torch.float32, seed=1, device=device).requires_grad_()
+    (dx,) = torch.autograd.grad(call("relu", "triton")(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMULA_KINDS if kind != "relu"])
 def test_a_gradient_penalty_can_be_taken_as_in_pytorch(kind, device):
     grads = []
     for backend in ("triton", "torch"):
@@ -659,6 +666,14 @@ def test_a_dispatch_mode_sees_one_op_a_pass(kind, device):
         "trinix.activation.default",
         "trinix.activation_backward.default",
     ]
+
+
+def test_the_registered_relu_saves_y_and_the_others_x(device):
+    x = normal((4, 6), torch.float32, seed=1, device=device).requires_grad_()
+    with Watch():
+        relu, silu = (call(kind, "triton")(x) for kind in ("relu", "silu"))
+    assert relu.grad_fn.saved_tensors[0].data_ptr() == relu.data_ptr()
+    assert silu.grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("layout", [k for k in LAYOUTS if k != "one past the mask tile"])

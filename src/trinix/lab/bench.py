@@ -159,7 +159,7 @@ def _show_not_built(cases: Sequence[Case], console: Console) -> None:
 
 def summary(lines: Iterable[dict]) -> Table:
     """One row a case and pass: trinix beside the best rival."""
-    table = Table(title="Device time, cold L2, medians (ms); share: of the best measured traffic of the same bytes")
+    table = Table(title="Device time, cold L2, medians (ms); share: of a copy of the same, fewest bytes")
     for name in ("case", "pass", "trinix", "runs", "trinix:triton", "eager", "compile", "seed_formula"):
         table.add_column(name, justify="right" if name not in ("case", "pass", "runs") else "left")
     for name in ("best/trinix", "share", "host us", "MiB", "error"):
@@ -188,7 +188,7 @@ def _ms(one: dict | None) -> str:
     if not one:
         return "-"
     if not one["ok"]:
-        return "skipped" if _is_skip(one) else "FAILED"
+        return "skipped" if _is_skip(one) else "FAILED" if _is_ours(one) else "not timed"
     return f"{one['device_ms']['p50']:.4f}"
 
 

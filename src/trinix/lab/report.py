@@ -36,6 +36,8 @@ class ResultRow:
         ours, best = self.line(impl), self.best_rival()
         if not ours or not ours["ok"] or not best:
             return None
+        if not ours["device_ms"]["p50"]:  # nothing ran on the device
+            return None
         return best["device_ms"]["p50"] / ours["device_ms"]["p50"]
 
 
@@ -76,9 +78,9 @@ def markdown(lines: list[dict], source: str) -> str:
     if first["gpu"] is None:
         return "\n".join([*out, *_cpu_section(lines)]) + "\n"
     out += [
-        "Device ms are medians with a cold L2 cache and the host's time hidden; wall ms are calls back to back; host us is the "
+        "Device ms are medians with a cold L2 cache and the host's time hidden, 0 where no kernel ran; wall ms are calls back to back; host us is the "
         "time to enqueue a call. *best / trinix* is the best rival's (eager, compile) device time over ours: above 1 we are "
-        "faster. *share* is the device time of a plain copy or sum of the same, fewest bytes over ours. *runs* is the backend "
+        "faster. *share* is the device time of a plain copy of the same, fewest bytes over ours (two reads a write run up to 2% faster than a copy). *runs* is the backend "
         'that "auto" chose. MiB are the measured peak over the inputs; *error* is our error against float64 over PyTorch\'s.',
         "",
     ]

@@ -9,9 +9,9 @@ import torch
 from trinix import device
 from trinix.lab.case import Case
 
-# A result this far above the best measured ceiling of the same traffic is an error of measurement, not a record; the
-# margin is the spread that equal kernels show between rounds.
-MARGIN = 1.04
+# A result is an error of measurement, not a record, when it beats the best measured ceiling of the same traffic by more
+# than equal kernels differ between rounds: 4%, and 2 us for the short ones.
+MARGIN, MARGIN_MS = 1.04, 0.002
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def work(case: Case, pass_: str) -> Work | None:
 
 
 def traffic_probes(moved: int) -> dict[str, Callable]:
-    """Calls that move ``moved`` bytes at the card's best: a copy (one read, one write) and a sum (two reads, one write)."""
+    """Calls that move ``moved`` bytes at the card's best: a copy (one read, one write), the ceiling that shares are of, and
+    a sum (two reads, one write), which is up to 2% faster."""
     half, third = moved // 2 // 2, moved // 3 // 2
     a = torch.empty(half, dtype=torch.bfloat16, device="cuda").normal_()
     b = torch.empty_like(a)
@@ -56,6 +57,6 @@ def impossible(ms: float, moved: int, ceiling_ms: float, card: device.Card) -> s
     rate = moved / ms / 1e6
     if card.bandwidth_gbs and rate > card.bandwidth_gbs:
         return f"{rate:.0f} GB/s is above the listed {card.bandwidth_gbs:.0f} GB/s of {card.name}"
-    if ceiling_ms / ms > MARGIN:
+    if ms * MARGIN + MARGIN_MS < ceiling_ms:
         return f"{ms:.4f} ms is faster than this card moves the least bytes ({ceiling_ms:.4f} ms measured)"
     return None

@@ -4,7 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from trinix.ops import activation as ops
+from trinix import ops
+from trinix.ops.activation import triton_can_run
 
 
 class _FastActivation(nn.Module):
@@ -38,7 +39,7 @@ def _backend(use_triton: bool | None, x: Tensor) -> str:
         return "auto"
     if not use_triton:
         return "torch"
-    return "triton" if ops.triton_can_run(x) else "auto"
+    return "triton" if triton_can_run(x) else "auto"
 
 
 class FastReLU(_FastActivation):

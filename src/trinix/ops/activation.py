@@ -23,7 +23,8 @@ the kinks are PyTorch's (0 at relu's 0, NaN-transparent).
 
 Backward saves x and recomputes. relu of a dense x under grad saves one bit an element instead (1/16 of a bf16 tensor):
 bit r of byte [t, c] of the mask belongs to element 4096 t + 512 r + c in memory order; relu of a strided x saves y.
-The first derivative runs in one kernel; a second derivative (``create_graph=True``) goes through the PyTorch formula.
+The first derivative runs in one kernel; a second derivative (``create_graph=True``) goes through the PyTorch formula. The
+mask keeps no graph to x, so a second derivative of relu alone, which is 0, is an error of autograd's rather than zeros.
 
 Under ``torch.compile`` "auto" hands the compiler the plain formula, so that it fuses with its neighbours.
 """
@@ -33,6 +34,7 @@ import inspect
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from trinix import dispatch
@@ -40,11 +42,16 @@ from trinix.dispatch import Explanation
 from trinix.kernels.torch import activation as reference
 
 
-@functools.cache
-def _triton():
-    from trinix.kernels.triton import activation
+_triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
 
-    return activation
+
+def _triton():
+    global _triton_module
+    if _triton_module is None:
+        from trinix.kernels.triton import activation
+
+        _triton_module = activation
+    return _triton_module
 
 
 def _torch():
@@ -59,13 +66,14 @@ KINDS = (
 
 _ALWAYS, _NEVER = 0, 1 << 62
 # From how many elements on "auto" runs the Triton kernel on a GPU: (no gradient, with gradient), from the H100's rows.
-# Where PyTorch has the kind as one kernel, ours costs about as much host time without gradient and 30 to 50 us more with:
-# it has to win on the device. Equal device time (0.5% apart): X-relu, X-sigmoid, X-silu from 4096 up. Faster: mish and
-# softplus from G-mi-1 on, relu's backward by its mask from X-relu-512 on. Kinds that eager composes: always.
-_TRITON_FROM = dict.fromkeys(KINDS, (1 << 26, 1 << 26))
-_TRITON_FROM |= dict.fromkeys(("mish", "softplus"), (1 << 21, 1 << 22))
+# Where PyTorch has the kind as one kernel, ours costs 3 us more host time without gradient and 30 to 50 us more with: it
+# has to win on the device. At par, so never: relu without gradient, sigmoid, silu, leaky_relu, tanh (X-*, K-*: 0 to 0.8%).
+# Faster: mish by a quarter from G-mi-1 on, softplus alike, gelu by 5%; relu's backward by its mask from X-relu-512 on.
+# Kinds that eager composes of several kernels: always.
+_TRITON_FROM = dict.fromkeys(KINDS, (_NEVER, _NEVER))
 _TRITON_FROM |= dict.fromkeys(("quick_gelu", "squared_relu"), (_ALWAYS, _ALWAYS))
-_TRITON_FROM |= {"relu": (1 << 26, 1 << 24), "none": (_NEVER, _NEVER)}
+_TRITON_FROM |= dict.fromkeys(("mish", "softplus"), (1 << 21, 1 << 22))
+_TRITON_FROM |= {"relu": (_NEVER, 1 << 23), "gelu": (1 << 24, 1 << 26)}
 
 
 def activation(
@@ -175,7 +183,7 @@ def _activation(x, kind, a, b, backend):
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"activation: x must be a floating-point tensor, got {got}; convert it with x.float()")
     grad = x.requires_grad and torch.is_grad_enabled()
-    if backend != "auto" or dispatch.forced() is not None:
+    if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
     if torch.compiler.is_compiling() or not x.is_cuda or x.numel() < _TRITON_FROM[kind][grad]:
         return reference.FORMULAS[kind](x, a, b)
@@ -190,16 +198,20 @@ def _named(x, kind, a, b, backend, grad):
     if kind == "none" or backend == "torch":
         return reference.forward(x, kind, a, b)
     if torch.compiler.is_compiling() or not _plain(x):
+        # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
+        grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return _RegisteredActivation.apply(x, kind, a, b) if grad else _forward_op(x, kind, a, b)
     return _Activation.apply(x, kind, a, b) if grad else module.forward(x, kind, a, b)
 
 
 def _plain(x: Tensor) -> bool:
-    """True when a raw launch sees what it thinks it sees: no subclass, dispatch mode or functorch transform."""
+    """True when a raw launch sees what it thinks it sees: no subclass, mode, transform, dual or lazily negated tensor."""
     return (
         (type(x) is Tensor or type(x) is Parameter)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not x.is_neg()
     )
 
 
@@ -231,13 +243,17 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, dy):
         (saved,) = ctx.saved_tensors
         kind, a, b, layout = ctx.call
-        if not torch.is_grad_enabled():
+        again = torch.is_grad_enabled()  # create_graph=True
+        if not again and _plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
             return _triton().backward(saved, dy, kind, a, b, layout), None, None, None
-        # create_graph=True: the same derivative from differentiable operations
+        # the same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy
         if saved.dtype == torch.uint8:
             dx = torch.where(_triton().unpack_mask(saved, dy.shape, layout), dy, 0.0)
         else:
-            (dx,) = torch.autograd.grad(reference.forward(saved, kind, a, b), saved, dy, create_graph=True)
+            with torch.enable_grad():
+                x = saved if again else saved.detach().requires_grad_()
+                y = reference.forward(x, kind, a, b)
+            (dx,) = torch.autograd.grad(y, x, dy, create_graph=again)
         return dx, None, None, None
 
 
@@ -283,6 +299,8 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     call = inspect.signature(op).bind(x, *args, **kwargs)
     call.apply_defaults()
     given = call.arguments
+    if given.get("kind") not in (None, *KINDS):
+        raise ValueError(f"explain: kind must be one of {list(KINDS)}, got {given['kind']!r}")
     kind = given.get("kind") or {"identity": "none"}.get(op.__name__, op.__name__)
     if kind == "gelu" and given.get("approximate") == "tanh":
         kind = "gelu_tanh"
@@ -307,6 +325,10 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         rejected["triton"] = against
     elif not _plain(x):
         rejected["triton"] = f"a raw launch does not see through {type(x).__name__} or an active mode"
+    elif least == _NEVER:
+        rejected["triton"] = (
+            "no faster than PyTorch's own kernel at any size measured, and a launch costs more host time"
+        )
     elif x.numel() < least:
         with_grad = "with" if grad else "without"
         rejected["triton"] = f"{x.numel()} elements {with_grad} gradient are bound by host time; faster from {least} on"

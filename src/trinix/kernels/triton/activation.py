@@ -397,6 +397,8 @@ def _power_of_two(n: int) -> int:
 def unsupported(x: torch.Tensor) -> str | None:
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return f"needs a GPU tensor, got {x.device.type}"
+    if x.layout != torch.strided or x.is_nested:
+        return "needs a strided tensor, got " + ("a nested tensor" if x.is_nested else str(x.layout))
     if x.dtype not in DTYPES:
         return f"needs float16, bfloat16 or float32, got {str(x.dtype).removeprefix('torch.')}"
     return None

@@ -296,7 +296,8 @@ def test_an_infinite_gradient_is_cut_where_relu_is_flat(kind, layout, gradient_l
 @pytest.mark.parametrize("n", [1, MASK_TILE, 2 * MASK_TILE + 1])
 def test_relu_of_a_dense_x_saves_one_bit_an_element(n, device):
     x = normal((n,), torch.bfloat16, seed=1, device=device).requires_grad_()
-    (mask,) = trinix.ops.relu(x, backend="triton").grad_fn.saved_tensors
+    y = trinix.ops.relu(x, backend="triton")
+    (mask,) = y.grad_fn.saved_tensors
     tiles = -(-n // MASK_TILE)
     assert mask.dtype == torch.uint8
     assert mask.numel() == tiles * kernels.MASK_COLS
@@ -313,7 +314,8 @@ def test_relu_of_a_dense_x_saves_one_bit_an_element(n, device):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels last", "offset by one element", "0-d"])
 def test_relu_saves_its_mask_for_every_dense_layout(layout, device):
     x, _ = make(layout, torch.float32, device)
-    (saved,) = trinix.ops.relu(x.requires_grad_(), backend="triton").grad_fn.saved_tensors
+    y = trinix.ops.relu(x.requires_grad_(), backend="triton")
+    (saved,) = y.grad_fn.saved_tensors
     assert saved.dtype == torch.uint8
 
 
@@ -329,7 +331,8 @@ def test_relu_of_a_strided_x_saves_y(layout, device):
 @pytest.mark.parametrize("kind", SAVING_X)
 def test_other_kinds_save_x_itself(kind, layout, device):
     x, _ = make(layout, torch.float32, device)
-    (saved,) = call(kind, "triton")(x.requires_grad_()).grad_fn.saved_tensors
+    y = call(kind, "triton")(x.requires_grad_())
+    (saved,) = y.grad_fn.saved_tensors
     assert (saved.data_ptr(), saved.stride()) == (x.data_ptr(), x.stride())
 
 
@@ -540,7 +543,7 @@ EXPLAINED = {
     "mask": (
         lambda x: trinix.explain("relu", x.requires_grad_(), backend="triton"),
         "relu -> triton: named by the caller\n"
-        "  config: flat kernel with a bit mask for backward, tile 8 x 512",
+        "  config: flat kernel with a bit mask for backward, tile 8 x 256",
     ),
     "relu without gradient": (
         lambda x: trinix.explain("relu", x, backend="triton"),
@@ -711,8 +714,9 @@ def test_a_negative_view_is_read_with_its_sign(kind, backend, device):
     x, dy = make("contiguous", torch.float32, device)
     x, dy = torch._neg_view(x), torch._neg_view(dy)
     resolved = x.resolve_neg(), dy.resolve_neg()
-    same(call(kind, backend)(x), call(kind, backend)(resolved[0]))
-    same(gradient(kind, x, dy, backend), gradient(kind, *resolved, backend))
+    # close, not equal: a negative view goes through PyTorch's formula, its resolved copy through the kernel
+    torch.testing.assert_close(call(kind, backend)(x), call(kind, backend)(resolved[0]))
+    torch.testing.assert_close(gradient(kind, x, dy, backend), gradient(kind, *resolved, backend))
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

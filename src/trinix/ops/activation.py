@@ -21,8 +21,8 @@ x is [...] (any shape, any strides, 0 elements too); y has x's shape, dtype and 
 ``torch.empty_like(x)`` gives. Arithmetic is float32 inside the kernels, float64 for float64. NaN passes, and gradients at
 the kinks are PyTorch's (0 at relu's 0, NaN-transparent).
 
-Backward saves x and recomputes. relu of a dense x under grad saves one bit an element instead (1/16 of a bf16 tensor):
-bit r of byte [t, c] of the mask belongs to element 4096 t + 512 r + c in memory order; relu of a strided x saves y.
+Backward saves x and recomputes. relu of a dense x under grad saves one bit an element instead (1/16 of a bf16 tensor),
+in the order that the kernel walks memory; relu of a strided x saves y.
 The first derivative runs in one kernel; a second derivative (``create_graph=True``) goes through the PyTorch formula. The
 mask keeps no graph to x, so a second derivative of relu alone, which is 0, is an error of autograd's rather than zeros.
 
@@ -40,7 +40,6 @@ from torch.nn import Parameter
 from trinix import dispatch
 from trinix.dispatch import Explanation
 from trinix.kernels.torch import activation as reference
-
 
 _triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
 

@@ -4,6 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def _square(r: Tensor) -> Tensor:
+    return r * r  # not r.square(): autocast would answer in float32
+
+
 FORMULAS = {
     "none": lambda x, a, b: x,
     "relu": lambda x, a, b: torch.relu(x),
@@ -12,7 +17,7 @@ FORMULAS = {
     "gelu": lambda x, a, b: F.gelu(x),
     "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x, a, b: x * torch.sigmoid(1.702 * x),
-    "squared_relu": lambda x, a, b: torch.relu(x).square(),
+    "squared_relu": lambda x, a, b: _square(torch.relu(x)),
     "mish": lambda x, a, b: F.mish(x),
     "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
     "tanh": lambda x, a, b: torch.tanh(x),

@@ -48,18 +48,20 @@ class Gpu:
         A call that launches nothing shows the events' own distance (about 1.5 us); it is reported as 0.
         """
         calls = {**calls, _NOTHING: lambda: None}
-        spin = {name: int((2.5 * _enqueue_us(call) + 30) * 1000 * SPIN_GHZ) for name, call in calls.items()}
+        spin = {n: int(min(2.5 * _enqueue_us(call) + 30, 20_000) * 1000 * SPIN_GHZ) for n, call in calls.items()}
         names = list(calls)
         cost = sum(self._once(calls[n], spin[n]) for n in names)
         reps = max(2, min(20, int(budget_s / rounds / max(cost, 1e-6))))
-        sample: dict[str, list[float]] = {n: [] for n in names}
-        for r in range(rounds):
-            for name in names[r % len(names) :] + names[: r % len(names)]:
-                events = [_events() for _ in range(reps)]
-                for start, end in events:
-                    self._record(calls[name], spin[name], start, end)
-                torch.cuda.synchronize()
-                sample[name] += [start.elapsed_time(end) for start, end in events]
+
+        def repeat(name: str) -> list[float]:
+            events = [_events() for _ in range(reps)]
+            for start, end in events:
+                self._record(calls[name], spin[name], start, end)
+            torch.cuda.synchronize()
+            return [start.elapsed_time(end) for start, end in events]
+
+        loops = _interleave({n: n for n in names}, rounds, repeat)
+        sample = {n: [ms for loop in s for ms in loop] for n, s in loops.items()}
         spreads = {n: Spread.of(s) for n, s in sample.items()}
         least = spreads.pop(_NOTHING).p80 * 1.25
         return {n: s if s.p50 > least else Spread(0.0, 0.0, 0.0) for n, s in spreads.items()}
@@ -85,20 +87,14 @@ class Gpu:
 
         The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival.
         """
-        best = dict.fromkeys(calls, float("inf"))
-        for _ in range(rounds):
-            for name, call in calls.items():
-                best[name] = min(best[name], _enqueue_us(call, 40))
+        sample = _interleave(calls, rounds, lambda call: _enqueue_us(call, 40))
         torch.cuda.synchronize()
-        return best
+        return {n: min(s) for n, s in sample.items()}
 
-    def wall_ms(self, calls: Mapping[str, Callable], *, rounds: int = 15, loop_ms: float = 8.0) -> dict[str, float]:
+    def wall_ms(self, calls: Mapping[str, Callable], *, rounds: int = 40, loop_ms: float = 4.0) -> dict[str, float]:
         """Milliseconds a call, back to back, one synchronisation at the end of each loop; medians of interleaved rounds."""
-        count = {name: max(5, min(50, int(loop_ms / _loop_ms(call, 5)))) for name, call in calls.items()}
-        sample: dict[str, list[float]] = {n: [] for n in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                sample[name].append(_loop_ms(call, count[name]))
+        count = {call: max(4, min(50, int(loop_ms / _loop_ms(call, 5)))) for call in calls.values()}
+        sample = _interleave(calls, rounds, lambda call: _loop_ms(call, count[call]))
         return {n: statistics.median(s) for n, s in sample.items()}
 
     def graph_ms(self, call: Callable) -> float:
@@ -129,22 +125,23 @@ class Gpu:
         return (peak - before) / 2**20
 
 
-def cpu_ms(calls: Mapping[str, Callable], *, rounds: int = 5, budget_s: float = 0.4) -> dict[str, Spread]:
+def cpu_ms(calls: Mapping[str, Callable], *, budget_s: float = 0.4) -> dict[str, Spread]:
     """Wall time of calls on the CPU, interleaved. PyTorch on a CPU: it says nothing about a GPU kernel."""
-    cost = 0.0
     for call in calls.values():
         call()
-        begin = time.perf_counter()
-        call()
-        cost += time.perf_counter() - begin
-    rounds = max(3, min(50, int(budget_s / max(cost, 1e-6))), min(rounds, 3))
-    sample: dict[str, list[float]] = {n: [] for n in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            sample[name].append((time.perf_counter() - begin) * 1000)
-    return {n: Spread.of(s) for n, s in sample.items()}
+    cost = sum(_one_ms(call) for call in calls.values()) / 1000
+    rounds = max(3, min(50, int(budget_s / max(cost, 1e-6))))
+    return {n: Spread.of(s) for n, s in _interleave(calls, rounds, _one_ms).items()}
+
+
+def _interleave(calls: Mapping, rounds: int, measure: Callable) -> dict[str, list]:
+    """Measure each in turn, round by round; the one that starts rotates, so that none always follows the same."""
+    names = list(calls)
+    sample = {n: [] for n in names}
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            sample[name].append(measure(calls[name]))
+    return sample
 
 
 def _enqueue_us(call: Callable, calls: int = 10) -> float:
@@ -162,6 +159,12 @@ def _loop_ms(call: Callable, count: int) -> float:
         call()
     torch.cuda.synchronize()
     return (time.perf_counter() - begin) / count * 1000
+
+
+def _one_ms(call: Callable) -> float:
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1000
 
 
 def _events():

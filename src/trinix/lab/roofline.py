@@ -27,7 +27,9 @@ def _activation(case: Case, pass_: str) -> Work:
     n, size = prod(case.shape["x"]), case.dtype.itemsize
     kind = case.args["kind"]
     forward = 0 if kind == "none" else 2 * n * size
-    backward = {"none": 0, "relu": 2 * n * size + n // 8}.get(kind, 3 * n * size)
+    # what relu and leaky_relu need of x is its sign: one bit an element
+    signs = 2 * n * size + n // 8
+    backward = {"none": 0, "relu": signs, "leaky_relu": signs}.get(kind, 3 * n * size)
     moved = {"fwd": forward, "fwd_grad": forward, "bwd": backward, "fwd_bwd": forward + backward}[pass_]
     return Work(moved, 0, "bandwidth")
 

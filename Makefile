@@ -16,8 +16,10 @@ TEST ?=
 bench: $(READY)     ## correctness and timings: all seed rows on a GPU, the three honest parts without one
 	$(PYTHON) -m trinix bench --suite seeds $(BENCH)
 
-test: $(READY) check   ## lint, import contracts, and every test that needs no GPU
+test: $(READY) check   ## lint, import contracts, every test that needs no GPU, and on a GPU the others
 	$(PYTHON) -m pytest -n 2 -m "not gpu" $(TEST)
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(MAKE) gpu-test; \
+	else echo "No GPU here: the GPU tests were not run."; fi
 
 check: $(READY)     ## ruff and the import contracts
 	$(PYTHON) -m ruff check .

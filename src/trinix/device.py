@@ -17,14 +17,13 @@ class Limits:
     card: str
     shared_kib: int  # the most shared memory (LDS) one block may ask for
     bandwidth_gbs: float  # listed memory bandwidth, GB/s
-    matmul_tflops: float  # listed dense bf16 rate, TFLOP/s
 
 
 LIMITS = {
-    "sm_80": Limits("sm_80", "A100 80GB SXM", 163, 2039.0, 312.0),
-    "sm_90": Limits("sm_90", "H100 SXM", 227, 3352.0, 989.0),
-    "sm_100": Limits("sm_100", "B200", 227, 8000.0, 2250.0),
-    "gfx942": Limits("gfx942", "MI300X", 64, 5300.0, 1307.0),
+    "sm_80": Limits("sm_80", "A100 80GB SXM", 163, 2039.0),
+    "sm_90": Limits("sm_90", "H100 SXM", 227, 3352.0),
+    "sm_100": Limits("sm_100", "B200", 227, 8000.0),
+    "gfx942": Limits("gfx942", "MI300X", 64, 5300.0),
 }
 
 # Listed bandwidth (GB/s) by a part of the device name, for cards whose memory differs from their architecture's usual card.
@@ -39,7 +38,6 @@ class Card:
     target: str
     sm_count: int
     memory_gib: float
-    l2_mib: float
 
     @property
     def limits(self) -> Limits | None:
@@ -56,8 +54,8 @@ class Card:
     @property
     def slug(self) -> str:
         """The folder name under ``results/``: "NVIDIA H100 80GB HBM3" -> "h100"."""
-        words = [w for w in self.name.lower().replace("-", " ").split() if w not in ("nvidia", "amd", "instinct")]
-        return words[0] if words else "gpu"
+        words = self.name.lower().replace("-", " ").split()
+        return next((w for w in words if any(c.isdigit() for c in w)), words[-1] if words else "gpu")
 
 
 @cache
@@ -68,6 +66,4 @@ def card(index: int = 0) -> Card | None:
     facts = torch.cuda.get_device_properties(index)
     arch = getattr(facts, "gcnArchName", "").partition(":")[0]
     target = arch if torch.version.hip else f"sm_{facts.major}{facts.minor}"
-    return Card(
-        facts.name, target, facts.multi_processor_count, facts.total_memory / 2**30, facts.L2_cache_size / 2**20
-    )
+    return Card(facts.name, target, facts.multi_processor_count, facts.total_memory / 2**30)

@@ -39,8 +39,10 @@ def use_backend(name: str) -> Iterator[None]:
 
     A backward pass runs where its forward ran.
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"use_backend: name must be 'auto' or a backend's name, got {name!r}")
     global forced
-    before, forced = forced, name
+    before, forced = forced, None if name == "auto" else name
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ def vjp(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -
     """(y, gradient of every floating input) for y = function(*inputs) with incoming gradient ``dy``."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     y = function(*leaves)
-    if y.grad_fn is None and y not in leaves:
+    if y.grad_fn is None and all(y is not leaf for leaf in leaves):
         raise AssertionError("the function's output carries no gradient")
     grads = torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy)
     return (y.detach(), *grads)

@@ -4,11 +4,13 @@ With a GPU: every built case through ``run.run_gpu``. Without one: the kernels i
 labelled as such, and the compiler's report for four targets.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -57,7 +59,7 @@ def _on_gpu(cases, impls, folder: Path, console: Console) -> int:
     lines, interrupted = _collect(cases, folder, console, lambda case: run.run_gpu(case, impls, clock))
     console.print(summary(lines))
     _show_not_built(cases, console)
-    console.print(verdict(lines))
+    console.print(verdict(lines), markup=False)
     if interrupted:
         return 130
     return int(any(not one["ok"] and _is_ours(one) and not _is_skip(one) for one in lines))
@@ -100,18 +102,22 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cp
     console.print(_cpu_table(lines))
     if interrupted:
         return 130
-    failed += sum(not one["ok"] and _is_ours(one) for one in lines)
+    failed += sum(not one["ok"] and _is_ours(one) and not _is_skip(one) for one in lines)
     if skipped := sum(trinix.is_built(c) for c in cases) - sum(trinix.is_built(c) for c in small):
         console.print(f"Skipped: {skipped} built cases above {cpu_elements:,} elements are timed on a GPU only.")
     if kernels:
         failed += _compile(console)
     _show_not_built(cases, console)
-    console.print(f"{failed} failed." if failed else "All checks passed. The speed of a kernel needs a GPU.")
+    checked = kernels or lines
+    passed = "All checks passed. The speed of a kernel needs a GPU." if checked else "Nothing was checked."
+    console.print(f"{failed} failed." if failed else passed)
     return int(failed > 0)
 
 
 def _interpret(console: Console) -> int:
     console.rule("1 of 3: every kernel in Triton's interpreter, against float64")
+    if _triton_missing(console):
+        return 0
     checks = []
     with _progress(console) as progress:
         task = progress.add_task("", total=None)
@@ -124,6 +130,8 @@ def _interpret(console: Console) -> int:
 
 def _compile(console: Console) -> int:
     console.rule("3 of 3: compiled ahead of time (the last column is an estimate: least bytes over listed bandwidth)")
+    if _triton_missing(console):
+        return 0
     with _progress(console) as progress:
         task = progress.add_task("compiling", total=None)
         reports = aot.report(
@@ -131,6 +139,13 @@ def _compile(console: Console) -> int:
         )
     console.print(_compiler_table(reports))
     return sum(not one.ok for one in reports)
+
+
+def _triton_missing(console: Console) -> bool:
+    missing = importlib.util.find_spec("triton") is None
+    if missing:
+        console.print("Skipped: triton is not installed.")
+    return missing
 
 
 def _progress(console: Console) -> Progress:
@@ -147,7 +162,7 @@ def _is_skip(one: dict) -> bool:
 
 
 def _show_not_built(cases: Sequence[Case], console: Console) -> None:
-    missing = [c for c in cases if not trinix.is_built(c)]
+    missing = report.not_built(cases)
     if not missing:
         return
     table = Table("not built", "cases", "rows", "ids", title="Rows whose op does not exist yet", title_justify="left")
@@ -172,16 +187,20 @@ def summary(lines: Iterable[dict]) -> Table:
             ratio = row.speedup()
             share = ours["ceiling_share"]
             cells += [
-                f"{ratio:.2f}" if ratio else "-",
+                "-" if ratio is None else f"{ratio:.2f}",
                 f"{share:.0%}" if share else "-",
                 f"{ours['host_us']:.1f}",
                 f"{ours['peak_mib']:.1f}",
-                f"{ours['error_ratio']:.2f}",
+                _ratio(ours),
             ]
         else:
             cells += ["-"] * 5
         table.add_row(*cells)
     return table
+
+
+def _ratio(one: dict) -> str:
+    return "-" if one["error_ratio"] is None else f"{one['error_ratio']:.2f}"
 
 
 def _ms(one: dict | None) -> str:
@@ -196,7 +215,7 @@ def verdict(lines: Sequence[dict]) -> str:
     """Counts, and every failure of trinix with its reason."""
     ours = [one for one in lines if one["impl"] == "trinix"]
     failures = [one for one in lines if _is_ours(one) and not one["ok"] and not _is_skip(one)]
-    slow = [row for row in report.rows(lines) if (row.speedup() or 1.0) < 1 / 1.03]
+    slow = [row for row in report.rows(lines) if row.speedup() is not None and row.speedup() < 1 / 1.03]
     text = [
         f"{len(ours)} rows of trinix, {len(failures)} failed, {len(slow)} slower than the best rival by more than 3%."
     ]
@@ -211,15 +230,18 @@ def _interpreter_table(checks: Sequence[dict]) -> Table:
         mine = [one for one in checks if one["kernel"] == kernel]
         bad = [f"{one['dtype']} {one['layout']}: {one['reason']}" for one in mine if not one["ok"]]
         passed = str(len(mine) - len(bad))
-        table.add_row(kernel, str(len(mine)), passed, f"{max(one['error_ratio'] for one in mine):.2f}", "; ".join(bad))
+        worst = f"{max(one['error_ratio'] for one in mine):.2f}"
+        table.add_row(kernel, str(len(mine)), passed, worst, escape("; ".join(bad)))
     return table
 
 
 def _cpu_table(lines: Sequence[dict]) -> Table:
     table = Table("case", "pass", "impl", "runs", "CPU ms", "error / PyTorch's")
     for one in lines:
-        time = f"{one['wall_ms']:.2f}" if one["ok"] else f"FAILED: {one['reason']}"
-        table.add_row(one["case"], one["pass"], one["impl"], one["backend"] or "-", time, f"{one['error_ratio']:.2f}")
+        if _is_skip(one):
+            continue
+        time = f"{one['wall_ms']:.2f}" if one["ok"] else escape(f"FAILED: {one['reason']}")
+        table.add_row(one["case"], one["pass"], one["impl"], one["backend"] or "-", time, _ratio(one))
     return table
 
 
@@ -232,5 +254,7 @@ def _compiler_table(reports: Sequence) -> Table:
     for one in reports:
         facts = (one.registers, one.spills, one.shared_bytes, one.load_bits, one.store_bits)
         estimate = f"{one.estimate_ms:.3f}" if one.estimate_ms else "-"
-        table.add_row(one.case, one.target, *map(str, facts), estimate, "ok" if one.ok else f"FAILED: {one.reason}")
+        table.add_row(
+            one.case, one.target, *map(str, facts), estimate, "ok" if one.ok else escape(f"FAILED: {one.reason}")
+        )
     return table

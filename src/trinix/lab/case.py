@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent / "cases"
 PASSES = ("fwd", "fwd_grad", "bwd", "fwd_bwd")
 SUITES = ("quick", "seeds", "full")
 UNITS = ("ms", "MiB", "MB")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,31 @@ def _row(where: str, table: dict) -> Row:
         note=table.pop("note", ""),
     )
     if table or row.pass_ not in PASSES or row.unit not in UNITS:
-        raise ValueError(f"{where}: row {row.id}: unknown keys {list(table)}, pass {row.pass_!r} or unit {row.unit!r}")
+        wanted = f"passes {PASSES}, units {UNITS}"
+        raise ValueError(
+            f"{where}: row {row.id}: unknown keys {list(table)}, pass {row.pass_!r} or unit {row.unit!r}; {wanted}"
+        )
     return row
+
+
+def _dtype(name: str, where: str, id_: str | None) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"{where}: case {id_}: dtype must be one of {list(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def parse(table: dict, where: str) -> Case:
     """One ``[[case]]`` table; refuses what it does not know."""
     table = dict(table)
-    rows = tuple(_row(where, r) for r in table.pop("row", ()))
+    id_ = table.pop("id", "without an id")
     try:
+        rows = tuple(_row(where, r) for r in table.pop("row", ()))
         case = Case(
-            id=table.pop("id"),
+            id=id_,
             op=table.pop("op"),
             args=table.pop("args"),
             shape={name: tuple(size) for name, size in table.pop("shape").items()},
-            dtype=getattr(torch, table.pop("dtype")),
+            dtype=_dtype(table.pop("dtype"), where, id_),
             passes=tuple(table.pop("passes")),
             document=table.pop("document"),
             gpu=table.pop("gpu"),
@@ -84,7 +95,7 @@ def parse(table: dict, where: str) -> Case:
             rows=rows,
         )
     except KeyError as missing:
-        raise ValueError(f"{where}: a case lacks {missing}") from None
+        raise ValueError(f"{where}: case {id_}: lacks {missing}") from None
     if table or not set(case.passes) <= set(PASSES) or not set(case.suites) <= set(SUITES):
         raise ValueError(
             f"{where}: case {case.id}: unknown keys {list(table)}, passes {case.passes} or suites {case.suites}"
@@ -96,10 +107,15 @@ def load_cases(suite: str = "full", ops: Iterable[str] = ()) -> list[Case]:
     """All cases of a suite ("full" is everything), in the order of the files; of some ops only, if named."""
     if suite not in SUITES:
         raise ValueError(f"bench: suite must be one of {list(SUITES)}, got {suite!r}")
-    cases = []
+    cases, files = [], {}
     for path in sorted(FOLDER.glob("*.toml")):
         with path.open("rb") as file:
-            cases += [parse(table, path.name) for table in tomllib.load(file)["case"]]
+            for table in tomllib.load(file)["case"]:
+                case = parse(table, path.name)
+                if case.id in files:
+                    raise ValueError(f"{path.name}: case {case.id}: the id is taken in {files[case.id]}")
+                files[case.id] = path.name
+                cases.append(case)
     ops = tuple(ops)
     known = {c.op for c in cases}
     if unknown := set(ops) - known:

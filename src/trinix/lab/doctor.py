@@ -120,6 +120,7 @@ def ops_table() -> str:
                 ops.explain(op, *arguments, backend=backend)
                 states.append(f"{backend}: runs here")
             except dispatch.Unsupported as error:
-                states.append(f"{backend}: {str(error).rpartition(repr(backend))[2].strip()}")
+                reason = str(error).partition(f"{backend!r} ")[2].partition("; use")[0]
+                states.append(f"{backend}: {reason}")
         lines.append(f"{name:14} {'; '.join(states)}")
     return "\n".join(lines)

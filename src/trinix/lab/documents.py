@@ -1,14 +1,14 @@
 """The seed documents' own benchmark commands, as arguments of the lab."""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 import torch
 
-from trinix.lab.case import Case, load_cases
+from trinix.lab.case import DTYPES, Case, load_cases
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KINDS = ("quick_gelu", "squared_relu", "mish")  # the activations of document 002 that need no projection
 
 
@@ -29,6 +29,8 @@ def benchmark_activation(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("out/benchmark_activation"), help="folder of result files")
     flags = parser.parse_args(argv)
+    if importlib.util.find_spec("rich") is None:
+        parser.error("needs the package rich, which is not installed; pip install 'trinix[lab]'")
     from rich.console import Console
 
     from trinix.lab import bench
@@ -38,8 +40,12 @@ def benchmark_activation(argv: list[str] | None = None) -> int:
     if unknown := set(flags.kind) - set(ALL_KINDS):
         parser.error(f"--kind must be among {list(ALL_KINDS)}, got {sorted(unknown)}")
     if flags.hidden_size is None:
-        cases = [c for c in load_cases("seeds") if c.document == "002" and c.args["kind"] in (flags.kind or KINDS)]
-        cases += [c for c in load_cases("seeds") if c.document == "002" and c.op == "glu"]
+        if unknown := set(flags.kind) - set(KINDS):
+            parser.error(f"--kind {sorted(unknown)[0]} needs --hidden_size: the document's own table has {list(KINDS)}")
+        if given := [n for n in ("seq_len", "batch_size", "dtype") if getattr(flags, n) != parser.get_default(n)]:
+            parser.error(f"--{given[0]} needs --hidden_size: without it the document's own configurations run")
+        cases = [c for c in load_cases("seeds", ("activation", "glu")) if c.document == "002"]
+        cases = [c for c in cases if c.op == "glu" or c.args["kind"] in (flags.kind or KINDS)]
     else:
         sizes = (flags.batch_size, flags.seq_len, flags.hidden_size)
         if min(sizes) < 1:

@@ -138,7 +138,7 @@ def _interleave(calls: Mapping, rounds: int, measure: Callable) -> dict[str, lis
     """Measure each in turn, round by round; the one that starts rotates, so that none always follows the same."""
     names = list(calls)
     sample = {n: [] for n in names}
-    for r in range(rounds):
+    for r in range(rounds if names else 0):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             sample[name].append(measure(calls[name]))
     return sample

@@ -65,14 +65,14 @@ def write(folder: Path) -> list[Path]:
 def markdown(lines: list[dict], source: str) -> str:
     """The report of one result file."""
     cases = {c.id: c for c in load_cases("full")}
-    out = [f"# {lines[0]['op'] if lines else source}: results", ""]
+    out = ["# " + _cell(f"{lines[0]['op'] if lines else source}: results"), ""]
     if not lines:
         return "\n".join([*out, "No lines."]) + "\n"
     first = lines[0]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
+    versions = ", ".join(f"{name} {value:.10g}" for name, value in first["versions"].items() if value)
     out += [
-        f"{_cell(first['gpu'] or 'CPU')}; {versions}; commit {first['commit']}; {first['time']}. Made by `trinix report` from "
-        f"[{source}]({source}); not edited by hand.",
+        _cell(f"{first['gpu'] or 'CPU'}; {versions}; commit {first['commit']}; {first['time']}.")
+        + f" Made by `trinix report` from [{source}]({source}); not edited by hand.",
         "",
     ]
     if first["gpu"] is None:
@@ -93,7 +93,7 @@ def markdown(lines: list[dict], source: str) -> str:
     failed = [one for one in lines if not one["ok"]]
     if failed:
         out += ["## Not timed", ""]
-        out += [f"- {one['case']} {one['pass']} {one['impl']}: {_cell(one['reason'])}" for one in failed]
+        out += ["- " + _cell(f"{one['case']} {one['pass']} {one['impl']}: {one['reason']}") for one in failed]
         out.append("")
     return "\n".join(out)
 
@@ -120,13 +120,13 @@ def _speed_table(mine: list[ResultRow], cases: dict[str, Case]) -> list[str]:
                     _ms(ours),
                     (ours or {}).get("backend") or "",
                     *(_ms(row.line(i)) for i in ("trinix:triton", "eager", "compile", "seed_formula")),
-                    f"{speedup:.2f}" if speedup else "",
+                    "" if speedup is None else f"{speedup:.2f}",
                     f"{share:.1%}" if share else "",
                     f"{ours['wall_ms']:.4f}" if fine else "",
                     f"{min(walls):.4f}" if walls else "",
                     f"{ours['host_us']:.1f}" if fine else "",
                     f"{ours['peak_mib']:.2f}" if fine else "",
-                    f"{ours['error_ratio']:.2f}" if fine else "",
+                    f"{ours['error_ratio']:.2f}" if fine and ours["error_ratio"] is not None else "",
                     _published(case, row.pass_, "ms"),
                 ]
             )
@@ -144,7 +144,7 @@ def _memory_table(grouped: list[ResultRow], cases: dict[str, Case]) -> list[str]
     table = [_line(head), _line(["---"] * len(head))]
     for row in grouped:
         case = cases.get(row.case)
-        if case and case.published(row.pass_, "MiB"):
+        if case and any(r.pass_ == row.pass_ and r.unit == "MiB" for r in case.rows):
             totals = [_total_mib(row.line(i)) for i in ("trinix", "trinix:triton", "eager")]
             table.append(_line([row.case, row.pass_, *totals, _published(case, row.pass_, "MiB")]))
     return out + table
@@ -159,7 +159,8 @@ def _cpu_section(lines: list[dict]) -> list[str]:
         _line(["---"] * len(head)),
     ]
     for one in lines:
-        out.append(_line([one["case"], one["pass"], one["impl"], one["backend"] or "", f"{one['wall_ms'] or 0:.3f}"]))
+        time = f"{one['wall_ms']:.3f}" if one["ok"] else one["reason"]
+        out.append(_line([one["case"], one["pass"], one["impl"], one["backend"] or "", time]))
     return out
 
 
@@ -170,7 +171,7 @@ def not_built(cases: Iterable[Case]) -> list[Case]:
 def _published(case: Case | None, pass_: str, unit: str) -> str:
     figures = case.published(pass_, unit) if case else {}
     if figures:
-        return ", ".join(f"{name} {value:g}" for name, value in figures.items()) + f" ({case.gpu})"
+        return ", ".join(f"{name} {value:.10g}" for name, value in figures.items()) + f" ({case.gpu})"
     return "TBD in the document" if case and any(r.pass_ == pass_ and r.unit == unit for r in case.rows) else ""
 
 
@@ -190,7 +191,7 @@ def _ms(one: dict | None) -> str:
 
 def _cell(value) -> str:
     """Text from outside (a card's name, an error) cannot break a table or start markup."""
-    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return " ".join(str(value).split()).replace("&", "&amp;").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _line(cells: Iterable) -> str:

@@ -56,6 +56,8 @@ def impossible(ms: float, moved: int, ceiling_ms: float, card: device.Card) -> s
     """Why a time cannot be true, or None."""
     if not moved:
         return None
+    if not ms:
+        return f"no kernel was seen, but {moved} bytes have to move"
     rate = moved / ms / 1e6
     if card.bandwidth_gbs and rate > card.bandwidth_gbs:
         return f"{rate:.0f} GB/s is above the listed {card.bandwidth_gbs:.0f} GB/s of {card.name}"

@@ -1,7 +1,9 @@
 """Run cases: gate, then clocks, then the roofline guard, then a result line for every case, pass and implementation."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -31,8 +33,8 @@ def inputs_of(case: Case, where: str) -> tuple[list[Tensor], Tensor]:
     return xs, testing.normal(xs[0].shape, case.dtype, seed=99, device=where)
 
 
-def gate(case: Case, call: Callable, xs: Sequence[Tensor], dy: Tensor) -> tuple[str | None, float]:
-    """(why the output or a gradient misses its budget or None, the worst error ratio)."""
+def gate(case: Case, call: Callable, xs: Sequence[Tensor], dy: Tensor) -> tuple[str | None, float | None]:
+    """(why the output or a gradient misses its budget or None, the worst error ratio if it is finite)."""
     got = testing.vjp(call, xs, dy)
     oracle = eager.prepare(case)
     worst, reason = 0.0, None
@@ -43,7 +45,8 @@ def gate(case: Case, call: Callable, xs: Sequence[Tensor], dy: Tensor) -> tuple[
         names = ("y", *(f"d{name}" for name in case.shape))
         for name, g, p, t in zip(names, part_got, low, true, strict=True):
             verdict = testing.judge(name, g, p, t)
-            worst = max(worst, verdict.ratio)
+            # a wrong NaN, infinity or shape has no finite ratio: null in the result line
+            worst = max(worst, verdict.ratio) if worst is not None and isfinite(verdict.ratio) else None
             reason = reason or (None if verdict.ok else f"misses its error budget: {verdict}")
     return reason, worst
 
@@ -55,6 +58,18 @@ def _slices(case, xs, dy, got) -> Iterator[tuple]:
     for start in range(0, dy.numel(), SLICE):
         cut = slice(start, start + SLICE)
         yield [t.flatten()[cut] for t in xs], dy.flatten()[cut], [t.flatten()[cut] for t in got]
+
+
+def admit(case: Case, impl: str, xs: Sequence[Tensor], dy: Tensor) -> Subject:
+    """Prepare an implementation and put it through the gate. One that raises is a failed row, not the end of the run."""
+    try:
+        prepared = peers.PREPARE[impl](case)
+        if isinstance(prepared, str):
+            return Subject(impl, reason=f"skipped: {prepared}")
+        reason, ratio = gate(case, prepared, xs, dy)
+    except (RuntimeError, AssertionError) as error:  # out of memory, a compiler that fails, Unsupported, no gradient
+        return Subject(impl, reason=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    return Subject(impl, None if reason else prepared, reason, ratio)
 
 
 def pass_call(pass_: str, call: Callable, xs: Sequence[Tensor], dy: Tensor) -> Callable:
@@ -76,6 +91,7 @@ def peak_mib(clock: measure.Gpu, pass_: str, call: Callable, xs: Sequence[Tensor
         run = pass_call(pass_, call, xs, dy)
         run()  # torch.compile compiles the form without gradient here, not under the meter
         return clock.peak_mib(run)
+    gc.collect()
     before = torch.cuda.memory_allocated()
     leaves = [t.detach().requires_grad_() for t in xs]
     y = call(*leaves)
@@ -87,14 +103,7 @@ def peak_mib(clock: measure.Gpu, pass_: str, call: Callable, xs: Sequence[Tensor
 def run_gpu(case: Case, impls: Sequence[str], clock: measure.Gpu) -> list[dict]:
     """All result lines of one case on this machine's GPU."""
     xs, dy = inputs_of(case, "cuda")
-    subjects = []
-    for impl in impls:
-        prepared = peers.PREPARE[impl](case)
-        if isinstance(prepared, str):
-            subjects.append(Subject(impl, reason=f"skipped: {prepared}"))
-            continue
-        reason, ratio = gate(case, prepared, xs, dy)
-        subjects.append(Subject(impl, None if reason else prepared, reason, ratio))
+    subjects = [admit(case, impl, xs, dy) for impl in impls]
     inputs_mib = sum(t.untyped_storage().nbytes() for t in xs) / 2**20
     lines = []
     for pass_ in case.passes:
@@ -142,7 +151,7 @@ def _time_pass(case, pass_, subjects, xs, dy, clock, inputs_mib) -> list[dict]:
                 graph_ms=round(clock.graph_ms(calls[subject.impl]), 6) if pass_ in ("fwd", "fwd_bwd") else None,
                 peak_mib=round(peaks[subject.impl], 4),
                 inputs_mib=round(inputs_mib, 4),
-                ceiling_share=round(copy_ms / spread.p50, 4) if copy_ms else None,
+                ceiling_share=round(copy_ms / spread.p50, 4) if copy_ms and spread.p50 else None,
                 ok=wrong is None,
                 reason=wrong,
             )
@@ -164,13 +173,12 @@ def check_totals(lines: list[dict]) -> None:
 def run_cpu(case: Case, impls: Sequence[str]) -> list[dict]:
     """PyTorch CPU times of a case: gated like any other, and no statement about a kernel."""
     xs, dy = inputs_of(case, "cpu")
-    subjects = []
-    for impl in impls:
-        prepared = peers.PREPARE[impl](case)
-        if isinstance(prepared, str) or impl.startswith("trinix:"):
-            continue
-        reason, ratio = gate(case, prepared, xs, dy)
-        subjects.append(Subject(impl, None if reason else prepared, reason, ratio))
+    subjects = [
+        Subject(impl, reason="skipped: a kernel's backend has no CPU time")
+        if ":" in impl
+        else admit(case, impl, xs, dy)
+        for impl in impls
+    ]
     lines = []
     for pass_ in ("fwd", "fwd_bwd"):
         calls = {s.impl: pass_call(pass_, s.call, xs, dy) for s in subjects if s.call}

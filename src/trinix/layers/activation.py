@@ -20,6 +20,9 @@ class _FastActivation(nn.Module):
 
     def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None):
         super().__init__()
+        if hidden_size is not None and type(hidden_size) is not int:
+            name, other = type(self).__name__, "negative_slope, approximate, beta and threshold go by name"
+            raise TypeError(f"{name}: hidden_size must be an int or None, got {hidden_size!r}; {other}")
         self.hidden_size = hidden_size
         self.use_triton = use_triton
 

@@ -134,9 +134,7 @@ def silu(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def gelu(x: Tensor, approximate: str = "none", *, backend: str = "auto") -> Tensor:
     """x Phi(x), or its tanh approximation with ``approximate="tanh"``; see ``activation``."""
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    return _activation(x, "gelu" if approximate == "none" else "gelu_tanh", 0.0, 0.0, backend)
+    return _activation(x, _gelu_kind(approximate), 0.0, 0.0, backend)
 
 
 def quick_gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -166,8 +164,7 @@ def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0, *, backend: str = "auto") -> Tensor:
     """log(1 + exp(beta x)) / beta, and x where beta x > threshold; see ``activation``."""
-    if beta == 0:
-        raise ValueError("softplus: beta must not be 0")
+    _check_softplus(beta)
     return _activation(x, "softplus", float(beta), float(threshold), backend)
 
 
@@ -176,11 +173,21 @@ def identity(x: Tensor, *, backend: str = "auto") -> Tensor:
     return _activation(x, "none", 0.0, 0.0, backend)
 
 
+def _gelu_kind(approximate: str) -> str:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+def _check_softplus(beta: float) -> None:
+    if beta == 0:
+        raise ValueError("softplus: beta must not be 0, got 0")
+
+
 def _activation(x, kind, a, b, backend):
     # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first, few calls.
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"activation: x must be a floating-point tensor, got {got}; convert it with x.float()")
+        _refuse(x)
     grad = x.requires_grad and torch.is_grad_enabled()
     if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
@@ -189,6 +196,11 @@ def _activation(x, kind, a, b, backend):
     if not _plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
     return _Activation.apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+
+
+def _refuse(x):
+    got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+    raise TypeError(f"activation: x must be a floating-point tensor, got {got}; convert it with x.float()")
 
 
 def _named(x, kind, a, b, backend, grad):
@@ -211,6 +223,7 @@ def _plain(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not x.is_neg()
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -300,23 +313,26 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     given = call.arguments
     if given.get("kind") not in (None, *KINDS):
         raise ValueError(f"explain: kind must be one of {list(KINDS)}, got {given['kind']!r}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        _refuse(x)
     kind = given.get("kind") or {"identity": "none"}.get(op.__name__, op.__name__)
-    if kind == "gelu" and given.get("approximate") == "tanh":
-        kind = "gelu_tanh"
+    if "approximate" in given:
+        kind = _gelu_kind(given["approximate"])
+    if kind == "softplus":
+        _check_softplus(given["beta"])
     name = op.__name__ if op.__name__ != "activation" else f"activation[{kind}]"
     backend = dispatch.resolve(given["backend"])
     dispatch.check_name(op.__name__, BACKENDS, backend)
-    against = _against_triton(x)
     grad = x.requires_grad and torch.is_grad_enabled()
     if backend == "torch":
         return Explanation(name, "torch", "named by the caller")
+    module = dispatch.load_named(op.__name__, BACKENDS, backend, x) if backend != "auto" else None
     if kind == "none":
         return Explanation(name, "torch", "the identity returns x itself: nothing runs")
-    if backend == "triton":
-        if against:
-            raise dispatch.Unsupported(f"{name}: backend 'triton' {against}")
-        return Explanation(name, "triton", "named by the caller", _triton().describe(x, kind, grad))
+    if module:
+        return Explanation(name, backend, "named by the caller", module.describe(x, kind, grad))
     rejected = {}
+    against = _against_triton(x)
     least = _TRITON_FROM[kind][grad]
     if not x.is_cuda:
         rejected["triton"] = f"needs a GPU tensor, got {x.device.type}"

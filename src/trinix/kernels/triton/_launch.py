@@ -45,6 +45,8 @@ def _initial_reason() -> str | None:
         return "TRITON_INTERPRET is set"
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch is a CPU build"
+    if not (hasattr(_runtime.launch_enter_hook, "calls") and hasattr(_runtime.launch_exit_hook, "calls")):
+        return "a launch hook stood in the place of Triton's hook chain at import"
     if torch.version.hip is not None:
         return "the HIP driver specialises on storage size"
     if triton.knobs.runtime.debug or triton.knobs.compilation.instrumentation_mode:

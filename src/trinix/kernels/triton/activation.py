@@ -596,7 +596,7 @@ def compile_cases(lanes: int = LANES):
         value, dx = formula("silu", dtype)
         fwd = _bound(_FORWARD_STRIDED, tile, ("VALUE", value))
         bwd = _bound(_BACKWARD_STRIDED, tile, ("DX", dx), ("MASK_COLS", 0))
-        bwd_mask = _bound(_BACKWARD_STRIDED, tile, ("DX", _relu_dx), ("MASK_COLS", MASK_COLS))
+        bwd_mask = _bound(_BACKWARD_STRIDED, tile, ("DX", _relu_dx), ("MASK_COLS", 8 * lanes))
         yield case(f"silu/fwd-strided/{suffix}", fwd, 2 * size, (t, t), sizes + half)
         yield case(f"silu/bwd-strided/{suffix}", bwd, 3 * size, (t, t, t), sizes + half + dense)
         yield case(f"relu/bwd-mask-strided/{suffix}", bwd_mask, with_mask, ("*u8", t, t), sizes + none + half)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from trinix import device
 from trinix.lab import aot, interpret, measure, record, report, run
@@ -59,7 +60,7 @@ def _on_gpu(cases, impls, folder: Path, console: Console) -> int:
     lines, interrupted = _collect(cases, folder, console, lambda case: run.run_gpu(case, impls, clock))
     console.print(summary(lines))
     _show_not_built(cases, console)
-    console.print(verdict(lines), markup=False)
+    console.print(verdict(lines))
     if interrupted:
         return 130
     return int(any(not one["ok"] and _is_ours(one) and not _is_skip(one) for one in lines))
@@ -211,8 +212,8 @@ def _ms(one: dict | None) -> str:
     return f"{one['device_ms']['p50']:.4f}"
 
 
-def verdict(lines: Sequence[dict]) -> str:
-    """Counts, and every failure of trinix with its reason."""
+def verdict(lines: Sequence[dict]) -> Text:
+    """Counts, and every failure of trinix with its reason; as plain text, since reasons may hold brackets."""
     ours = [one for one in lines if one["impl"] == "trinix"]
     failures = [one for one in lines if _is_ours(one) and not one["ok"] and not _is_skip(one)]
     slow = [row for row in report.rows(lines) if row.speedup() is not None and row.speedup() < 1 / 1.03]
@@ -221,7 +222,7 @@ def verdict(lines: Sequence[dict]) -> str:
     ]
     text += [f"  failed: {one['case']} {one['pass']} {one['impl']}: {one['reason']}" for one in failures]
     text += [f"  slower: {row.case} {row.pass_}: {row.speedup():.2f} x {row.best_rival()['impl']}" for row in slow]
-    return "\n".join(text)
+    return Text("\n".join(text))
 
 
 def _interpreter_table(checks: Sequence[dict]) -> Table:

@@ -91,7 +91,7 @@ class Gpu:
         torch.cuda.synchronize()
         return {n: min(s) for n, s in sample.items()}
 
-    def wall_ms(self, calls: Mapping[str, Callable], *, rounds: int = 40, loop_ms: float = 4.0) -> dict[str, float]:
+    def wall_ms(self, calls: Mapping[str, Callable], *, rounds: int = 30, loop_ms: float = 4.0) -> dict[str, float]:
         """Milliseconds a call, back to back, one synchronisation at the end of each loop; medians of interleaved rounds."""
         count = {call: max(4, min(50, int(loop_ms / _loop_ms(call, 5)))) for call in calls.values()}
         sample = _interleave(calls, rounds, lambda call: _loop_ms(call, count[call]))
@@ -144,7 +144,12 @@ def _interleave(calls: Mapping, rounds: int, measure: Callable) -> dict[str, lis
     return sample
 
 
+_WARM = 5  # calls before a loop's clock starts: the loop before it ran other code, and its caches hold that
+
+
 def _enqueue_us(call: Callable, calls: int = 10) -> float:
+    for _ in range(_WARM):
+        call()
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(calls):
@@ -153,6 +158,8 @@ def _enqueue_us(call: Callable, calls: int = 10) -> float:
 
 
 def _loop_ms(call: Callable, count: int) -> float:
+    for _ in range(_WARM):
+        call()
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(count):

@@ -69,7 +69,7 @@ def markdown(lines: list[dict], source: str) -> str:
     if not lines:
         return "\n".join([*out, "No lines."]) + "\n"
     first = lines[0]
-    versions = ", ".join(f"{name} {value:.10g}" for name, value in first["versions"].items() if value)
+    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
     out += [
         _cell(f"{first['gpu'] or 'CPU'}; {versions}; commit {first['commit']}; {first['time']}.")
         + f" Made by `trinix report` from [{source}]({source}); not edited by hand.",
@@ -171,8 +171,12 @@ def not_built(cases: Iterable[Case]) -> list[Case]:
 def _published(case: Case | None, pass_: str, unit: str) -> str:
     figures = case.published(pass_, unit) if case else {}
     if figures:
-        return ", ".join(f"{name} {value:.10g}" for name, value in figures.items()) + f" ({case.gpu})"
+        return ", ".join(f"{name} {_figure(value)}" for name, value in figures.items()) + f" ({case.gpu})"
     return "TBD in the document" if case and any(r.pass_ == pass_ and r.unit == unit for r in case.rows) else ""
+
+
+def _figure(value) -> str:
+    return f"{value:.10g}" if isinstance(value, int | float) else str(value)
 
 
 def _short(case: Case) -> str:

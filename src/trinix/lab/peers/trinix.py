@@ -12,6 +12,8 @@ def _activation(case: Case, backend: str) -> Callable:
     if short is None:
         return lambda x: ops.gelu(x, "tanh", backend=backend)
     op = getattr(ops, short)
+    if backend == "auto":
+        return op  # as users call it: a wrapper's microsecond would be timed as ours
     return lambda x: op(x, backend=backend)
 
 

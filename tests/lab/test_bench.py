@@ -1,0 +1,409 @@
+"""``trinix bench`` from cases to files: exit codes, what is kept after Ctrl-C, and what is said about the rest."""
+
+import io
+import itertools
+import os
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from trinix import device, ops
+from trinix.lab import aot, bench, interpret, measure, record, run
+from trinix.lab.case import Case, Row
+from trinix.lab.peers import PREPARE
+
+H100 = device.Card("NVIDIA H100 80GB HBM3", "sm_90", 132, 79.6)
+IMPLS = tuple(PREPARE)
+
+
+def tiny(name, kind="relu", shape=(4, 8), op="activation"):
+    rows = (Row(f"{name}-fwd", "fwd", "ms", {"torch": 1.0}), Row(f"{name}-bwd", "bwd", "ms", {}))
+    args = {"kind": kind}
+    return Case(name, op, args, {"x": shape}, torch.bfloat16, ("fwd", "fwd_bwd"), "trinix", "", ("full",), rows)
+
+
+CASES = [
+    tiny("relu-tiny"),
+    tiny("mish-tiny", "mish"),
+    tiny("later-1", op="no_such_op"),
+    tiny("later-2", op="no_such_op"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    monkeypatch.setattr(device, "card", lambda index=0: None)
+
+
+@pytest.fixture
+def screen():
+    return Console(file=io.StringIO(), width=400)
+
+
+def bench_cases(cases, out, screen, impls=IMPLS, **options):
+    options = {"kernels": False} | options
+    return bench.bench_cases(cases, impls, out, screen, **options), screen.file.getvalue()
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+# -- end to end on a CPU
+
+
+def test_a_run_on_a_cpu_ends_well_and_leaves_a_whole_readable_file(tmp_path, screen):
+    code, said = bench_cases(CASES, tmp_path, screen)
+    assert code == 0
+    assert names(tmp_path / "cpu") == ["activation.jsonl"]
+    lines = record.read(tmp_path / "cpu" / "activation.jsonl")
+    timed = [one for one in lines if one["ok"]]
+    assert [(one["case"], one["pass"], one["impl"]) for one in timed] == [
+        (case, pass_, impl)
+        for case in ("relu-tiny", "mish-tiny")
+        for pass_ in ("fwd", "fwd_bwd")
+        for impl in ("trinix", "eager", "seed_formula")
+    ]
+    for one in timed:
+        assert one["wall_ms"] > 0
+        assert one["backend"] == {"trinix": "cpu:torch"}.get(one["impl"], f"cpu:{one['impl']}")
+    for one in lines:
+        assert one["device_ms"] is None, "a CPU's time is no GPU's"
+        assert one["gpu"] is None
+        assert one["ok"] or (one["reason"].startswith("skipped: ") and one["wall_ms"] is None)
+    assert "No GPU here: PyTorch's CPU times only. They say nothing about a GPU kernel." in said
+    assert "Wrote " in said
+    assert "All checks passed" in said
+
+
+def test_ops_that_do_not_exist_are_listed_with_their_cases_and_rows(tmp_path, screen):
+    _, said = bench_cases(CASES, tmp_path, screen)
+    row = next(line for line in said.splitlines() if "no_such_op" in line)
+    assert [c.strip() for c in row.strip(" │").split("│")] == ["no_such_op", "2", "4", "later-1, later-2"]
+    assert "Rows whose op does not exist yet" in said
+
+
+def test_where_everything_is_built_there_is_no_such_table(tmp_path, screen):
+    _, said = bench_cases(CASES[:1], tmp_path, screen)
+    assert "not built" not in said
+
+
+def test_only_ops_that_do_not_exist_write_no_file(tmp_path, screen):
+    _, said = bench_cases(CASES[2:], tmp_path, screen)
+    assert "no_such_op" in said
+    assert not list(tmp_path.rglob("*.jsonl*"))
+
+
+def test_a_run_that_checked_nothing_does_not_say_that_all_checks_passed(tmp_path, screen):
+    _, said = bench_cases(CASES[2:], tmp_path, screen)
+    assert "All checks passed" not in said
+
+
+def test_large_cases_are_left_to_a_gpu_and_counted(tmp_path, screen):
+    cases = [*CASES[:2], tiny("large", shape=(1 << 12, 1 << 12))]
+    code, said = bench_cases(cases, tmp_path, screen, cpu_elements=1000)
+    assert code == 0
+    assert "Skipped: 1 built cases above 1,000 elements are timed on a GPU only." in said
+    assert {one["case"] for one in record.read(tmp_path / "cpu" / "activation.jsonl")} == {"relu-tiny", "mish-tiny"}
+
+
+def test_chosen_implementations_only(tmp_path, screen):
+    bench_cases(CASES, tmp_path, screen, impls=["eager"])
+    assert {one["impl"] for one in record.read(tmp_path / "cpu" / "activation.jsonl")} == {"eager"}
+
+
+@pytest.mark.parametrize(("impl", "wanted"), [("trinix", 1), ("eager", 0)])
+def test_a_wrong_result_of_ours_is_a_failure_and_of_a_rival_is_a_line(impl, wanted, tmp_path, screen, monkeypatch):
+    monkeypatch.setitem(PREPARE, impl, lambda case: lambda x: torch.relu(x) * 1.05)
+    code, said = bench_cases(CASES[:1], tmp_path, screen)
+    assert code == wanted
+    assert "FAILED: misses its error budget: y: error" in said
+    assert ("2 failed." in said) is bool(wanted)
+    lines = record.read(tmp_path / "cpu" / "activation.jsonl")
+    assert [one["ok"] for one in lines if one["impl"] == impl] == [False, False]
+    assert {one["impl"] for one in lines if one["ok"]} == {"trinix", "eager", "seed_formula"} - {impl}
+
+
+def test_a_rival_that_gives_infinity_does_not_end_the_run(tmp_path, screen, monkeypatch):
+    monkeypatch.setitem(PREPARE, "eager", lambda case: lambda x: torch.relu(x) / 0.0)
+    code, _ = bench_cases(CASES[:1], tmp_path, screen)
+    assert code == 0
+
+
+@pytest.mark.parametrize("fault", ["every implementation is for a GPU", "every implementation is wrong"])
+def test_where_nothing_is_left_to_time_the_run_still_ends(fault, tmp_path, screen, monkeypatch):
+    monkeypatch.setitem(PREPARE, "eager", lambda case: lambda x: torch.relu(x) * 1.05)
+    impls = ["compile", "trinix:triton"] if "GPU" in fault else ["eager"]
+    code, _ = bench_cases(CASES[:1], tmp_path, screen, impls=impls)
+    assert code == 0
+
+
+# -- Ctrl-C and crashes
+
+
+def stopping(monkeypatch, error, at=1):
+    calls = itertools.count()
+    real = run.run_cpu
+
+    def run_cpu(case, impls):
+        if next(calls) == at:
+            raise error
+        return real(case, impls)
+
+    monkeypatch.setattr(run, "run_cpu", run_cpu)
+
+
+def test_ctrl_c_ends_with_130_and_keeps_the_finished_lines_beside_the_last_result(tmp_path, screen, monkeypatch):
+    bench_cases(CASES[:1], tmp_path, screen)
+    path = tmp_path / "cpu" / "activation.jsonl"
+    before = path.read_bytes()
+    stopping(monkeypatch, KeyboardInterrupt())
+    code, said = bench_cases(CASES, tmp_path, screen)
+    assert code == 130
+    assert path.read_bytes() == before
+    partial = record.read(tmp_path / "cpu" / "activation.jsonl.partial")
+    assert {one["case"] for one in partial} == {"relu-tiny"}
+    assert f"Stopped. {len(partial)} finished lines are in " in said
+    assert "activation.jsonl.partial" in said
+
+
+def test_ctrl_c_in_the_first_case_leaves_no_result(tmp_path, screen, monkeypatch):
+    stopping(monkeypatch, KeyboardInterrupt(), at=0)
+    code, _ = bench_cases(CASES, tmp_path, screen)
+    assert code == 130
+    assert names(tmp_path / "cpu") == ["activation.jsonl.partial"]
+    assert record.read(tmp_path / "cpu" / "activation.jsonl.partial") == []
+
+
+def test_a_crash_is_not_swallowed_and_keeps_the_finished_lines(tmp_path, screen, monkeypatch):
+    stopping(monkeypatch, RuntimeError("the driver fell over"))
+    with pytest.raises(RuntimeError, match="the driver fell over"):
+        bench_cases(CASES, tmp_path, screen)
+    assert "Failed. The finished lines are in " in screen.file.getvalue()
+    assert names(tmp_path / "cpu") == ["activation.jsonl.partial"]
+    assert {one["case"] for one in record.read(tmp_path / "cpu" / "activation.jsonl.partial")} == {"relu-tiny"}
+
+
+def test_the_next_run_replaces_what_an_interrupted_one_left(tmp_path, screen, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopping(patch, KeyboardInterrupt())
+        bench_cases(CASES, tmp_path, screen)
+    code, _ = bench_cases(CASES, tmp_path, screen)
+    assert code == 0
+    assert names(tmp_path / "cpu") == ["activation.jsonl"]
+
+
+# -- the three parts without a GPU
+
+
+def three_parts(monkeypatch, *, kernel_ok=True, binary_ok=True):
+    check = {"kernel": "activation/relu", "dtype": "float32", "layout": "contiguous", "error_ratio": 1.0}
+    good = check | {"ok": True, "reason": None}
+    bad = check | {"ok": kernel_ok, "reason": None if kernel_ok else "y: error 3"}
+    fine = aot.Report("relu/bfloat16", "sm_90", None, 32, 0, 0, 128, 128, 128, 4.0, 0.1)
+    spilling = aot.Report("relu/bfloat16", "sm_80", None, 255, 0 if binary_ok else 64, 0, 128, 128, 128, 4.0, 0.1)
+    monkeypatch.setattr(interpret, "check", lambda: iter([good, bad]))
+    monkeypatch.setattr(aot, "quick_cases", lambda: ("relu/bfloat16",))
+    monkeypatch.setattr(aot, "report", lambda cases, progress: [progress(1, 2), progress(2, 2), fine, spilling][2:])
+
+
+@pytest.mark.parametrize(("kernel_ok", "binary_ok"), [(True, True), (False, True), (True, False), (False, False)])
+def test_the_three_parts_without_a_gpu_each_count_their_failures(kernel_ok, binary_ok, tmp_path, screen, monkeypatch):
+    three_parts(monkeypatch, kernel_ok=kernel_ok, binary_ok=binary_ok)
+    code, said = bench_cases(CASES[:1], tmp_path, screen, kernels=True)
+    failed = (not kernel_ok) + (not binary_ok)
+    assert code == int(failed > 0)
+    assert said.index("1 of 3") < said.index("2 of 3") < said.index("3 of 3")
+    assert (f"{failed} failed." in said) is (failed > 0)
+    assert ("float32 contiguous: y: error 3" in said) is not kernel_ok
+    assert ("FAILED: spills 64 bytes a thread" in said) is not binary_ok
+
+
+def test_without_triton_two_parts_are_skipped_and_say_so(tmp_path, screen, monkeypatch):
+    real = bench.importlib.util.find_spec
+    monkeypatch.setattr(
+        bench.importlib.util, "find_spec", lambda name, *more: None if name == "triton" else real(name, *more)
+    )
+    code, said = bench_cases(CASES[:1], tmp_path, screen, kernels=True)
+    assert code == 0
+    assert said.count("Skipped: triton is not installed.") == 2
+    assert {one["impl"] for one in record.read(tmp_path / "cpu" / "activation.jsonl") if one["ok"]} >= {
+        "trinix",
+        "eager",
+    }
+
+
+def test_after_ctrl_c_no_further_part_starts(tmp_path, screen, monkeypatch):
+    three_parts(monkeypatch)
+    stopping(monkeypatch, KeyboardInterrupt(), at=0)
+    code, said = bench_cases(CASES[:1], tmp_path, screen, kernels=True)
+    assert code == 130
+    assert "3 of 3" not in said
+
+
+def test_a_compiler_error_is_shown_in_the_table(screen):
+    screen.print(bench._compiler_table([aot.Report("relu/bfloat16", "sm_90", error="RuntimeError: pass failed")]))
+    assert "FAILED: RuntimeError: pass failed" in screen.file.getvalue()
+
+
+# -- a GPU, as far as it can be had without one
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(device, "card", lambda index=0: H100)
+    monkeypatch.setattr(measure, "Gpu", lambda: "a clock")
+    reasons = {}
+
+    def run_gpu(case, impls, clock):
+        assert clock == "a clock"
+        lines = []
+        for impl in impls:
+            known = {"case": case.id, "op": case.op, "pass": "fwd", "impl": impl, "error_ratio": 1.0}
+            if impl in reasons:
+                lines.append(record.line(**known, ok=False, reason=reasons[impl]))
+                continue
+            known |= {
+                "device_ms": {"p20": 1.0, "p50": 1.0, "p80": 1.0},
+                "host_us": 1.0,
+                "wall_ms": 1.0,
+                "peak_mib": 1.0,
+            }
+            lines.append(record.line(**known, backend=impl, inputs_mib=1.0, ok=True))
+        return lines
+
+    monkeypatch.setattr(run, "run_gpu", run_gpu)
+    return reasons
+
+
+def test_a_run_on_a_gpu_writes_into_the_cards_folder_and_sums_up(gpu, tmp_path, screen):
+    gpu["compile"] = "skipped: no compiler"
+    code, said = bench_cases(CASES, tmp_path, screen)
+    assert code == 0
+    assert names(tmp_path) == ["h100"]
+    assert len(record.read(tmp_path / "h100" / "activation.jsonl")) == 2 * len(IMPLS)
+    assert "NVIDIA H100 80GB HBM3: 132 SMs, 80 GiB, sm_90" in said
+    assert "2 rows of trinix, 0 failed, 0 slower" in said
+    assert "no_such_op" in said
+
+
+@pytest.mark.parametrize(
+    ("impl", "reason", "wanted"),
+    [
+        ("trinix", "misses its error budget: y", 1),
+        ("trinix:triton", "faster than this card", 1),
+        ("trinix:triton", "skipped: the identity runs no kernel", 0),
+        ("eager", "misses its error budget: y", 0),
+    ],
+)
+def test_only_a_failure_of_ours_fails_a_run_on_a_gpu(impl, reason, wanted, gpu, tmp_path, screen):
+    gpu[impl] = reason
+    code, said = bench_cases(CASES[:1], tmp_path, screen)
+    assert code == wanted
+    assert (f"failed: relu-tiny fwd {impl}: {reason}" in said) is bool(wanted)
+
+
+def test_ctrl_c_on_a_gpu_ends_with_130_and_still_sums_up(gpu, tmp_path, screen, monkeypatch):
+    real, calls = run.run_gpu, itertools.count()
+
+    def run_gpu(*call):
+        if next(calls):
+            raise KeyboardInterrupt
+        return real(*call)
+
+    monkeypatch.setattr(run, "run_gpu", run_gpu)
+    code, said = bench_cases(CASES, tmp_path, screen)
+    assert code == 130
+    assert names(tmp_path / "h100") == ["activation.jsonl.partial"]
+    assert "1 rows of trinix, 0 failed" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("", "gpu"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA RTX A6000", "a6000"),
+    ],
+)
+def test_the_folder_of_a_cards_results(name, slug):
+    assert device.Card(name, "sm_80", 1, 1.0).slug == slug
+
+
+# -- what is asked for
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"impls": ["eagle"]}, r"impl must be among \['trinix', .*'eager'.*\], got \['eagle'\]"),
+        ({"suite": "nonsense"}, r"suite must be one of \['quick', 'seeds', 'full'\], got 'nonsense'"),
+        ({"ops": ["reluu"]}, r"op must be among \['activation'.*\], got \['reluu'\]"),
+    ],
+)
+def test_an_unknown_implementation_suite_or_op_is_refused_before_anything_runs(asked, message, tmp_path, screen):
+    with pytest.raises(ValueError, match=message):
+        bench.bench(out=tmp_path / "out", console=screen, **asked)
+    assert not (tmp_path / "out").exists()
+    assert screen.file.getvalue() == ""
+
+
+def test_suite_ops_and_implementations_reach_the_run(tmp_path, screen, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "bench_cases", lambda cases, impls, *_: asked.append((cases, tuple(impls))) or 0)
+    bench.bench(suite="seeds", ops=["softmax"], impls=["eager"], out=tmp_path, console=screen)
+    bench.bench(out=tmp_path, console=screen)
+    assert {c.op for c in asked[0][0]} == {"softmax"}
+    assert asked[0][1] == ("eager",)
+    assert asked[1][1] == IMPLS
+    assert all("quick" in c.suites for c in asked[1][0])
+
+
+# -- every kernel in the interpreter
+
+
+FIELDS = {"kernel", "dtype", "layout", "error_ratio", "ok", "reason"}
+
+
+def test_every_kernel_passes_in_the_interpreter_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    checks = list(interpret.check())
+    assert "TRITON_INTERPRET" not in os.environ
+    assert all(set(one) == FIELDS for one in checks)
+    assert [one for one in checks if not one["ok"]] == []
+    seen = {(one["kernel"], one["dtype"], one["layout"]) for one in checks}
+    kernels = {f"activation/{kind}" for kind in ops.KINDS if kind != "none"}
+    assert seen >= set(itertools.product(kernels, interpret.DTYPES, interpret.LAYOUTS))
+
+
+def test_the_interpreter_check_fails_for_a_broken_kernel(monkeypatch):
+    from trinix.kernels.triton import activation as kernels
+
+    real = kernels.backward
+    monkeypatch.setattr(kernels, "backward", lambda *call: real(*call) * 1.05)
+    one = next(interpret._activations())
+    assert not one["ok"]
+    assert one["reason"].startswith("dx: error ")
+    assert one["error_ratio"] > 1
+
+
+def test_the_interpreter_check_may_be_left_early():
+    checks = interpret.check()
+    first = list(itertools.islice(checks, 3))
+    checks.close()
+    assert all(one["ok"] for one in first)
+
+
+def test_an_interpreter_process_that_dies_is_an_error(tmp_path, monkeypatch):
+    dying = tmp_path / "dying"
+    dying.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr(interpret.sys, "executable", str(dying))
+    with pytest.raises(RuntimeError, match="exit status 3"):
+        list(interpret.check())

@@ -1,0 +1,153 @@
+"""Result lines and result files: no field is invented, no number is lost, and a file is whole or not there."""
+
+import json
+import os
+from datetime import datetime
+
+import pytest
+import torch
+
+from trinix.lab import record
+from trinix.lab.record import FIELDS, ResultFile, line, read
+
+
+def some(case="X-relu-256", **known):
+    return line(**({"case": case, "op": "activation", "pass": "fwd", "impl": "trinix", "ok": True} | known))
+
+
+def test_a_line_has_every_field_in_order_and_null_for_what_was_not_said():
+    one = some(wall_ms=0.5)
+    assert tuple(one) == FIELDS
+    assert (one["case"], one["wall_ms"], one["ok"]) == ("X-relu-256", 0.5, True)
+    stamped = {"case", "op", "pass", "impl", "ok", "wall_ms", "gpu", "versions", "commit", "time"}
+    assert all(one[field] is None for field in FIELDS if field not in stamped)
+
+
+def test_a_line_is_stamped_with_versions_and_a_time_with_its_zone():
+    one = some()
+    assert one["versions"]["torch"] == torch.__version__
+    assert one["versions"]["python"]
+    assert "triton" in one["versions"]
+    assert datetime.fromisoformat(one["time"]).utcoffset() is not None
+
+
+def test_a_line_refuses_fields_that_it_does_not_know():
+    with pytest.raises(KeyError, match="device_mss"):
+        some(device_mss=1.0)
+
+
+@pytest.mark.parametrize(("status", "wanted"), [("", "abc1234"), (" M src/trinix/cli.py", "abc1234+")])
+def test_the_commit_says_whether_the_sources_differ_from_it(status, wanted, monkeypatch):
+    answers = {"rev-parse": "abc1234", "status": status}
+    monkeypatch.setattr(record, "_run", lambda *command: answers[next(w for w in command if w in answers)])
+    assert record._commit() == wanted
+
+
+def test_without_git_history_the_commit_comes_from_the_environment_or_is_null(monkeypatch):
+    monkeypatch.setattr(record, "_run", lambda *command: "")
+    monkeypatch.delenv("TRINIX_COMMIT", raising=False)
+    assert record._commit() is None
+    monkeypatch.setenv("TRINIX_COMMIT", "abc1234")
+    assert record._commit() == "abc1234"
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    lines = [
+        some(device_ms={"p20": 0.1, "p50": 0.2, "p80": 0.3}),
+        some("X-relu-512", ok=False, reason="a\nb | c é\u2028"),
+    ]
+    file = ResultFile(tmp_path / "not" / "there", "activation")
+    file.add(lines[:1])
+    file.add(lines[1:])
+    path = file.finish()
+    assert path == tmp_path / "not" / "there" / "activation.jsonl"
+    assert read(path) == lines
+
+
+def test_nothing_but_the_partial_file_exists_before_finish_and_nothing_but_the_result_after(tmp_path):
+    file = ResultFile(tmp_path, "activation")
+    file.add([some()])
+    assert [p.name for p in tmp_path.iterdir()] == ["activation.jsonl.partial"]
+    file.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["activation.jsonl"]
+
+
+def test_finished_cases_are_on_disk_before_the_file_is_finished(tmp_path):
+    file = ResultFile(tmp_path, "activation")
+    file.add([some("A"), some("B")])
+    assert [one["case"] for one in read(file.partial)] == ["A", "B"]
+    file.interrupt()
+
+
+def test_finish_replaces_the_last_result_in_one_step_after_everything_is_on_disk(tmp_path, monkeypatch):
+    old = ResultFile(tmp_path, "activation")
+    old.add([some("old")])
+    old.finish()
+    seen = []
+
+    def fsync(number, real=os.fsync):
+        seen.append("fsync")
+        real(number)
+
+    def replace(source, target, real=os.replace):
+        seen.append(f"replace {read(target)[0]['case']} with {read(source)[0]['case']}")
+        real(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    new = ResultFile(tmp_path, "activation")
+    new.add([some("new")])
+    assert [one["case"] for one in read(new.path)] == ["old"]
+    new.finish()
+    assert seen == ["fsync", "replace old with new"]
+    assert [one["case"] for one in read(new.path)] == ["new"]
+
+
+def test_an_interrupted_run_keeps_the_last_result_and_its_own_finished_lines(tmp_path):
+    first = ResultFile(tmp_path, "activation")
+    first.add([some("old")])
+    path = first.finish()
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    second = ResultFile(tmp_path, "activation")
+    second.add([some("A"), some("B")])
+    partial = second.interrupt()
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    assert [one["case"] for one in read(partial)] == ["A", "B"]
+    assert partial.read_text().endswith("\n")
+
+
+def test_a_run_that_dies_without_a_word_keeps_the_last_result(tmp_path):
+    first = ResultFile(tmp_path, "activation")
+    first.add([some("old")])
+    path = first.finish()
+    second = ResultFile(tmp_path, "activation")
+    second.add([some("new")])
+    second._file.close()
+    assert [one["case"] for one in read(path)] == ["old"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_is_refused_and_spoils_no_line(number, tmp_path):
+    file = ResultFile(tmp_path, "activation")
+    with pytest.raises(ValueError, match="JSON"):
+        file.add([some("A"), some("B", wall_ms=number), some("C")])
+    assert [one["case"] for one in read(file.interrupt())] == ["A"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"case": "X-re',
+        "",
+        "null",
+        "[1, 2]",
+        '{"case": "X-relu-256"}',
+        json.dumps({**dict.fromkeys(FIELDS), "extra": 1}),
+    ],
+    ids=["cut off", "empty line", "null", "a list", "fields missing", "a field too many"],
+)
+def test_read_names_the_file_and_the_line_that_is_none(text, tmp_path):
+    path = tmp_path / "activation.jsonl"
+    path.write_text(f"{json.dumps(some())}\n{text}\n{json.dumps(some())}\n")
+    with pytest.raises(ValueError, match=r"activation\.jsonl: line 2 is not"):
+        read(path)

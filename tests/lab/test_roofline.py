@@ -1,0 +1,518 @@
+"""Gate, clocks and guards of the lab on a machine with no GPU: the card and its clock are stand-ins, the results are real."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import trinix
+from trinix import device
+from trinix.lab import measure, peers, record, roofline, run
+from trinix.lab.case import Case
+
+H100 = device.Card("NVIDIA H100 80GB HBM3", "sm_90", 132, 79.6)
+UNLISTED = device.Card("A card of tomorrow", "sm_999", 1, 1.0)
+ALL_PASSES = ("fwd", "fwd_grad", "bwd", "fwd_bwd")
+
+
+def case_of(kind="silu", shape=(8, 32), dtype=torch.bfloat16, passes=ALL_PASSES):
+    return Case(f"tiny-{kind}", "activation", {"kind": kind}, {"x": shape}, dtype, passes, "trinix", "", ("full",))
+
+
+# -- the least traffic
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "forward", "backward"),
+    [
+        ("none", torch.bfloat16, 0, 0),
+        ("relu", torch.bfloat16, 4096, 4096 + 128),  # dy in, dx out, one bit an element
+        ("relu", torch.float32, 8192, 8192 + 128),
+        ("leaky_relu", torch.float16, 4096, 4096 + 128),
+        ("silu", torch.bfloat16, 4096, 6144),  # x and dy in, dx out
+        ("silu", torch.float32, 8192, 12288),
+        ("mish", torch.float16, 4096, 6144),
+        ("softplus", torch.float16, 4096, 6144),
+    ],
+)
+def test_bytes_of_every_activation_pass(kind, dtype, forward, backward):
+    case = case_of(kind, (4, 2, 128), dtype)
+    moved = {p: roofline.work(case, p).bytes for p in ALL_PASSES}
+    assert moved == {"fwd": forward, "fwd_grad": forward, "bwd": backward, "fwd_bwd": forward + backward}
+    assert {roofline.work(case, p).ceiling for p in ALL_PASSES} == {"bandwidth"}
+
+
+@pytest.mark.parametrize("kind", sorted(set(trinix.ops.KINDS) - {"none", "relu", "leaky_relu"}))
+def test_a_kind_without_a_shorter_way_moves_two_tensors_forward_and_three_backward(kind):
+    case = case_of(kind, (1024,), torch.bfloat16)
+    assert roofline.work(case, "fwd").bytes == 2 * 1024 * 2
+    assert roofline.work(case, "bwd").bytes == 3 * 1024 * 2
+
+
+def test_an_op_without_a_model_has_no_limit_rather_than_a_guess():
+    case = Case("S", "no_such_op", {}, {"x": (2, 2)}, torch.float32, ("fwd",), "trinix", "", ("full",))
+    assert roofline.work(case, "fwd") is None
+
+
+# -- the guard against impossible times
+
+
+def test_a_time_above_the_listed_bandwidth_is_refused_with_both_rates():
+    moved = int(3352e6)  # what an H100 moves in one ms at its listed best
+    assert "3386 GB/s is above the listed 3352 GB/s" in roofline.impossible(0.99, moved, 0.5, H100)
+    assert H100.name in roofline.impossible(0.99, moved, 0.5, H100)
+    assert roofline.impossible(1.001, moved, 0.5, H100) is None
+
+
+def test_a_time_below_the_measured_ceiling_is_refused_on_any_card():
+    for card in (H100, UNLISTED):
+        said = roofline.impossible(1.0, 1000, 1.2, card)
+        assert "1.0000 ms is faster than this card moves the least bytes (1.2000 ms measured)" in said
+
+
+@pytest.mark.parametrize("ceiling_ms", [0.0021, 0.01, 0.1, 1.0, 20.0])
+def test_the_margin_is_four_percent_and_two_microseconds(ceiling_ms):
+    least = (ceiling_ms - 0.002) / 1.04
+    assert roofline.impossible(least * 1.001, 1000, ceiling_ms, UNLISTED) is None
+    assert roofline.impossible(least * 0.999, 1000, ceiling_ms, UNLISTED)
+
+
+def test_normal_times_pass():
+    moved = 2 * 75497472 * 2  # X-relu-4096
+    for ms in (0.10, 0.105, 0.2, 5.0):
+        assert roofline.impossible(ms, moved, 0.102, H100) is None
+        assert roofline.impossible(ms, moved, 0.102, UNLISTED) is None
+
+
+def test_a_pass_that_moves_nothing_has_no_limit():
+    assert roofline.impossible(0.0, 0, 1.0, H100) is None
+
+
+def test_no_time_at_all_is_refused_where_bytes_have_to_move():
+    assert "0" in roofline.impossible(0.0, 1000, 0.1, H100)
+
+
+# -- a total against its parts
+
+
+def timed(pass_, ms, impl="trinix", **known):
+    known = {"case": "A", "op": "activation", "bytes": 1000, "ok": True} | known
+    return record.line(impl=impl, device_ms={"p20": ms, "p50": ms, "p80": ms}, **known, **{"pass": pass_})
+
+
+def test_a_total_faster_than_a_part_is_marked_and_names_the_part():
+    for part in ("fwd", "bwd"):
+        lines = [timed(part, 1.0), timed("fwd_bwd", 0.9)]
+        run.check_totals(lines)
+        assert not lines[1]["ok"]
+        assert "faster than one of them (1.0000 ms)" in lines[1]["reason"]
+        assert lines[0]["ok"]
+
+
+@pytest.mark.parametrize("total", [0.96, 1.0, 1.5, 2.0, 3.0])
+def test_a_total_at_least_its_longest_part_passes(total):
+    lines = [timed("fwd", 0.5), timed("bwd", 1.0), timed("fwd_bwd", total)]
+    run.check_totals(lines)
+    assert all(one["ok"] for one in lines)
+
+
+def test_totals_are_held_against_parts_of_their_own_implementation():
+    lines = [timed("bwd", 1.0, "eager"), timed("fwd_bwd", 0.5), timed("fwd_bwd", 0.5, "eager")]
+    run.check_totals(lines)
+    assert [one["ok"] for one in lines] == [True, True, False]
+
+
+def test_totals_of_what_was_not_timed_or_moves_nothing_are_left_alone():
+    skipped = record.line(
+        case="A", op="activation", impl="compile", ok=False, reason="skipped: no", **{"pass": "fwd_bwd"}
+    )
+    lines = [timed("bwd", 1.0), timed("fwd_bwd", 0.5, bytes=0), timed("fwd_bwd", 0.5, bytes=None, impl="x"), skipped]
+    run.check_totals(lines)
+    assert [one["reason"] for one in lines] == [None, None, None, "skipped: no"]
+
+
+# -- the gate
+
+
+def silu(*, y=lambda t: t, dx=lambda t: t):
+    """A silu of our own, with a fault put into its output or its gradient."""
+
+    class Silu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return y(F.silu(x))
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                (grad,) = torch.autograd.grad(F.silu(leaf), leaf, dy)
+            return dx(grad)
+
+    return Silu.apply
+
+
+def put(at, value):
+    def change(t):
+        t = t.clone()
+        t.view(-1)[at] = value
+        return t
+
+    return change
+
+
+def judged(call, shape=(8, 125), dtype=torch.bfloat16):
+    case = case_of("silu", shape, dtype)
+    return run.gate(case, call, *run.inputs_of(case, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("cut", [1 << 26, 64])
+def test_the_gate_lets_a_right_implementation_through(cut, dtype, monkeypatch):
+    monkeypatch.setattr(run, "SLICE", cut)
+    reason, ratio = judged(silu(), dtype=dtype)
+    assert reason is None
+    assert 0.0 < ratio <= 3.0
+
+
+FAULTS = {
+    "wrong gradient": ("dx", {"dx": lambda t: t * 1.02}),
+    "no gradient at all": ("dx", {"dx": torch.zeros_like}),
+    "gradient of the wrong sign": ("dx", {"dx": torch.neg}),
+    "output off by 2%": ("y", {"y": lambda t: t * 1.02}),
+    "one wrong element": ("y", {"y": put(437, 1.0)}),
+    "one wrong element of the gradient": ("dx", {"dx": put(437, 1.0)}),
+    "one NaN": ("y", {"y": put(437, math.nan)}),
+    "one NaN in the gradient": ("dx", {"dx": put(437, math.nan)}),
+    "one infinity": ("y", {"y": put(437, math.inf)}),
+    "other dtype": ("y", {"y": lambda t: t.float()}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("cut", [1 << 26, 64])
+def test_the_gate_refuses_a_broken_implementation_and_names_the_tensor(cut, fault, monkeypatch):
+    monkeypatch.setattr(run, "SLICE", cut)
+    name, change = FAULTS[fault]
+    reason, _ = judged(silu(**change))
+    assert reason is not None
+    assert reason.startswith(f"misses its error budget: {name}: ")
+
+
+@pytest.mark.parametrize("at", [0, 63, 64, 500, 959, 960, 999])  # slices of 64, the last one of 40
+@pytest.mark.parametrize("name", ["y", "dx"])
+def test_the_gate_sees_a_single_wrong_slice(name, at, monkeypatch):
+    monkeypatch.setattr(run, "SLICE", 64)
+    reason, _ = judged(silu(**{name: put(at, 3.0)}))
+    assert reason is not None
+    assert f" {name}: " in reason
+
+
+def test_the_gate_slices_what_is_above_the_limit_only_and_loses_nothing(monkeypatch):
+    case = case_of("silu", (8, 125))
+    xs, dy = run.inputs_of(case, "cpu")
+    got = (xs[0], dy)
+    assert len(list(run._slices(case, xs, dy, got))) == 1
+    monkeypatch.setattr(run, "SLICE", 64)
+    parts = list(run._slices(case, xs, dy, got))
+    assert len(parts) == 16
+    assert torch.equal(torch.cat([p[0][0] for p in parts]), xs[0].flatten())
+    assert torch.equal(torch.cat([p[1] for p in parts]), dy.flatten())
+    assert torch.equal(torch.cat([p[2][1] for p in parts]), dy.flatten())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_line_of_a_refused_implementation_can_be_written(value, tmp_path):
+    reason, ratio = judged(silu(y=put(437, value)))
+    file = record.ResultFile(tmp_path, "activation")
+    known = {"case": "A", "op": "activation", "pass": "fwd", "impl": "eager"}
+    file.add([record.line(**known, ok=False, reason=reason, error_ratio=ratio)])
+    (one,) = record.read(file.finish())
+    assert one["error_ratio"] is None, "an infinite ratio is no number, and a smaller one would be a lie"
+
+
+def admitted(prepare, monkeypatch):
+    monkeypatch.setitem(peers.PREPARE, "eager", prepare)
+    case = case_of("silu")
+    return run.admit(case, "eager", *run.inputs_of(case, "cpu"))
+
+
+def test_what_passes_the_gate_is_admitted_with_its_call(monkeypatch):
+    subject = admitted(lambda case: F.silu, monkeypatch)
+    assert subject.call is F.silu
+    assert subject.reason is None
+    assert subject.error_ratio > 0
+
+
+def out_of_memory(x):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nMore lines.")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x: F.silu(x).flatten(), "shape"),
+        (lambda x: F.silu(x)[:-1], "shape"),
+        (out_of_memory, "OutOfMemoryError: CUDA out of memory."),
+        (lambda x: F.silu(x.detach()), "carries no gradient"),
+    ],
+    ids=["other shape", "other size", "out of memory", "no gradient"],
+)
+def test_an_implementation_that_raises_is_a_row_with_a_reason_in_one_line(call, said, monkeypatch):
+    subject = admitted(lambda case: call, monkeypatch)
+    assert subject.call is None
+    assert said in subject.reason
+    assert "\n" not in subject.reason
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_a_reason(monkeypatch):
+    def broken(case):
+        raise AttributeError("no such thing")
+
+    with pytest.raises(AttributeError):
+        admitted(broken, monkeypatch)
+
+
+# -- the whole run, with a card and a clock that are not there
+
+
+class Clock:
+    """Runs every call it is given and says the times it was told, by pass and name; half a ms for the rest."""
+
+    def __init__(self, **ms):
+        self.ms, self.asked, self.graphs, self.metered = ms, [], 0, 0
+
+    def device_ms(self, calls):
+        self.asked.append(list(calls))
+        for call in calls.values():
+            call()
+        told = [self.ms.get(f"{name}@{len(self.asked)}", self.ms.get(name, 0.5)) for name in calls]
+        return {name: measure.Spread(ms * 0.9, ms, ms * 1.1) for name, ms in zip(calls, told, strict=True)}
+
+    def wall_ms(self, calls):
+        return dict.fromkeys(calls, 0.625)
+
+    def host_us(self, calls):
+        return dict.fromkeys(calls, 12.346)
+
+    def graph_ms(self, call):
+        self.graphs += 1
+        return 0.375
+
+    def peak_mib(self, call, *, before=None):
+        self.metered += 1
+        call()
+        return 1.5
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that believes it has an H100; tensors stay on the CPU."""
+    real = run.inputs_of
+    monkeypatch.setattr(run, "inputs_of", lambda case, where: real(case, "cpu"))
+    monkeypatch.setattr(device, "card", lambda index=0: H100)
+    monkeypatch.setattr(roofline, "traffic_probes", lambda moved: {"copy": lambda: None, "add": lambda: None})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(record, "_run", lambda *command: "")
+    record.stamp.cache_clear()
+    yield
+    record.stamp.cache_clear()
+
+
+def lines_of(lines, **wanted):
+    return [one for one in lines if all(one[k] == v for k, v in wanted.items())]
+
+
+IMPLS = tuple(peers.PREPARE)
+
+
+def test_every_pass_gives_a_line_for_every_implementation_in_order(gpu):
+    lines = run.run_gpu(case_of("silu"), IMPLS, Clock())
+    assert [(one["pass"], one["impl"]) for one in lines] == [(p, i) for p in ALL_PASSES for i in IMPLS]
+    assert {one["case"] for one in lines} == {"tiny-silu"}
+    assert {one["gpu"] for one in lines} == {H100.name}
+
+
+def test_a_timed_line_has_all_four_clocks_memory_share_and_error(gpu):
+    clock = Clock(copy=0.25, add=0.24)
+    lines = run.run_gpu(case_of("silu"), ["trinix", "eager"], clock)
+    for one in lines:
+        assert one["ok"] is True
+        assert one["reason"] is None
+        assert one["device_ms"] == {"p20": 0.45, "p50": 0.5, "p80": 0.55}
+        assert (one["wall_ms"], one["host_us"], one["peak_mib"]) == (0.625, 12.35, 1.5)
+        assert one["graph_ms"] == (0.375 if one["pass"] in ("fwd", "fwd_bwd") else None)
+        assert one["inputs_mib"] == round(512 * (2 if "bwd" in one["pass"] else 1) / 2**20, 4)
+        assert one["bytes"] == {"fwd": 1024, "fwd_grad": 1024, "bwd": 1536, "fwd_bwd": 2560}[one["pass"]]
+        assert one["ceiling_share"] == 0.5, "the copy's time over ours"
+        assert 0 < one["error_ratio"] <= 3
+    assert clock.asked == [["trinix", "eager", "copy", "add"]] * 4, "interleaved, with the ceiling's probes"
+    assert clock.graphs == 4
+    assert clock.metered == 8
+
+
+def test_the_backend_that_really_ran_is_recorded(gpu):
+    lines = run.run_gpu(case_of("silu"), ["trinix", "trinix:triton", "eager", "seed_formula"], Clock())
+    ran = {one["impl"]: one["backend"] for one in lines}
+    assert ran == {"trinix": "torch", "trinix:triton": "triton", "eager": "eager", "seed_formula": "seed_formula"}
+    with trinix.use_backend("triton"):
+        (one,) = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix"], Clock())
+    assert one["backend"] == "triton"
+
+
+def test_a_skipped_rival_says_why_and_is_not_timed(gpu):
+    clock = Clock()
+    lines = run.run_gpu(case_of("silu"), ["trinix", "compile"], clock)
+    skipped = lines_of(lines, impl="compile")
+    assert [one["pass"] for one in skipped] == list(ALL_PASSES)
+    assert {one["reason"] for one in skipped} == {"skipped: timed on a GPU only"}
+    assert all(one["ok"] is False and one["device_ms"] is None and one["backend"] is None for one in skipped)
+    assert all("compile" not in asked for asked in clock.asked)
+
+
+@pytest.mark.parametrize("impl", ["trinix", "eager"])
+@pytest.mark.parametrize("fault", ["wrong gradient", "output off by 2%", "one wrong element"])
+def test_an_implementation_that_misses_its_budget_is_not_timed_and_says_why(impl, fault, gpu, monkeypatch):
+    name, change = FAULTS[fault]
+    monkeypatch.setitem(peers.PREPARE, impl, lambda case: silu(**change))
+    clock = Clock()
+    lines = run.run_gpu(case_of("silu", (8, 125)), ["trinix", "eager"], clock)
+    bad, good = lines_of(lines, impl=impl), [one for one in lines if one["impl"] != impl]
+    assert [one["pass"] for one in bad] == list(ALL_PASSES)
+    for one in bad:
+        assert one["ok"] is False
+        assert one["reason"].startswith(f"misses its error budget: {name}: error ")
+        assert (one["device_ms"], one["wall_ms"], one["host_us"], one["peak_mib"]) == (None,) * 4
+        assert one["error_ratio"] > 1
+    assert len(good) == 4
+    assert all(one["ok"] for one in good)
+    assert all(impl not in asked for asked in clock.asked)
+
+
+def test_a_time_faster_than_the_card_is_an_error_and_not_a_record(gpu):
+    lines = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "eager"], Clock(trinix=0.3, copy=0.5, add=0.5))
+    assert [one["ok"] for one in lines] == [False, True]
+    assert "0.3000 ms is faster than this card" in lines[0]["reason"]
+    assert lines[0]["device_ms"]["p50"] == 0.3, "the impossible figure stays visible"
+
+
+def test_the_fastest_probe_is_the_limit_and_the_copy_is_what_shares_are_of(gpu):
+    (one,) = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix"], Clock(trinix=0.46, copy=0.5, add=0.47))
+    assert one["ok"]
+    assert one["ceiling_share"] == round(0.5 / 0.46, 4)
+
+
+def test_a_total_faster_than_its_backward_is_an_error_in_the_whole_run_too(gpu):
+    clock = Clock(copy=0.1, add=0.1, **{"trinix@3": 0.9})  # its third pass: bwd
+    lines = run.run_gpu(case_of("silu"), ["trinix", "eager"], clock)
+    wrong = [(one["pass"], one["impl"]) for one in lines if not one["ok"]]
+    assert wrong == [("fwd_bwd", "trinix")]
+
+
+def test_an_implementation_that_launches_nothing_is_an_error_line(gpu):
+    (one,) = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix"], Clock(trinix=0.0))
+    assert not one["ok"]
+
+
+def test_the_identity_has_no_probes_no_share_and_no_kernel(gpu):
+    clock = Clock(trinix=0.0, eager=0.0)
+    lines = run.run_gpu(case_of("none"), ["trinix", "trinix:triton", "eager"], clock)
+    assert clock.asked == [["trinix", "eager"]] * 4
+    for one in lines:
+        assert one["ceiling_share"] is None
+        assert one["ok"] is (one["impl"] != "trinix:triton")
+    assert {one["reason"] for one in lines_of(lines, impl="trinix:triton")} == {"skipped: the identity runs no kernel"}
+
+
+def test_an_op_without_a_model_is_timed_without_a_limit(gpu, monkeypatch):
+    monkeypatch.delitem(roofline.WORK, "activation")
+    lines = run.run_gpu(case_of("silu"), ["trinix"], Clock(trinix=1e-9))
+    assert all(one["ok"] and one["bytes"] is None and one["ceiling"] is None for one in lines)
+
+
+@pytest.mark.parametrize("pass_", ALL_PASSES)
+def test_a_pass_runs_what_its_name_says(pass_, gpu):
+    calls = {"forward": 0, "recorded": 0, "backward": 0}
+
+    def call(x):
+        calls["forward"] += 1
+        calls["recorded"] += x.requires_grad
+        y = x * 2
+        if y.requires_grad:
+            y.register_hook(lambda _: calls.__setitem__("backward", calls["backward"] + 1))
+        return y
+
+    xs, dy = run.inputs_of(case_of(), "cpu")
+    timed_call = run.pass_call(pass_, call, xs, dy)
+    before = dict(calls)
+    result = timed_call()
+    done = {k: calls[k] - before[k] for k in calls}
+    forward, recorded, backward = {"fwd": (1, 0, 0), "fwd_grad": (1, 1, 0), "bwd": (0, 0, 1), "fwd_bwd": (1, 1, 1)}[
+        pass_
+    ]
+    assert done == {"forward": forward, "recorded": recorded, "backward": backward}
+    if backward:
+        assert torch.equal(result[0], dy * 2)
+        assert torch.equal(timed_call()[0], dy * 2), "nothing accumulates from call to call"
+    assert xs[0].grad is None
+    assert not xs[0].requires_grad
+
+
+def test_inputs_are_the_same_on_every_run_and_differ_from_each_other():
+    case = Case("two", "glu", {}, {"a": (64,), "b": (64,)}, torch.bfloat16, ("fwd",), "trinix", "", ("full",))
+    (a, b), dy = run.inputs_of(case, "cpu")
+    (a2, b2), dy2 = run.inputs_of(case, "cpu")
+    assert torch.equal(a, a2)
+    assert torch.equal(b, b2)
+    assert torch.equal(dy, dy2)
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, dy)
+    assert a.dtype == torch.bfloat16
+
+
+# -- the clocks' own arithmetic
+
+
+def test_quantiles_of_a_sample():
+    assert measure.Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == measure.Spread(2.0, 3.0, 5.0)
+    assert measure.Spread.of([7.0]) == measure.Spread(7.0, 7.0, 7.0)
+
+
+def test_cpu_times_are_of_the_right_call():
+    a = torch.randn(400, 400)
+    times = measure.cpu_ms({"small": lambda: a[:2, :2].sum(), "large": lambda: a @ a @ a}, budget_s=0.05)
+    assert 0 < times["small"].p50 < times["large"].p50
+
+
+def test_no_calls_have_no_times():
+    assert measure.cpu_ms({}) == {}
+    assert measure._interleave({}, 3, lambda call: 1.0) == {}
+
+
+def test_calls_are_interleaved_and_the_first_one_rotates():
+    order = []
+    calls = {name: name for name in "abc"}
+    sample = measure._interleave(calls, 4, lambda call: order.append(call) or len(order))
+    assert "".join(order) == "abcbcacababc"
+    assert sample == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3352.0),
+        ("NVIDIA H200", 4800.0),
+        ("NVIDIA H100 NVL", 3900.0),
+        ("NVIDIA H100 PCIe", 2000.0),
+    ],
+)
+def test_the_listed_bandwidth_follows_the_cards_name(name, listed):
+    assert device.Card(name, "sm_90", 1, 1.0).bandwidth_gbs == listed
+
+
+def test_an_unlisted_card_has_no_listed_bandwidth():
+    assert UNLISTED.bandwidth_gbs is None

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # two xdist workers share two cores
-torch.use_deterministic_algorithms(True, warn_only=True)  # what makes the next line work
-torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def pytest_configure(config):
@@ -22,6 +20,8 @@ def pytest_configure(config):
     chosen = config.option.markexpr
     if not torch.cuda.is_available() or "gpu" not in chosen or "not gpu" in chosen:
         os.environ["TRITON_INTERPRET"] = "1"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # imports Triton, so not before; makes the next line work
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def interpreted() -> bool:

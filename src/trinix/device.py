@@ -47,7 +47,7 @@ class Card:
     def bandwidth_gbs(self) -> float | None:
         """Listed memory bandwidth in GB/s, or None for a card that is not listed."""
         for part, listed in _BANDWIDTH_BY_NAME.items():
-            if part in self.name:
+            if f" {part} " in f" {self.name} ":
                 return listed
         return self.limits.bandwidth_gbs if self.limits else None
 

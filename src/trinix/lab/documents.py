@@ -52,7 +52,10 @@ def benchmark_activation(argv: list[str] | None = None) -> int:
             parser.error(f"--batch_size, --seq_len and --hidden_size must be positive, got {sizes}")
         cases = [_case(kind, sizes, DTYPES[flags.dtype]) for kind in flags.kind or KINDS]
     console = Console(width=None if sys.stdout.isatty() else 200)
-    return bench.bench_cases(cases, tuple(PREPARE), flags.out, console, kernels=False, cpu_elements=1 << 62)
+    try:
+        return bench.bench_cases(cases, tuple(PREPARE), flags.out, console, kernels=False, cpu_elements=1 << 62)
+    except OSError as error:
+        parser.error(f"--out {flags.out}: {error}")
 
 
 def _case(kind: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Case:

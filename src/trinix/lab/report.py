@@ -52,7 +52,7 @@ def rows(lines: Iterable[dict]) -> list[ResultRow]:
 def write(folder: Path) -> list[Path]:
     """Write ``<op>.md`` beside every ``<op>.jsonl`` below ``folder``; returns what was written."""
     written = []
-    for path in sorted(folder.glob("*/*.jsonl")):
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*/*.jsonl")]):
         target = path.with_suffix(".md")
         text = markdown(record.read(path), path.name)
         temporary = target.with_suffix(".md.partial")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import trinix
 from trinix import device
 from trinix.lab import measure, peers, record, roofline, run
-from trinix.lab.case import Case
+from trinix.lab.case import Case, load_cases
 
 H100 = device.Card("NVIDIA H100 80GB HBM3", "sm_90", 132, 79.6)
 UNLISTED = device.Card("A card of tomorrow", "sm_999", 1, 1.0)
@@ -516,3 +516,22 @@ def test_the_listed_bandwidth_follows_the_cards_name(name, listed):
 
 def test_an_unlisted_card_has_no_listed_bandwidth():
     assert UNLISTED.bandwidth_gbs is None
+
+
+def test_an_error_of_tritons_is_a_failed_row_and_any_other_ends_the_run(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    case = next(c for c in load_cases("quick", ["activation"]) if c.id == "G-mi-1")
+    x = torch.ones(4)
+
+    def raising(error):
+        def call(x):
+            raise error
+
+        return lambda case: call
+
+    monkeypatch.setitem(run.peers.PREPARE, "eager", raising(OutOfResources(300000, 232448, "shared memory")))
+    assert "OutOfResources" in run.admit(case, "eager", [x], x).reason
+    monkeypatch.setitem(run.peers.PREPARE, "eager", raising(KeyError("a bug of ours")))
+    with pytest.raises(KeyError):
+        run.admit(case, "eager", [x], x)

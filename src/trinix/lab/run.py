@@ -67,7 +67,10 @@ def admit(case: Case, impl: str, xs: Sequence[Tensor], dy: Tensor) -> Subject:
         if isinstance(prepared, str):
             return Subject(impl, reason=f"skipped: {prepared}")
         reason, ratio = gate(case, prepared, xs, dy)
-    except (RuntimeError, AssertionError) as error:  # out of memory, a compiler that fails, Unsupported, no gradient
+    except Exception as error:
+        # out of memory, a compiler that fails, Unsupported, no gradient; Triton's errors have a base class of their own
+        if not isinstance(error, RuntimeError | AssertionError) and not type(error).__module__.startswith("triton."):
+            raise
         return Subject(impl, reason=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     return Subject(impl, None if reason else prepared, reason, ratio)
 

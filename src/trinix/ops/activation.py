@@ -66,8 +66,8 @@ KINDS = (
 _ALWAYS, _NEVER = 0, 1 << 62
 # From how many elements on "auto" runs the Triton kernel on a GPU: (no gradient, with gradient), from the H100's rows.
 # Where PyTorch has the kind as one kernel, ours costs 3 us more host time without gradient and 30 to 50 us more with: it
-# has to win on the device. At par, so never: relu without gradient, sigmoid, silu, leaky_relu, tanh (X-*, K-*: 0 to 0.8%).
-# Faster: mish by a quarter from G-mi-1 on, softplus alike, gelu by 5%; relu's backward by its mask from X-relu-512 on.
+# has to win on the device. At par with eager, so never: relu without gradient, sigmoid, silu, leaky_relu, tanh (X-*, K-*: 0 to 0.8%).
+# Faster: mish by a quarter from G-mi-1 on, softplus alike, gelu by 1%; relu's backward by its mask from X-relu-512 on.
 # Kinds that eager composes of several kernels: always.
 _TRITON_FROM = dict.fromkeys(KINDS, (_NEVER, _NEVER))
 _TRITON_FROM |= dict.fromkeys(("quick_gelu", "squared_relu"), (_ALWAYS, _ALWAYS))

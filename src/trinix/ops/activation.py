@@ -63,7 +63,7 @@ KINDS = (
     "softplus",
 )  # fmt: skip
 
-_ALWAYS, _NEVER = 0, 1 << 62
+_ALWAYS, _NEVER = 0, None
 # From how many elements on "auto" runs the Triton kernel on a GPU: (no gradient, with gradient), from the H100's rows.
 # Where PyTorch has the kind as one kernel, ours costs 3 us more host time without gradient and 30 to 50 us more with: it
 # has to win on the device. At par with eager, so never: relu without gradient, sigmoid, silu, leaky_relu, tanh (X-*, K-*: 0 to 0.8%).
@@ -191,7 +191,8 @@ def _activation(x, kind, a, b, backend):
     grad = x.requires_grad and torch.is_grad_enabled()
     if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
-    if torch.compiler.is_compiling() or not x.is_cuda or x.numel() < _TRITON_FROM[kind][grad]:
+    least = _TRITON_FROM[kind][grad]
+    if least is _NEVER or torch.compiler.is_compiling() or not x.is_cuda or x.numel() < least:
         return reference.FORMULAS[kind](x, a, b)
     if not _plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
@@ -340,7 +341,7 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         rejected["triton"] = against
     elif not _plain(x):
         rejected["triton"] = f"a raw launch does not see through {type(x).__name__} or an active mode"
-    elif least == _NEVER:
+    elif least is _NEVER:
         rejected["triton"] = (
             "no faster than PyTorch's own kernel at any size measured, and a launch costs more host time"
         )

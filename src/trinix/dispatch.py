@@ -5,6 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
 forced: str | None = None  # what "auto" means at present: set by ``use_backend`` only; torch.compile guards it
 
 
@@ -77,3 +82,34 @@ def load_named(op: str, backends: Mapping[str, Callable[[], ModuleType]], backen
     if reason:
         raise Unsupported(f"{op}: backend {backend!r} {reason}; use backend='auto' to run it where it can")
     return backends[backend]()
+
+
+def plain(*tensors: Tensor) -> bool:
+    """True when a raw launch sees what it thinks it sees: no subclass, mode, transform, dual or lazily negated tensor."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for t in tensors:  # noqa: SIM110  (no generator: this is on the path of every eager call)
+        if (type(t) is not Tensor and type(t) is not Parameter) or t.is_neg():
+            return False
+    return True
+
+
+_library = torch.library.Library("trinix", "FRAGMENT")
+
+
+def register(schema: str, run: Callable, fake: Callable):
+    """Register kernels as the operator ``trinix::<schema>`` for calls that a raw launch must not see; returns its overload.
+
+    ``run`` serves CUDA tensors, and CPU tensors for Triton's interpreter: nothing else reaches it, ``unsupported`` is asked first.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for device in ("CUDA", "CPU"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"trinix::{name}", fake, lib=_library)
+    return getattr(torch.ops.trinix, name).default

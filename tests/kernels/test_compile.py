@@ -11,7 +11,7 @@ from trinix.lab import aot
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from trinix.kernels.triton.activation import CompileCase  # noqa: E402
+from trinix.kernels.triton._compile import CompileCase  # noqa: E402
 
 
 def fault(one: aot.Report) -> str | None:

@@ -35,7 +35,6 @@ import inspect
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from trinix import dispatch
 from trinix.dispatch import Explanation
@@ -194,7 +193,7 @@ def _activation(x, kind, a, b, backend):
     least = _TRITON_FROM[kind][grad]
     if least is _NEVER or torch.compiler.is_compiling() or not x.is_cuda or x.numel() < least:
         return reference.FORMULAS[kind](x, a, b)
-    if not _plain(x) or _against_triton(x):
+    if not dispatch.plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
     return _Activation.apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
 
@@ -209,23 +208,11 @@ def _named(x, kind, a, b, backend, grad):
     module = dispatch.load_named("activation", BACKENDS, backend, x)
     if kind == "none" or backend == "torch":
         return reference.forward(x, kind, a, b)
-    if torch.compiler.is_compiling() or not _plain(x):
+    if torch.compiler.is_compiling() or not dispatch.plain(x):
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return _RegisteredActivation.apply(x, kind, a, b) if grad else _forward_op(x, kind, a, b)
     return _Activation.apply(x, kind, a, b) if grad else module.forward(x, kind, a, b)
-
-
-def _plain(x: Tensor) -> bool:
-    """True when a raw launch sees what it thinks it sees: no subclass, mode, transform, dual or lazily negated tensor."""
-    return (
-        (type(x) is Tensor or type(x) is Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not x.is_neg()
-        and torch._C._get_tracing_state() is None
-    )
 
 
 def triton_can_run(x: Tensor) -> bool:
@@ -257,7 +244,7 @@ class _Activation(torch.autograd.Function):
         (saved,) = ctx.saved_tensors
         kind, a, b, layout = ctx.call
         again = torch.is_grad_enabled()  # create_graph=True
-        if not again and _plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
+        if not again and dispatch.plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
             return _triton().backward(saved, dy, kind, a, b, layout), None, None, None
         # the same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy
         if saved.dtype == torch.uint8:
@@ -273,23 +260,21 @@ class _Activation(torch.autograd.Function):
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch
 # modes, subclasses. relu saves y here, not the mask.
 
-_LIBRARY = torch.library.Library("trinix", "FRAGMENT")
-_LIBRARY.define("activation(Tensor x, str kind, float a, float b) -> Tensor")
-_LIBRARY.define("activation_backward(Tensor saved, Tensor dy, str kind, float a, float b) -> Tensor")
 
-
-def _backward_op(saved, dy, kind, a, b):
+def _backward_run(saved, dy, kind, a, b):
     return _triton().backward(saved, dy, kind, a, b, torch.empty_like(saved, device="meta").stride())
 
 
-for _device in ("CUDA", "CPU"):  # "CPU" is Triton's interpreter: ``unsupported`` lets nothing else through
-    _LIBRARY.impl("activation", lambda x, kind, a, b: _triton().forward(x, kind, a, b), _device)
-    _LIBRARY.impl("activation_backward", _backward_op, _device)
-torch.library.register_fake("trinix::activation", lambda x, kind, a, b: torch.empty_like(x), lib=_LIBRARY)
-torch.library.register_fake(
-    "trinix::activation_backward", lambda saved, dy, kind, a, b: torch.empty_like(saved), lib=_LIBRARY
+_forward_op = dispatch.register(
+    "activation(Tensor x, str kind, float a, float b) -> Tensor",
+    lambda x, kind, a, b: _triton().forward(x, kind, a, b),
+    lambda x, kind, a, b: torch.empty_like(x),
 )
-_forward_op = torch.ops.trinix.activation.default
+_backward_op = dispatch.register(
+    "activation_backward(Tensor saved, Tensor dy, str kind, float a, float b) -> Tensor",
+    _backward_run,
+    lambda saved, dy, kind, a, b: torch.empty_like(saved),
+)
 
 
 class _RegisteredActivation(torch.autograd.Function):
@@ -304,7 +289,7 @@ class _RegisteredActivation(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (saved,) = ctx.saved_tensors
-        return torch.ops.trinix.activation_backward.default(saved, dy, *ctx.call), None, None, None
+        return _backward_op(saved, dy, *ctx.call), None, None, None
 
 
 def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
@@ -339,7 +324,7 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         rejected["triton"] = f"needs a GPU tensor, got {x.device.type}"
     elif against:
         rejected["triton"] = against
-    elif not _plain(x):
+    elif not dispatch.plain(x):
         rejected["triton"] = f"a raw launch does not see through {type(x).__name__} or an active mode"
     elif least is _NEVER:
         rejected["triton"] = (

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
 
 # ---- formulas: value(x) and dx(x, dy), float32 in and out; a, b are the kind's parameters ------------------------------
@@ -546,38 +547,11 @@ def merge_dims(shape, order, strides):
     return sizes, [tuple(m) for m in merged]
 
 
-class CompileCase(NamedTuple):
-    """One binary that the library launches, as ``trinix.lab.aot`` compiles it without a GPU."""
-
-    name: str  # module/kind/pass/dtype
-    kernel: triton.JITFunction
-    signature: dict  # every parameter and its Triton type
-    constexprs: dict
-    options: dict
-    aligned: tuple  # parameters divisible by 16
-    access_bits: int  # what the widest load and the widest store have to reach
-    bytes_per_element: float
-
-
 def compile_cases(lanes: int = LANES):
     """Every flat and mask binary; of the strided kernels what one half of a tensor's last dimension launches."""
 
     def case(name, launch, bytes_per_element, tensors, integers=()):
-        # the specialisation that Triton makes: pointers aligned, an integer 1 is a constant, multiples of 16 are marked
-        signature, constexprs, aligned = {}, dict(launch.constants), []
-        values = iter((*tensors, *integers))
-        for p in launch.kernel.params:
-            value = next(values, None)
-            if value == 1:
-                constexprs[p.name] = 1
-            elif isinstance(value, str) or (value is not None and value % 16 == 0):
-                aligned.append(p.name)
-            pointer = value if isinstance(value, str) else None
-            signature[p.name] = "constexpr" if p.name in constexprs else pointer or p.annotation_type or "i32"
-        return CompileCase(
-            f"activation/{name}", launch.kernel, signature, constexprs, launch.options, tuple(aligned),
-            128, bytes_per_element,
-        )  # fmt: skip
+        return compile_case(f"activation/{name}", launch, bytes_per_element, tensors, integers)
 
     mask_forward, mask_backward = mask_launches(lanes)
     rows = cols = 4096
@@ -585,7 +559,7 @@ def compile_cases(lanes: int = LANES):
     tile = choose_tile(rows, cols)
     for dtype in DTYPES:
         size, suffix = dtype.itemsize, str(dtype).removeprefix("torch.")
-        t = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[suffix]
+        t = POINTERS[suffix]
         for kind in FORMULAS:
             _, fwd, bwd = flat_launches(kind, dtype, lanes)
             yield case(f"{kind}/fwd/{suffix}", fwd, 2 * size, (t, t))

@@ -359,6 +359,16 @@ def test_a_binary_without_scratch_parameters_is_passed_none(rig, monkeypatch):
     assert sent == [compiled, 3, 1, 1, WARPS, 1088, "Oi", (256, 48), 7000]
 
 
+def test_a_kernel_that_may_start_early_goes_through_tritons_launcher_which_knows_the_attribute(fake_driver):
+    rig = Rig(FakeKernel(launch_pdl=True))
+    assert [rig(), rig()] == ["normal", "fast"]
+    assert len(rig.last[2]) == 9 + 5 + 2  # CompiledKernel.run's list
+    plain = Launcher(rig.kernel, tensors=2).bind(FACTOR=FACTOR, BLOCK=BLOCK)
+    early = Launcher(rig.kernel, tensors=2).bind(FACTOR=FACTOR, BLOCK=BLOCK, launch_pdl=True)
+    assert "launch_pdl" not in plain.options  # drivers that do not know the option refuse it
+    assert early.options["launch_pdl"] is True
+
+
 def test_a_launch_that_gives_no_kernel_back_is_not_kept(rig):
     assert not _launch._keepable(rig.kernel, None)
 

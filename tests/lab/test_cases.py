@@ -12,7 +12,7 @@ from trinix.lab import case as cases_module
 from trinix.lab.case import PASSES, SUITES, UNITS, load_cases, parse
 
 EVERY = load_cases("full")
-SEEDS = [c for c in EVERY if c.document != "trinix"]
+SEEDS = [c for c in EVERY if c.document.isdigit()]
 SEQUENCES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 # document 000 to 004: cases and rows of each op
@@ -58,6 +58,13 @@ def test_every_document_has_its_cases_and_rows_under_the_right_op():
     assert {key: (counted[key], rows[key]) for key in counted} == EXPECTED
 
 
+def test_the_norms_have_every_width_in_both_dtypes_forward_and_backward():
+    for op in ("layer_norm", "rms_norm"):
+        mine = {(c.shape["x"], c.dtype) for c in EVERY if c.op == op and {"fwd", "bwd"} <= set(c.passes)}
+        for width in (256, 768, 1024, 2048, 4096, 8192):
+            assert {((16384, width), torch.float32), ((16384, width), torch.bfloat16)} <= mine
+
+
 def test_activations_are_four_kinds_of_document_003_and_three_of_002_in_every_size():
     mine = [c for c in SEEDS if c.op == "activation"]
     wanted = {f"X-{kind}-{n}" for kind in ("relu", "sigmoid", "silu", "none") for n in SEQUENCES}
@@ -90,7 +97,7 @@ def test_a_case_publishes_a_figure_once():
 @pytest.mark.parametrize("one", EVERY, ids=lambda c: c.id)
 def test_a_case_is_whole(one):
     assert one.op == one.op.lower()
-    assert (cases_module.FOLDER / f"{one.op}.toml").exists()
+    assert (cases_module.FOLDER / f"{one.file}.toml").exists()
     assert isinstance(one.dtype, torch.dtype)
     assert one.passes
     assert set(one.passes) <= set(PASSES)
@@ -118,6 +125,11 @@ def test_a_case_is_whole(one):
         ("X-sigmoid-32768", "fwd", "ms", {"triton": 2.842082, "torch": 0.860860, "compile": 0.795817}),
         ("X-none-8192", "fwd", "ms", {"triton": 0.003798, "torch": 0.003827, "compile": 0.003804}),
         ("A-MHA-1", "fwd_bwd", "ms", {"torch": 3.9123, "triton": 1.1282, "flash": 1.7229}),
+        ("N-rms-1", "fwd", "ms", {"torch": 0.1826, "triton": 0.1390}),
+        ("N-ln-2", "fwd", "ms", {"torch": 0.0646}),
+        ("H-sw-4", "bwd", "ms", {"torch": 46.5908, "triton": 24.7984}),
+        ("E-rope-3", "bwd", "ms", {"torch": 5.0667, "triton": 2.0260}),
+        ("E-alibi-2", "fwd", "ms", {"torch": 10.3026, "triton": 1.7508}),
         ("A-GQA-2", "bwd", "ms", {"torch": 14.2498, "triton": 0.9140, "flash": 7.7724}),
     ],
 )
@@ -139,14 +151,35 @@ def test_seeds_are_the_documents_and_quick_and_seeds_are_parts_of_full():
     assert {c.id for c in quick if c.document != "trinix"} < {c.id for c in seeds}
 
 
-def test_ops_can_be_chosen_in_any_suite_and_keep_the_order_of_the_files():
+FAMILIES = {path.stem for path in cases_module.FOLDER.glob("*.toml")}
+
+
+def test_families_and_ops_can_be_chosen_in_any_suite_and_keep_the_order_of_the_files():
     for suite in SUITES:
         whole = load_cases(suite)
-        for op in {c.op for c in whole}:
+        for family in FAMILIES:
+            assert load_cases(suite, [family]) == [c for c in whole if c.file == family]
+        for op in {c.op for c in whole} - FAMILIES:
             assert [c.id for c in load_cases(suite, [op])] == [c.id for c in whole if c.op == op]
     both = load_cases("full", ["softmax", "glu"])
-    assert [c.id for c in both] == [c.id for c in EVERY if c.op in ("softmax", "glu")]
+    assert both == [c for c in EVERY if c.file in ("softmax", "glu")]
+    assert {c.op for c in both} == {"softmax", "log_softmax", "glu"}
     assert load_cases("seeds", (name for name in ["glu"])) == load_cases("seeds", ["glu"])
+
+
+def test_a_part_of_a_family_has_a_result_file_of_its_own():
+    assert {c.file for c in load_cases("full", ["rms_norm"])} == {"norm-rms_norm"}
+    assert {c.file for c in load_cases("full", ["log_softmax", "glu"])} == {"softmax-log_softmax", "glu"}
+    some = load_cases("full", ["layer_norm", "rms_norm"])
+    assert {c.file for c in some} == {"norm-layer_norm", "norm-rms_norm"}
+
+
+def test_all_ops_of_a_family_are_the_family():
+    ops = {c.op for c in load_cases("full", ["norm"])}
+    assert len(ops) == 5
+    assert load_cases("full", ops) == load_cases("full", ["norm"])
+    assert {c.file for c in load_cases("seeds", ["layer_norm"])} == {"norm"}, "the documents time no other norm"
+    assert {c.file for c in load_cases("full", ["norm", "rms_norm"])} == {"norm"}
 
 
 def test_an_unknown_suite_or_op_is_refused_with_the_known_ones():

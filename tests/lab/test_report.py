@@ -130,7 +130,8 @@ def test_a_rival_that_was_not_timed_is_no_rival():
 def test_an_implementation_without_a_line_leaves_its_cells_empty(missing):
     lines = [gpu_line("X-relu-256", "fwd", impl, 1.0) for impl in ("trinix", "eager", "compile") if impl != missing]
     (row,) = speed(lines)
-    assert row[missing] == ""
+    assert row.get(missing, "") == ""
+    assert (missing in row) is (missing == "trinix"), "what took no part has no column"
     assert bool(row["best / trinix"]) is (missing != "trinix")
 
 
@@ -147,7 +148,7 @@ def test_each_pass_has_its_own_table_under_its_own_heading():
 
 def test_the_head_names_card_versions_commit_and_source():
     text = report.markdown([gpu_line("X-relu-256", "fwd", "trinix", 1.0)], "activation.jsonl")
-    assert text.startswith("# activation: results\n")
+    assert text.startswith("# activation: results\n"), "the file's name"
     assert "NVIDIA H100 80GB HBM3; torch 2.13.0; commit abc1234; " in text
     assert "[activation.jsonl](activation.jsonl)" in text
     assert text.endswith("\n")
@@ -168,7 +169,8 @@ def test_what_failed_or_was_skipped_is_listed_with_its_reason():
     ]
     text = report.markdown(lines, "activation.jsonl")
     (row,) = tables(text)[0]
-    assert (row["trinix"], row["compile"], row["best / trinix"], row["error"]) == ("not timed", "not timed", "", "")
+    assert (row["trinix"], row["best / trinix"], row["error"]) == ("not timed", "", "")
+    assert "compile" not in row
     after = text.partition("## Not timed\n")[2]
     assert "- X-relu-256 fwd trinix: misses its error budget: y: error 1" in after
     assert "- X-relu-256 fwd compile: skipped: timed on a GPU only" in after
@@ -177,6 +179,28 @@ def test_what_failed_or_was_skipped_is_listed_with_its_reason():
     assert said.startswith("1 rows of trinix, 1 failed, 0 slower")
     assert "failed: X-relu-256 fwd trinix: misses its error budget" in said
     assert "compile" not in said
+
+
+def test_many_skips_for_one_reason_share_a_line_and_failures_never_do():
+    skipped = [gpu_line(f"X-relu-{n}", "fwd", "quack", reason="skipped: not installed") for n in range(5)]
+    failed = [gpu_line(f"X-relu-{n}", "fwd", "eager", reason="RuntimeError: no") for n in range(5)]
+    one = [gpu_line("X-relu-1", "fwd", "liger", reason="skipped: no such form")]
+    text = report.markdown([gpu_line("X-relu-1", "fwd", "trinix", 1.0), *skipped, *failed, *one], "a.jsonl")
+    after = text.partition("## Not timed\n")[2]
+    assert "- quack, 5 rows: skipped: not installed" in after
+    assert after.count("quack") == 1
+    assert after.count("RuntimeError: no") == 5
+    assert "- X-relu-1 fwd liger: skipped: no such form" in after
+
+
+def test_rivals_have_columns_in_one_order_and_the_best_of_them_counts():
+    times = {"quack": 0.75, "trinix": 0.5, "compile": 1.5, "liger": 1.0, "seed_formula": 0.1}
+    lines = [gpu_line("X-relu-256", "fwd", impl, ms) for impl, ms in times.items()]
+    (row,) = speed(lines)
+    assert list(row)[2:8] == ["trinix", "runs", "compile", "liger", "quack", "seed formula"]
+    assert row["best / trinix"] == "1.50", "quack's"
+    assert "the best rival's (compile, liger, quack) device time" in report.markdown(lines, "a.jsonl")
+    assert "0.7500" in shown(bench.summary(lines))
 
 
 def test_without_failures_there_is_no_such_section():
@@ -362,7 +386,7 @@ MIXTURE = [
     gpu_line("X-none-256", "fwd", "eager", 0.0),
     gpu_line("X-silu-256", "fwd", "trinix", 0.1, reason="0.1 ms is faster than this card"),
     gpu_line("X-silu-256", "fwd", "eager", reason="misses its error budget: dx"),
-    gpu_line("X-silu-512", "fwd", "compile", reason="skipped: timed on a GPU only"),
+    gpu_line("X-silu-512", "fwd", "compile", 0.5),
     gpu_line("X-silu-512", "fwd", "seed_formula", 0.5),
 ]
 

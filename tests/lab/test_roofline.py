@@ -1,6 +1,8 @@
 """Gate, clocks and guards of the lab on a machine with no GPU: the card and its clock are stand-ins, the results are real."""
 
+import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 
 import trinix
 from trinix import device
-from trinix.lab import measure, peers, record, roofline, run
+from trinix.lab import gate, measure, peers, record, roofline, run
 from trinix.lab.case import Case, load_cases
 
 H100 = device.Card("NVIDIA H100 80GB HBM3", "sm_90", 132, 79.6)
@@ -166,13 +168,13 @@ def put(at, value):
 
 def judged(call, shape=(8, 125), dtype=torch.bfloat16):
     case = case_of("silu", shape, dtype)
-    return run.gate(case, call, *run.inputs_of(case, "cpu"))
+    return gate.gate(gate.Oracle(case, gate.inputs_of(case, "cpu")), call)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("cut", [1 << 26, 64])
 def test_the_gate_lets_a_right_implementation_through(cut, dtype, monkeypatch):
-    monkeypatch.setattr(run, "SLICE", cut)
+    monkeypatch.setattr(gate, "SLICE", cut)
     reason, ratio = judged(silu(), dtype=dtype)
     assert reason is None
     assert 0.0 < ratio <= 3.0
@@ -195,7 +197,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("cut", [1 << 26, 64])
 def test_the_gate_refuses_a_broken_implementation_and_names_the_tensor(cut, fault, monkeypatch):
-    monkeypatch.setattr(run, "SLICE", cut)
+    monkeypatch.setattr(gate, "SLICE", cut)
     name, change = FAULTS[fault]
     reason, _ = judged(silu(**change))
     assert reason is not None
@@ -205,7 +207,7 @@ def test_the_gate_refuses_a_broken_implementation_and_names_the_tensor(cut, faul
 @pytest.mark.parametrize("at", [0, 63, 64, 500, 959, 960, 999])  # slices of 64, the last one of 40
 @pytest.mark.parametrize("name", ["y", "dx"])
 def test_the_gate_sees_a_single_wrong_slice(name, at, monkeypatch):
-    monkeypatch.setattr(run, "SLICE", 64)
+    monkeypatch.setattr(gate, "SLICE", 64)
     reason, _ = judged(silu(**{name: put(at, 3.0)}))
     assert reason is not None
     assert f" {name}: " in reason
@@ -213,15 +215,13 @@ def test_the_gate_sees_a_single_wrong_slice(name, at, monkeypatch):
 
 def test_the_gate_slices_what_is_above_the_limit_only_and_loses_nothing(monkeypatch):
     case = case_of("silu", (8, 125))
-    xs, dy = run.inputs_of(case, "cpu")
-    got = (xs[0], dy)
-    assert len(list(run._slices(case, xs, dy, got))) == 1
-    monkeypatch.setattr(run, "SLICE", 64)
-    parts = list(run._slices(case, xs, dy, got))
+    inputs = gate.inputs_of(case, "cpu")
+    monkeypatch.setattr(gate, "SLICE", 64)
+    parts = list(gate._slices(case, inputs, ("x",), 0))
     assert len(parts) == 16
-    assert torch.equal(torch.cat([p[0][0] for p in parts]), xs[0].flatten())
-    assert torch.equal(torch.cat([p[1] for p in parts]), dy.flatten())
-    assert torch.equal(torch.cat([p[2][1] for p in parts]), dy.flatten())
+    assert torch.equal(torch.cat([part.tensors[0] for part, _ in parts]), inputs.tensors[0].flatten())
+    assert torch.equal(torch.cat([part.dys[0] for part, _ in parts]), inputs.dys[0].flatten())
+    assert torch.equal(torch.cat([cut(inputs.dys[0]) for _, cut in parts]), inputs.dys[0].flatten())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -237,7 +237,7 @@ def test_the_line_of_a_refused_implementation_can_be_written(value, tmp_path):
 def admitted(prepare, monkeypatch):
     monkeypatch.setitem(peers.PREPARE, "eager", prepare)
     case = case_of("silu")
-    return run.admit(case, "eager", *run.inputs_of(case, "cpu"))
+    return run.admit(case, "eager", gate.Oracle(case, gate.inputs_of(case, "cpu")))
 
 
 def test_what_passes_the_gate_is_admitted_with_its_call(monkeypatch):
@@ -282,6 +282,8 @@ def test_a_mistake_of_our_own_is_not_taken_for_a_reason(monkeypatch):
 class Clock:
     """Runs every call it is given and says the times it was told, by pass and name; half a ms for the rest."""
 
+    l2_bytes = 0
+
     def __init__(self, **ms):
         self.ms, self.asked, self.graphs, self.metered = ms, [], 0, 0
 
@@ -311,12 +313,15 @@ class Clock:
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that believes it has an H100; tensors stay on the CPU."""
-    real = run.inputs_of
-    monkeypatch.setattr(run, "inputs_of", lambda case, where: real(case, "cpu"))
+    real = gate.inputs_of
+    monkeypatch.setattr(gate, "inputs_of", lambda case, where: real(case, "cpu"))
     monkeypatch.setattr(device, "card", lambda index=0: H100)
-    monkeypatch.setattr(roofline, "traffic_probes", lambda moved: {"copy": lambda: None, "add": lambda: None})
+    probes = {"copy": lambda: None, "add": lambda: None}
+    monkeypatch.setattr(roofline, "traffic_probes", lambda moved: (probes, 1.0))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(run.gc, "collect", lambda: 0)  # a tenth of a second each
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(record, "_run", lambda *command: "")
     record.stamp.cache_clear()
     yield
@@ -327,11 +332,11 @@ def lines_of(lines, **wanted):
     return [one for one in lines if all(one[k] == v for k, v in wanted.items())]
 
 
-IMPLS = tuple(peers.PREPARE)
+IMPLS = tuple(impl for impl in peers.PREPARE if impl not in ("liger", "quack"))
 
 
 def test_every_pass_gives_a_line_for_every_implementation_in_order(gpu):
-    lines = run.run_gpu(case_of("silu"), IMPLS, Clock())
+    lines = run.run_gpu(case_of("silu"), tuple(peers.PREPARE), Clock())  # liger and quack have no activations: no line
     assert [(one["pass"], one["impl"]) for one in lines] == [(p, i) for p in ALL_PASSES for i in IMPLS]
     assert {one["case"] for one in lines} == {"tiny-silu"}
     assert {one["gpu"] for one in lines} == {H100.name}
@@ -446,8 +451,8 @@ def test_a_pass_runs_what_its_name_says(pass_, gpu):
             y.register_hook(lambda _: calls.__setitem__("backward", calls["backward"] + 1))
         return y
 
-    xs, dy = run.inputs_of(case_of(), "cpu")
-    timed_call = run.pass_call(pass_, call, xs, dy)
+    inputs = gate.inputs_of(case_of(), "cpu")
+    timed_call = run.pass_call(pass_, call, inputs)
     before = dict(calls)
     result = timed_call()
     done = {k: calls[k] - before[k] for k in calls}
@@ -456,22 +461,21 @@ def test_a_pass_runs_what_its_name_says(pass_, gpu):
     ]
     assert done == {"forward": forward, "recorded": recorded, "backward": backward}
     if backward:
-        assert torch.equal(result[0], dy * 2)
-        assert torch.equal(timed_call()[0], dy * 2), "nothing accumulates from call to call"
-    assert xs[0].grad is None
-    assert not xs[0].requires_grad
+        assert torch.equal(result[0], inputs.dys[0] * 2)
+        assert torch.equal(timed_call()[0], inputs.dys[0] * 2), "nothing accumulates from call to call"
+    assert inputs.tensors[0].grad is None
+    assert not inputs.tensors[0].requires_grad
 
 
 def test_inputs_are_the_same_on_every_run_and_differ_from_each_other():
-    case = Case("two", "glu", {}, {"a": (64,), "b": (64,)}, torch.bfloat16, ("fwd",), "trinix", "", ("full",))
-    (a, b), dy = run.inputs_of(case, "cpu")
-    (a2, b2), dy2 = run.inputs_of(case, "cpu")
-    assert torch.equal(a, a2)
-    assert torch.equal(b, b2)
-    assert torch.equal(dy, dy2)
-    assert not torch.equal(a, b)
-    assert not torch.equal(a, dy)
-    assert a.dtype == torch.bfloat16
+    shape = {"gate": (64,), "up": (64,)}
+    case = Case("two", "glu", {"kind": "swiglu"}, shape, torch.bfloat16, ("fwd",), "trinix", "", ("full",))
+    first, again = gate.inputs_of(case, "cpu"), gate.inputs_of(case, "cpu")
+    tensors = [*first.tensors, *first.dys]
+    assert len(tensors) == 3
+    assert all(torch.equal(a, b) for a, b in zip(tensors, [*again.tensors, *again.dys], strict=True))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(tensors, 2))
+    assert {t.dtype for t in tensors} == {torch.bfloat16}
 
 
 # -- the clocks' own arithmetic
@@ -521,8 +525,8 @@ def test_an_unlisted_card_has_no_listed_bandwidth():
 def test_an_error_of_tritons_is_a_failed_row_and_any_other_ends_the_run(monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    case = next(c for c in load_cases("quick", ["activation"]) if c.id == "G-mi-1")
-    x = torch.ones(4)
+    case = case_of("silu")
+    oracle = gate.Oracle(case, gate.inputs_of(case, "cpu"))
 
     def raising(error):
         def call(x):
@@ -531,7 +535,189 @@ def test_an_error_of_tritons_is_a_failed_row_and_any_other_ends_the_run(monkeypa
         return lambda case: call
 
     monkeypatch.setitem(run.peers.PREPARE, "eager", raising(OutOfResources(300000, 232448, "shared memory")))
-    assert "OutOfResources" in run.admit(case, "eager", [x], x).reason
+    assert "OutOfResources" in run.admit(case, "eager", oracle).reason
     monkeypatch.setitem(run.peers.PREPARE, "eager", raising(KeyError("a bug of ours")))
     with pytest.raises(KeyError):
-        run.admit(case, "eager", [x], x)
+        run.admit(case, "eager", oracle)
+
+
+@pytest.mark.parametrize("op", ["layer_norm_residual", "glu", "rope", "alibi_bias"])
+def test_ops_with_several_inputs_and_outputs_run_as_any_other(op, gpu):
+    shape, args = {
+        "layer_norm_residual": (
+            dict.fromkeys(("x", "residual"), (6, 8)) | {"weight": (8,), "bias": (8,)},
+            {"eps": 1e-5},
+        ),
+        "glu": ({"gate": (6, 8), "up": (6, 8)}, {"kind": "swiglu"}),
+        "rope": ({"q": (1, 6, 2, 8), "k": (1, 6, 1, 8), "cos": (6, 4), "sin": (6, 4)}, {}),
+        "alibi_bias": ({"slopes": (4,)}, {"seq_q": 6, "causal": True}),
+    }[op]
+    passes = ("fwd",) if op == "alibi_bias" else ("fwd", "bwd", "fwd_bwd")
+    case = Case(f"tiny-{op}", op, args, shape, torch.bfloat16, passes, "trinix", "", ("full",))
+    lines = run.run_gpu(case, ["eager"], Clock(copy=0.01, add=0.01))
+    assert [(one["pass"], one["ok"]) for one in lines] == [(p, True) for p in passes]
+    assert all(one["bytes"] and one["ceiling_share"] and one["peak_mib"] for one in lines)
+    inputs = gate.inputs_of(case, "cpu")
+    assert lines[0]["inputs_mib"] == round(inputs.nbytes / 2**20, 4)
+
+
+# -- what raises after the gate
+
+
+class Once(torch.autograd.Function):
+    """silu whose backward frees what it saved: the second run of one recorded forward fails."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x
+        return F.silu(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        with torch.enable_grad():
+            leaf = ctx.x.detach().requires_grad_()
+            (dx,) = torch.autograd.grad(F.silu(leaf), leaf, dy)
+        del ctx.x
+        return dx
+
+
+class Fake(Clock):
+    """Raises for a call that raises, as a clock would, without naming it."""
+
+    def graph_ms(self, call):
+        call()
+        return super().graph_ms(call)
+
+
+def failing_from(at, error):
+    """silu that raises from its ``at``-th call on."""
+    count = itertools.count(1)
+
+    def call(x):
+        if next(count) >= at:
+            raise error
+        return F.silu(x)
+
+    return call
+
+
+def test_a_backward_that_runs_once_only_fails_its_own_row(gpu, monkeypatch):
+    monkeypatch.setitem(peers.PREPARE, "liger", lambda case: Once.apply)
+    lines = run.run_gpu(case_of("silu"), ["trinix", "eager", "liger"], Clock())
+    states = {(one["pass"], one["impl"]): one["ok"] for one in lines}
+    assert states.pop(("bwd", "liger")) is False
+    assert all(states.values()), "its other passes and everybody else are timed"
+    (bad,) = lines_of(lines, impl="liger", ok=False)
+    assert bad["reason"].startswith("AttributeError: ")
+    assert bad["device_ms"] is None
+    assert bad["error_ratio"] is not None, "it did pass the gate"
+
+
+@pytest.mark.parametrize("at", range(2, 9))
+@pytest.mark.parametrize("impl", ["trinix", "eager"])
+def test_one_that_runs_out_of_memory_at_any_time_fails_its_own_row(impl, at, gpu, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory.\nMore lines.")
+    monkeypatch.setitem(peers.PREPARE, impl, lambda case: failing_from(at, error))
+    other = {"trinix": "eager", "eager": "trinix"}[impl]
+    lines = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "eager"], Fake())
+    states = {one["impl"]: one for one in lines}
+    assert states[other]["ok"]
+    assert states[other]["device_ms"]
+    if at <= 5:  # gate, meter twice, rehearsal; the clocks' calls follow
+        assert states[impl]["reason"] == "OutOfMemoryError: CUDA out of memory."
+        assert states[impl]["ceiling"] == "bandwidth"
+
+
+def test_a_failure_that_shows_only_when_all_run_together_fails_all_that_ran(gpu):
+    class Full(Clock):
+        def device_ms(self, calls):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    lines = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "eager"], Full())
+    assert [one["reason"] for one in lines] == ["OutOfMemoryError: CUDA out of memory."] * 2
+
+
+def test_what_cannot_be_captured_has_no_graph_time_and_keeps_the_rest(gpu):
+    class NoGraphs(Clock):
+        def graph_ms(self, call):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    (one,) = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix"], NoGraphs())
+    assert one["ok"]
+    assert one["graph_ms"] is None
+    assert one["wall_ms"] == 0.625
+
+
+@pytest.mark.parametrize("impl", ["trinix", "trinix:triton", "compile", "liger", "quack"])
+def test_whatever_a_rival_or_trinix_raises_is_a_failed_row(impl, monkeypatch):
+    case = case_of("silu")
+    monkeypatch.setitem(peers.PREPARE, impl, lambda case: failing_from(1, KeyError("no such kernel")))
+    subject = run.admit(case, impl, gate.Oracle(case, gate.inputs_of(case, "cpu")))
+    assert subject.call is None
+    assert subject.reason == "KeyError: 'no such kernel'"
+
+
+def test_an_implementation_that_has_no_such_op_has_no_line(gpu):
+    lines = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "liger", "quack"], Clock())
+    assert [one["impl"] for one in lines] == ["trinix"]
+
+
+@pytest.mark.parametrize("impl", ["liger", "quack"])
+def test_a_rival_that_is_not_installed_says_so(impl, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None)
+    case = next(c for c in load_cases("full", ["rms_norm"]))
+    assert peers.PREPARE[impl](case) == "not installed"
+
+
+# -- budgets of time
+
+
+@pytest.mark.parametrize(
+    ("cost_s", "wanted"),
+    [(1e-6, (10, 20)), (0.003, (10, 20)), (0.006, (10, 10)), (0.03, (10, 2)), (0.06, (5, 2)), (1.0, (3, 2))],
+)
+def test_a_budget_cuts_repetitions_first_and_rounds_then(cost_s, wanted):
+    assert measure._plan(cost_s, 0.6, 10, (2, 20)) == wanted
+
+
+def test_a_total_may_find_in_the_cache_what_its_forward_left():
+    moved = 100 << 20
+    assert roofline.impossible(0.6, moved, 1.0, UNLISTED)
+    assert roofline.impossible(0.6, moved, 1.0, UNLISTED, cached=50 << 20) is None
+    assert roofline.impossible(0.4, moved, 1.0, UNLISTED, cached=50 << 20)
+    assert roofline.impossible(1e-6, moved, 1.0, H100, cached=moved) is None
+    assert "no kernel" in roofline.impossible(0.0, moved, 1.0, H100, cached=moved)
+
+
+class Event:
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return (other.at - self.at) * 1000
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The real clocks, with the host's time in the place of the GPU's."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(measure, "_events", lambda: (Event(), Event()))
+    monkeypatch.setattr(torch, "empty", lambda *_, real=torch.empty, **more: real(1, dtype=more["dtype"]))
+    return measure.Gpu(l2_bytes=1)
+
+
+def test_every_clock_tells_a_long_call_from_a_short_one_within_its_budget(clock):
+    seconds = {"short": 0.0005, "long": 0.005}
+    calls = {name: lambda s=s: time.sleep(s) for name, s in seconds.items()}
+    for read, unit in ((clock.device_ms, 1000), (clock.wall_ms, 1000), (clock.host_us, 1e6)):
+        begin = time.perf_counter()
+        found = read(calls, budget_s=0.1)
+        assert time.perf_counter() - begin < 1.5
+        times = {name: t.p50 if isinstance(t, measure.Spread) else t for name, t in found.items()}
+        assert times.keys() == seconds.keys()
+        assert all(0.9 * seconds[name] * unit < t < 4 * seconds[name] * unit for name, t in times.items())
+
+
+def test_a_call_that_launches_nothing_has_no_device_time(clock):
+    assert clock.device_ms({"nothing": lambda: None})["nothing"].p50 < 0.001

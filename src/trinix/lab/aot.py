@@ -28,7 +28,15 @@ from dataclasses import dataclass
 
 from trinix.device import LIMITS
 
-KERNEL_MODULES = ("trinix.kernels.triton.activation",)  # each has compile_cases(lanes), lanes: threads of a warp
+# each has compile_cases(lanes), lanes: threads of a warp
+KERNEL_MODULES = (
+    "trinix.kernels.triton.activation",
+    "trinix.kernels.triton.norm",
+    "trinix.kernels.triton.glu",
+    "trinix.kernels.triton.softmax",
+    "trinix.kernels.triton.rope",
+    "trinix.kernels.triton.alibi",
+)
 TARGETS = tuple(LIMITS)
 ELEMENTS = 12 * 12 * 4096 * 128  # of the estimate: the cases X-*-4096
 MOST_WORKERS = 16  # each imports torch

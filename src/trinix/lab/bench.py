@@ -6,7 +6,6 @@ labelled as such, and the compiler's report for four targets.
 
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from math import prod
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trinix import device
-from trinix.lab import aot, interpret, measure, record, report, run
+from trinix.lab import aot, gate, interpret, measure, record, report, run
 from trinix.lab.case import Case, load_cases
 from trinix.lab.peers import PREPARE, trinix
 
@@ -70,15 +69,15 @@ def _on_gpu(cases, impls, folder: Path, console: Console) -> int:
 def _collect(
     cases: Sequence[Case], folder: Path, console: Console, run_case: Callable[[Case], list[dict]]
 ) -> tuple[list[dict], bool]:
-    """Run the built cases op by op into their result files; (lines, whether Ctrl-C ended it)."""
+    """Run the built cases file by file into their result files; (lines, whether Ctrl-C ended it)."""
     built = [c for c in cases if trinix.is_built(c)]
     lines: list[dict] = []
     with _progress(console) as progress:
         task = progress.add_task("", total=len(built))
-        for op in dict.fromkeys(c.op for c in built):
-            file = record.ResultFile(folder, op)
+        for name in dict.fromkeys(c.file or c.op for c in built):
+            file = record.ResultFile(folder, name)
             try:
-                for case in (c for c in built if c.op == op):
+                for case in (c for c in built if (c.file or c.op) == name):
                     progress.update(task, description=case.id)
                     new = run_case(case)
                     file.add(new)
@@ -99,7 +98,7 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cp
     if kernels:
         failed += _interpret(console)
         console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
-    small = [c for c in cases if all(prod(s) <= cpu_elements for s in c.shape.values())]
+    small = [c for c in cases if gate.elements(c) <= cpu_elements]
     lines, interrupted = _collect(small, folder, console, lambda case: run.run_cpu(case, impls))
     console.print(_cpu_table(lines))
     if interrupted:
@@ -175,16 +174,18 @@ def _show_not_built(cases: Sequence[Case], console: Console) -> None:
 
 
 def summary(lines: Iterable[dict]) -> Table:
-    """One row a case and pass: trinix beside the best rival."""
+    """One row a case and pass: trinix beside the rivals that took part."""
+    lines = list(lines)
+    others = report.others(lines)
     table = Table(title="Device time, cold L2, medians (ms); share: of a copy of the same, fewest bytes")
-    for name in ("case", "pass", "trinix", "runs", "trinix:triton", "eager", "compile", "seed_formula"):
+    for name in ("case", "pass", "trinix", "runs", *others):
         table.add_column(name, justify="right" if name not in ("case", "pass", "runs") else "left")
     for name in ("best/trinix", "share", "host us", "MiB", "error"):
         table.add_column(name, justify="right")
     for row in report.rows(lines):
         ours = row.line("trinix")
         cells = [row.case, row.pass_, _ms(ours), (ours or {}).get("backend") or "-"]
-        cells += [_ms(row.line(i)) for i in ("trinix:triton", "eager", "compile", "seed_formula")]
+        cells += [_ms(row.line(i)) for i in others]
         if ours and ours["ok"]:
             ratio = row.speedup()
             share = ours["ceiling_share"]

@@ -1,11 +1,12 @@
-"""Cases are data: ``cases/<op>.toml`` holds every row of the five seed documents, and the lab's own.
+"""Cases are data: ``cases/<family>.toml`` holds every row of the five seed documents, and the lab's own.
 
-A case is one op on one set of shapes; its rows are the documents' published figures for it, by pass and unit.
+A case is one op on one set of shapes; its rows are the documents' published figures for it, by pass and unit. The ops of
+one file are a family, and share a result file.
 """
 
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,13 @@ class Case:
     gpu: str
     suites: tuple[str, ...]
     rows: tuple[Row, ...] = ()
+    file: str = ""  # the result file's stem: the family, or "<family>-<op>" where that op of it was chosen alone
 
     @property
     def label(self) -> str:
-        """The op with its first argument: "activation relu"."""
-        first = next(iter(self.args.values()), "")
-        return f"{self.op} {first}".strip()
+        """The op with the arguments that name a variant: "activation relu", "softmax dim=-2"."""
+        named = (str(v) if isinstance(v, str) else f"{k}={v}" for k, v in self.args.items() if k != "eps")
+        return " ".join((self.op, *named))
 
     def published(self, pass_: str, unit: str = "ms") -> dict[str, float]:
         """The document's figures for a pass, all rows together."""
@@ -104,20 +106,31 @@ def parse(table: dict, where: str) -> Case:
 
 
 def load_cases(suite: str = "full", ops: Iterable[str] = ()) -> list[Case]:
-    """All cases of a suite ("full" is everything), in the order of the files; of some ops only, if named."""
+    """All cases of a suite ("full" is everything), in the order of the files; of some families or ops only, if named.
+
+    A name that is both ("softmax") is the family. Ops that are a part of their family get result files of their own, so
+    that a run of the part never replaces the whole.
+    """
     if suite not in SUITES:
         raise ValueError(f"bench: suite must be one of {list(SUITES)}, got {suite!r}")
-    cases, files = [], {}
+    families: dict[str, list[Case]] = {}
+    files = {}
     for path in sorted(FOLDER.glob("*.toml")):
         with path.open("rb") as file:
-            for table in tomllib.load(file)["case"]:
-                case = parse(table, path.name)
-                if case.id in files:
-                    raise ValueError(f"{path.name}: case {case.id}: the id is taken in {files[case.id]}")
-                files[case.id] = path.name
-                cases.append(case)
-    ops = tuple(ops)
-    known = {c.op for c in cases}
-    if unknown := set(ops) - known:
+            tables = tomllib.load(file)["case"]
+        for case in (parse(table, path.name) for table in tables):
+            if case.id in files:
+                raise ValueError(f"{path.name}: case {case.id}: the id is taken in {files[case.id]}")
+            files[case.id] = path.name
+            families.setdefault(path.stem, []).append(replace(case, file=path.stem))
+    asked = set(ops)
+    known = set(families) | {c.op for cases in families.values() for c in cases}
+    if unknown := asked - known:
         raise ValueError(f"bench: op must be among {sorted(known)}, got {sorted(unknown)}")
-    return [c for c in cases if (suite == "full" or suite in c.suites) and (not ops or c.op in ops)]
+    chosen = []
+    for family, cases in families.items():
+        mine = [c for c in cases if suite == "full" or suite in c.suites]
+        if asked and family not in asked and not {c.op for c in mine} <= asked:
+            mine = [replace(c, file=f"{family}-{c.op}") for c in mine if c.op in asked]
+        chosen += mine
+    return chosen

@@ -110,10 +110,26 @@ def _peers() -> list[str]:
 def ops_table() -> str:
     """Every public op with the backends it has and, for a small tensor here, whether each can run."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.zeros(8, device=where)
+    x, heads, table = (torch.zeros(s, device=where) for s in ((2, 8), (1, 2, 1, 8), (2, 4)))
+    weight, slopes = x[0], x[0]
+    arguments_of = {
+        "activation": (x, "relu"),
+        "layer_norm": (x, 8),
+        "rms_norm": (x, 8),
+        "layer_norm_residual": (x, x, 8),
+        "rms_norm_residual": (x, x, 8),
+        "rms_norm_activation": (x, 8),
+        "glu": (x, x),
+        "swiglu": (x, x),
+        "geglu": (x, x),
+        "reglu": (x, x),
+        "rope": (heads, heads, table, table),
+        "qk_norm_rope": (heads, heads, weight, weight, table, table),
+        "alibi_bias": (slopes, 8),
+    }
     lines = []
     for name, (op, _) in sorted(ops.EXPLAIN.items()):
-        arguments = (x, "relu") if name == "activation" else (x,)
+        arguments = arguments_of.get(name, (x,))
         states = []
         for backend in ("triton", "torch"):
             try:
@@ -122,5 +138,5 @@ def ops_table() -> str:
             except dispatch.Unsupported as error:
                 reason = str(error).partition(f"{backend!r} ")[2].partition("; use")[0]
                 states.append(f"{backend}: {reason}")
-        lines.append(f"{name:14} {'; '.join(states)}")
+        lines.append(f"{name:20} {'; '.join(states)}")
     return "\n".join(lines)

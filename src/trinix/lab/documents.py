@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,31 +11,17 @@ import torch
 from trinix.lab.case import DTYPES, Case, load_cases
 
 KINDS = ("quick_gelu", "squared_relu", "mish")  # the activations of document 002 that need no projection
+NORMS = ("layer_norm", "rms_norm")
+EMBEDDINGS = ("rope", "alibi_bias")
+PASSES = ("fwd", "bwd", "fwd_bwd")
 
 
 def benchmark_activation(argv: list[str] | None = None) -> int:
     """Document 002: its four configurations, or the one that the flags name."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark_activation.py",
-        description="Activations of seed document 002 against PyTorch and torch.compile.",
-    )
-    parser.add_argument(
-        "--hidden_size", type=int, help="last dimension; without it the document's four configurations run"
-    )
-    parser.add_argument("--seq_len", type=int, default=8192)
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    parser.add_argument(
-        "--kind", action="append", default=[], help=f"an activation (may be repeated; default: {KINDS})"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/benchmark_activation"), help="folder of result files")
-    flags = parser.parse_args(argv)
-    if importlib.util.find_spec("rich") is None:
-        parser.error("needs the package rich, which is not installed; pip install 'trinix[lab]'")
-    from rich.console import Console
-
-    from trinix.lab import bench
-    from trinix.lab.peers import PREPARE
+    parser = _parser("activation", "Activations of seed document 002 against PyTorch and torch.compile.")
+    _add_sizes(parser, "--hidden_size", "last dimension; without it the document's four configurations run")
+    _add_choice(parser, "--kind", f"an activation (may be repeated; default: {KINDS})")
+    flags = _parse(parser, argv)
     from trinix.ops import KINDS as ALL_KINDS
 
     if unknown := set(flags.kind) - set(ALL_KINDS):
@@ -42,23 +29,125 @@ def benchmark_activation(argv: list[str] | None = None) -> int:
     if flags.hidden_size is None:
         if unknown := set(flags.kind) - set(KINDS):
             parser.error(f"--kind {sorted(unknown)[0]} needs --hidden_size: the document's own table has {list(KINDS)}")
-        if given := [n for n in ("seq_len", "batch_size", "dtype") if getattr(flags, n) != parser.get_default(n)]:
-            parser.error(f"--{given[0]} needs --hidden_size: without it the document's own configurations run")
+        _refuse_ignored(parser, flags, "hidden_size", ("seq_len", "batch_size", "dtype"))
         cases = [c for c in load_cases("seeds", ("activation", "glu")) if c.document == "002"]
         cases = [c for c in cases if c.op == "glu" or c.args["kind"] in (flags.kind or KINDS)]
     else:
-        sizes = (flags.batch_size, flags.seq_len, flags.hidden_size)
-        if min(sizes) < 1:
-            parser.error(f"--batch_size, --seq_len and --hidden_size must be positive, got {sizes}")
-        cases = [_case(kind, sizes, DTYPES[flags.dtype]) for kind in flags.kind or KINDS]
+        sizes = _sizes(parser, flags, ("batch_size", "seq_len", "hidden_size"))
+        cases = [
+            _case(f"{kind}-{_times(sizes)}", "activation", {"kind": kind}, {"x": sizes}, DTYPES[flags.dtype])
+            for kind in flags.kind or KINDS
+        ]
+    return _run(parser, flags, cases)
+
+
+def benchmark_normalization(argv: list[str] | None = None) -> int:
+    """NORMALIZATION.md: its six configurations of LayerNorm and RMSNorm, or the one that the flags name."""
+    parser = _parser("normalization", "LayerNorm and RMSNorm against PyTorch, torch.compile, liger and quack.")
+    _add_sizes(parser, "--hidden_size", "normalised dimension; without it the document's six configurations run", 4096)
+    _add_choice(parser, "--op", f"one of {NORMS} (may be repeated; default: both)", NORMS)
+    flags = _parse(parser, argv)
+    if flags.hidden_size is None:
+        _refuse_ignored(parser, flags, "hidden_size", ("seq_len", "batch_size", "dtype"))
+        cases = _document("norm", "NORMALIZATION.md", flags.op or NORMS)
+    else:
+        sizes = _sizes(parser, flags, ("batch_size", "seq_len", "hidden_size"))
+        cases = [_norm_case(op, sizes, DTYPES[flags.dtype]) for op in flags.op or NORMS]
+    return _run(parser, flags, cases)
+
+
+def benchmark_embeddings(argv: list[str] | None = None) -> int:
+    """EMBEDDINGS.md: its configurations of RoPE and ALiBi, or the one that the flags name."""
+    parser = _parser(
+        "embeddings", "RoPE on q and k, and ALiBi's bias, against PyTorch, torch.compile, liger and quack."
+    )
+    _add_sizes(parser, "--num_heads", "heads of q and k; without it the document's own configurations run")
+    parser.add_argument("--head_dim", type=int, default=128)
+    _add_choice(parser, "--op", f"one of {EMBEDDINGS} (may be repeated; default: both)", EMBEDDINGS)
+    flags = _parse(parser, argv)
+    if flags.num_heads is None:
+        _refuse_ignored(parser, flags, "num_heads", ("head_dim", "seq_len", "batch_size", "dtype"))
+        cases = _document("rope", "EMBEDDINGS.md", flags.op or EMBEDDINGS)
+    else:
+        sizes = _sizes(parser, flags, ("batch_size", "seq_len", "num_heads", "head_dim"))
+        if flags.head_dim % 2:
+            parser.error(f"--head_dim must be even, got {flags.head_dim}")
+        cases = [_embedding_case(op, sizes, DTYPES[flags.dtype]) for op in flags.op or EMBEDDINGS]
+    return _run(parser, flags, cases)
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"benchmark_{name}.py", description=description)
+    parser.add_argument("--out", type=Path, default=Path(f"out/benchmark_{name}"), help="folder of result files")
+    return parser
+
+
+def _add_sizes(parser: argparse.ArgumentParser, flag: str, text: str, seq_len: int = 8192) -> None:
+    parser.add_argument(flag, type=int, help=text)
+    parser.add_argument("--seq_len", type=int, default=seq_len)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+
+
+def _add_choice(parser: argparse.ArgumentParser, flag: str, text: str, choices: Sequence[str] | None = None) -> None:
+    parser.add_argument(flag, action="append", default=[], help=text, choices=choices)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    flags = parser.parse_args(argv)
+    if importlib.util.find_spec("rich") is None:
+        parser.error("needs the package rich, which is not installed; pip install 'trinix[lab]'")
+    return flags
+
+
+def _refuse_ignored(parser, flags, needed: str, names: Sequence[str]) -> None:
+    if given := [n for n in names if getattr(flags, n) != parser.get_default(n)]:
+        parser.error(f"--{given[0]} needs --{needed}: without it the document's own configurations run")
+
+
+def _sizes(parser, flags, names: Sequence[str]) -> tuple[int, ...]:
+    sizes = tuple(getattr(flags, n) for n in names)
+    if min(sizes) < 1:
+        parser.error(f"{', '.join(f'--{n}' for n in names)} must be positive, got {sizes}")
+    return sizes
+
+
+def _document(family: str, document: str, ops: Sequence[str]) -> list[Case]:
+    return [c for c in load_cases("full", (family,)) if c.document == document and c.op in ops]
+
+
+def _norm_case(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Case:
+    shape = {"x": sizes, "weight": sizes[-1:]} | ({"bias": sizes[-1:]} if op == "layer_norm" else {})
+    eps = 1e-5 if op == "layer_norm" else 1e-6
+    return _case(f"{op}-{_times(sizes)}", op, {"eps": eps}, shape, dtype, "NORMALIZATION.md", "norm")
+
+
+def _embedding_case(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Case:
+    _, length, heads, width = sizes
+    if op == "alibi_bias":
+        args, name = {"seq_q": length, "causal": False}, f"{op}-{heads}x{length}x{length}"
+        return _case(name, op, args, {"slopes": (heads,)}, torch.float32, "EMBEDDINGS.md", "rope", ("fwd",))
+    table = (length, width // 2)
+    shape = {"q": sizes, "k": sizes, "cos": table, "sin": table}
+    return _case(f"{op}-{_times(sizes)}", op, {}, shape, dtype, "EMBEDDINGS.md", "rope")
+
+
+def _case(name, op, args, shape, dtype, document="002", family="activation", passes=PASSES) -> Case:
+    return Case(name, op, args, shape, dtype, passes, document, "A100-SXM4-80GB", ("full",), file=family)
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequence[Case]) -> int:
+    from rich.console import Console
+
+    from trinix.lab import bench
+    from trinix.lab.peers import PREPARE
+
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
         return bench.bench_cases(cases, tuple(PREPARE), flags.out, console, kernels=False, cpu_elements=1 << 62)
     except OSError as error:
         parser.error(f"--out {flags.out}: {error}")
-
-
-def _case(kind: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Case:
-    name = f"{kind}-{'x'.join(map(str, sizes))}"
-    passes = ("fwd", "bwd", "fwd_bwd")
-    return Case(name, "activation", {"kind": kind}, {"x": sizes}, dtype, passes, "002", "A100-SXM4-80GB", ("full",))

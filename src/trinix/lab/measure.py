@@ -39,19 +39,19 @@ class Gpu:
     """Clocks for CUDA calls. One instance holds the buffer that clears the L2 cache."""
 
     def __init__(self, l2_bytes: int | None = None):
-        size = l2_bytes or torch.cuda.get_device_properties(0).L2_cache_size
-        self._flush = torch.empty(max(4 * size, 64 << 20), dtype=torch.int8, device="cuda")
+        self.l2_bytes = l2_bytes or torch.cuda.get_device_properties(0).L2_cache_size
+        self._flush = torch.empty(max(4 * self.l2_bytes, 64 << 20), dtype=torch.int8, device="cuda")
 
-    def device_ms(self, calls: Mapping[str, Callable], *, rounds: int = 10, budget_s: float = 3.0) -> dict[str, Spread]:
+    def device_ms(self, calls: Mapping[str, Callable], *, rounds: int = 10, budget_s: float = 0.6) -> dict[str, Spread]:
         """Time several calls interleaved: round by round, each in turn, the starting one rotating.
 
         A call that launches nothing shows the events' own distance (about 1.5 us); it is reported as 0.
         """
         calls = {**calls, _NOTHING: lambda: None}
-        spin = {n: int(min(2.5 * _enqueue_us(call) + 30, 20_000) * 1000 * SPIN_GHZ) for n, call in calls.items()}
+        spin = {n: int(min(2.5 * self._spin_us(call) + 30, 20_000) * 1000 * SPIN_GHZ) for n, call in calls.items()}
         names = list(calls)
         cost = sum(self._once(calls[n], spin[n]) for n in names)
-        reps = max(2, min(20, int(budget_s / rounds / max(cost, 1e-6))))
+        rounds, reps = _plan(cost, budget_s, rounds, (2, 20))
 
         def repeat(name: str) -> list[float]:
             events = [_events() for _ in range(reps)]
@@ -65,6 +65,11 @@ class Gpu:
         spreads = {n: Spread.of(s) for n, s in sample.items()}
         least = spreads.pop(_NOTHING).p50 * 1.5  # the median: one disturbed round must not hide a real kernel
         return {n: s if s.p50 > least else Spread(0.0, 0.0, 0.0) for n, s in spreads.items()}
+
+    def _spin_us(self, call: Callable) -> float:
+        """Microseconds to enqueue the call, from few calls where each takes the GPU long."""
+        few = _loop_ms(call, 1, warm=1) > 1.0
+        return _enqueue_us(call, 2, warm=1) if few else _enqueue_us(call)
 
     def _record(self, call: Callable, spin: int, start, end) -> None:
         self._flush.zero_()
@@ -82,19 +87,29 @@ class Gpu:
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 25) -> dict[str, float]:
-        """Microseconds to enqueue a call: the best loop of 40 of many interleaved rounds, the GPU idle before each.
+    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 25, budget_s: float = 0.3) -> dict[str, float]:
+        """Microseconds to enqueue a call: the best loop of many interleaved rounds, the GPU idle before each.
 
-        The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival.
+        The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival. A loop
+        is 40 calls, fewer where the GPU needs long for each.
         """
-        sample = _interleave(calls, rounds, lambda call: _enqueue_us(call, 40))
+        cost = {call: _loop_ms(call, 1, warm=1) for call in calls.values()}
+        count = {call: max(3, min(40, int(10 / ms))) for call, ms in cost.items()}
+        warm = {call: 1 if ms > 1.0 else _WARM for call, ms in cost.items()}
+        rounds, _ = _plan(sum((count[c] + warm[c]) * cost[c] for c in cost) / 1000, budget_s, rounds, (1, 1))
+        sample = _interleave(calls, rounds, lambda call: _enqueue_us(call, count[call], warm[call]))
         torch.cuda.synchronize()
         return {n: min(s) for n, s in sample.items()}
 
-    def wall_ms(self, calls: Mapping[str, Callable], *, rounds: int = 30, loop_ms: float = 4.0) -> dict[str, float]:
+    def wall_ms(
+        self, calls: Mapping[str, Callable], *, rounds: int = 30, loop_ms: float = 4.0, budget_s: float = 0.4
+    ) -> dict[str, float]:
         """Milliseconds a call, back to back, one synchronisation at the end of each loop; medians of interleaved rounds."""
-        count = {call: max(4, min(50, int(loop_ms / _loop_ms(call, 5)))) for call in calls.values()}
-        sample = _interleave(calls, rounds, lambda call: _loop_ms(call, count[call]))
+        cost = {call: _loop_ms(call, 2, warm=1) for call in calls.values()}
+        count = {call: max(2, min(50, int(loop_ms / ms))) for call, ms in cost.items()}
+        warm = {call: 1 if ms > 1.0 else _WARM for call, ms in cost.items()}
+        rounds, _ = _plan(sum((count[c] + warm[c]) * cost[c] for c in cost) / 1000, budget_s, rounds, (1, 1))
+        sample = _interleave(calls, rounds, lambda call: _loop_ms(call, count[call], warm[call]))
         return {n: statistics.median(s) for n, s in sample.items()}
 
     def graph_ms(self, call: Callable) -> float:
@@ -108,7 +123,7 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             kept = call()
-        spread = self.device_ms({"graph": graph.replay}, rounds=2)["graph"]
+        spread = self.device_ms({"graph": graph.replay}, rounds=2, budget_s=0.05)["graph"]
         del kept, graph
         return spread.p50
 
@@ -144,11 +159,21 @@ def _interleave(calls: Mapping, rounds: int, measure: Callable) -> dict[str, lis
     return sample
 
 
+def _plan(cost_s: float, budget_s: float, rounds: int, reps: tuple[int, int]) -> tuple[int, int]:
+    """(rounds, repetitions a round) for a budget, where one repetition of everything costs ``cost_s``.
+
+    Fewer repetitions first, down to the least; then fewer rounds, three at least.
+    """
+    least, most = reps
+    fit = budget_s / max(cost_s, 1e-6)
+    return max(min(rounds, 3), min(rounds, int(fit / least))), max(least, min(most, int(fit / rounds)))
+
+
 _WARM = 5  # calls before a loop's clock starts: the loop before it ran other code, and its caches hold that
 
 
-def _enqueue_us(call: Callable, calls: int = 10) -> float:
-    for _ in range(_WARM):
+def _enqueue_us(call: Callable, calls: int = 10, warm: int = _WARM) -> float:
+    for _ in range(warm):
         call()
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -157,8 +182,8 @@ def _enqueue_us(call: Callable, calls: int = 10) -> float:
     return (time.perf_counter() - begin) / calls * 1e6
 
 
-def _loop_ms(call: Callable, count: int) -> float:
-    for _ in range(_WARM):
+def _loop_ms(call: Callable, count: int, warm: int = _WARM) -> float:
+    for _ in range(warm):
         call()
     torch.cuda.synchronize()
     begin = time.perf_counter()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trinix.lab import record
 from trinix.lab.case import Case, load_cases
-from trinix.lab.peers import RIVALS, trinix
+from trinix.lab.peers import PREPARE, RIVALS, trinix
 
 PASS_NAMES = {
     "fwd": "forward, no gradient recorded",
@@ -14,6 +14,8 @@ PASS_NAMES = {
     "bwd": "backward",
     "fwd_bwd": "forward and backward",
 }
+
+MOST_SKIPS = 3  # of one implementation for one reason; more share a line
 
 
 @dataclass
@@ -49,8 +51,14 @@ def rows(lines: Iterable[dict]) -> list[ResultRow]:
     return list(found.values())
 
 
+def others(lines: Iterable[dict]) -> list[str]:
+    """The implementations beside "trinix" that have a column: those of which anything was more than skipped."""
+    there = {one["impl"] for one in lines if not (one["reason"] or "").startswith("skipped")}
+    return [impl for impl in PREPARE if impl in there and impl != "trinix"]
+
+
 def write(folder: Path) -> list[Path]:
-    """Write ``<op>.md`` beside every ``<op>.jsonl`` below ``folder``; returns what was written."""
+    """Write ``<file>.md`` beside every ``<file>.jsonl`` below ``folder``; returns what was written."""
     written = []
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*/*.jsonl")]):
         target = path.with_suffix(".md")
@@ -65,7 +73,7 @@ def write(folder: Path) -> list[Path]:
 def markdown(lines: list[dict], source: str) -> str:
     """The report of one result file."""
     cases = {c.id: c for c in load_cases("full")}
-    out = ["# " + _cell(f"{lines[0]['op'] if lines else source}: results"), ""]
+    out = ["# " + _cell(f"{source.removesuffix('.jsonl')}: results"), ""]
     if not lines:
         return "\n".join([*out, "No lines."]) + "\n"
     first = lines[0]
@@ -77,9 +85,11 @@ def markdown(lines: list[dict], source: str) -> str:
     ]
     if first["gpu"] is None:
         return "\n".join([*out, *_cpu_section(lines)]) + "\n"
+    columns = others(lines)
+    rivals = [impl for impl in RIVALS if impl in columns]
     out += [
         "Device ms are medians with a cold L2 cache and the host's time hidden, 0 where no kernel ran; wall ms are calls back to back; host us is the "
-        "time to enqueue a call. *best / trinix* is the best rival's (eager, compile) device time over ours: above 1 we are "
+        f"time to enqueue a call. *best / trinix* is the best rival's ({', '.join(rivals)}) device time over ours: above 1 we are "
         "faster. *share* is the device time of a plain copy of the same, fewest bytes over ours (two reads a write run up to 2% faster than a copy). *runs* is the backend "
         'that "auto" chose. MiB are the measured peak over the inputs; *error* is our error against float64 over PyTorch\'s.',
         "",
@@ -88,19 +98,28 @@ def markdown(lines: list[dict], source: str) -> str:
     for pass_ in PASS_NAMES:
         mine = [row for row in grouped if row.pass_ == pass_]
         if mine:
-            out += [f"## {PASS_NAMES[pass_].capitalize()}", "", *_speed_table(mine, cases), ""]
+            out += [f"## {PASS_NAMES[pass_].capitalize()}", "", *_speed_table(mine, cases, columns), ""]
     out += ["## Memory beside the documents", "", *_memory_table(grouped, cases), ""]
     failed = [one for one in lines if not one["ok"]]
     if failed:
         out += ["## Not timed", ""]
-        out += ["- " + _cell(f"{one['case']} {one['pass']} {one['impl']}: {one['reason']}") for one in failed]
+        out += ["- " + _cell(text) for text in _reasons(failed)]
         out.append("")
     return "\n".join(out)
 
 
-def _speed_table(mine: list[ResultRow], cases: dict[str, Case]) -> list[str]:
+def _reasons(failed: list[dict]) -> list[str]:
+    """A line for each row that was not timed, one for all rows of an implementation skipped for one and the same reason."""
+    skips = [(one["impl"], one["reason"]) for one in failed if one["reason"].startswith("skipped")]
+    common = {skip: times for skip in dict.fromkeys(skips) if (times := skips.count(skip)) > MOST_SKIPS}
+    texts = [f"{impl}, {times} rows: {reason}" for (impl, reason), times in common.items()]
+    rest = [one for one in failed if (one["impl"], one["reason"]) not in common]
+    return texts + [f"{one['case']} {one['pass']} {one['impl']}: {one['reason']}" for one in rest]
+
+
+def _speed_table(mine: list[ResultRow], cases: dict[str, Case], columns: list[str]) -> list[str]:
     head = (
-        "case", "what", "trinix", "runs", "trinix:triton", "eager", "compile", "seed formula", "best / trinix", "share",
+        "case", "what", "trinix", "runs", *(name.replace("_", " ") for name in columns), "best / trinix", "share",
         "wall ms", "best wall", "host us", "MiB", "error", "published (document's GPU)",
     )  # fmt: skip
     table = [_line(head), _line(["---"] * len(head))]
@@ -119,7 +138,7 @@ def _speed_table(mine: list[ResultRow], cases: dict[str, Case]) -> list[str]:
                     else "",
                     _ms(ours),
                     (ours or {}).get("backend") or "",
-                    *(_ms(row.line(i)) for i in ("trinix:triton", "eager", "compile", "seed_formula")),
+                    *(_ms(row.line(i)) for i in columns),
                     "" if speedup is None else f"{speedup:.2f}",
                     f"{share:.1%}" if share else "",
                     f"{ours['wall_ms']:.4f}" if fine else "",

@@ -12,6 +12,7 @@ from trinix.lab.case import Case
 # A result is an error of measurement, not a record, when it beats the best measured ceiling of the same traffic by more
 # than equal kernels differ between rounds: 4%, and 2 us for the short ones.
 MARGIN, MARGIN_MS = 1.04, 0.002
+PROBE_BYTES = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -29,38 +30,109 @@ def _activation(case: Case, pass_: str) -> Work:
     forward = 0 if kind == "none" else 2 * n * size
     # what relu and leaky_relu need of x is its sign: one bit an element
     signs = 2 * n * size + n // 8
-    backward = {"none": 0, "relu": signs, "leaky_relu": signs}.get(kind, 3 * n * size)
+    return _passes(pass_, forward, {"none": 0, "relu": signs, "leaky_relu": signs}.get(kind, 3 * n * size))
+
+
+def _softmax(case: Case, pass_: str) -> Work:
+    n = _bytes(case, "x")
+    return _passes(pass_, 2 * n + _bytes(case, "mask"), 3 * n)
+
+
+def _norm(case: Case, pass_: str) -> Work:
+    """Statistics of a row can be computed again from x: they count for nothing."""
+    n, weight, bias = (_bytes(case, name) for name in ("x", "weight", "bias"))
+    return _passes(pass_, 2 * n + weight + bias, 3 * n + 2 * weight + bias)
+
+
+def _norm_residual(case: Case, pass_: str) -> Work:
+    """Backward reads both incoming gradients and the sum; one tensor written serves both inputs, whose gradients are equal."""
+    n, weight, bias = (_bytes(case, name) for name in ("x", "weight", "bias"))
+    return _passes(pass_, 4 * n + weight + bias, 4 * n + 2 * weight + bias)
+
+
+def _glu(case: Case, pass_: str) -> Work:
+    both = sum(_bytes(case, name) for name in case.shape)
+    return _passes(pass_, both + both // 2, 2 * both + both // 2)
+
+
+def _rope(case: Case, pass_: str) -> Work:
+    n, tables = _bytes(case, "q") + _bytes(case, "k"), _rotary_tables(case)
+    return _passes(pass_, 2 * n + tables, 2 * n + tables)
+
+
+def _qk_norm_rope(case: Case, pass_: str) -> Work:
+    n, tables = _bytes(case, "q") + _bytes(case, "k"), _rotary_tables(case)
+    weights = _bytes(case, "q_weight") + _bytes(case, "k_weight")
+    return _passes(pass_, 2 * n + tables + weights, 3 * n + tables + 2 * weights)
+
+
+def _rotary_tables(case: Case) -> int:
+    """cos and sin in float32: the rows that the sequence's positions name."""
+    return 2 * case.shape["q"][1] * case.shape["cos"][1] * 4
+
+
+def _alibi_bias(case: Case, pass_: str) -> Work:
+    return _passes(pass_, case.shape["slopes"][0] * case.args["seq_q"] ** 2 * case.dtype.itemsize, 0)
+
+
+def _bytes(case: Case, name: str) -> int:
+    return prod(case.shape[name]) * case.dtype.itemsize if name in case.shape else 0
+
+
+def _passes(pass_: str, forward: int, backward: int) -> Work:
     moved = {"fwd": forward, "fwd_grad": forward, "bwd": backward, "fwd_bwd": forward + backward}[pass_]
     return Work(moved, 0, "bandwidth")
 
 
-WORK = {"activation": _activation}
+WORK = {
+    "activation": _activation,
+    "softmax": _softmax,
+    "log_softmax": _softmax,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
+    "rms_norm_activation": _norm,
+    "layer_norm_residual": _norm_residual,
+    "rms_norm_residual": _norm_residual,
+    "glu": _glu,
+    "rope": _rope,
+    "qk_norm_rope": _qk_norm_rope,
+    "alibi_bias": _alibi_bias,
+}
 
 
 def work(case: Case, pass_: str) -> Work | None:
-    """What a pass of a case must do at least, or None for an op without a model yet."""
-    return WORK[case.op](case, pass_) if case.op in WORK else None
+    """What a pass of a case must do at least, or None without a model: an op that has none yet, or layers that find their
+    input in the cache."""
+    return WORK[case.op](case, pass_) if case.op in WORK and "layers" not in case.args else None
 
 
-def traffic_probes(moved: int) -> dict[str, Callable]:
-    """Calls that move ``moved`` bytes at the card's best: a copy (one read, one write), the ceiling that shares are of, and
-    a sum (two reads, one write), which is up to 2% faster."""
+def traffic_probes(moved: int) -> tuple[dict[str, Callable], float]:
+    """(calls that move ``moved`` bytes at the card's best, what to multiply their times by).
+
+    A copy (one read, one write) is the ceiling that shares are of; a sum (two reads, one write) is up to 2% faster. Above
+    ``PROBE_BYTES`` the rate no longer changes: the probes move that much, and leave the memory to the case.
+    """
+    scale = max(1.0, moved / PROBE_BYTES)
+    moved = min(moved, PROBE_BYTES)
     half, third = moved // 2 // 2, moved // 3 // 2
     a = torch.empty(half, dtype=torch.bfloat16, device="cuda").normal_()
     b = torch.empty_like(a)
     x, y, z = (torch.empty(third, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3))
-    return {"copy": lambda: b.copy_(a), "add": lambda: torch.add(x, y, out=z)}
+    return {"copy": lambda: b.copy_(a), "add": lambda: torch.add(x, y, out=z)}, scale
 
 
-def impossible(ms: float, moved: int, ceiling_ms: float, card: device.Card) -> str | None:
-    """Why a time cannot be true, or None."""
+def impossible(ms: float, moved: int, ceiling_ms: float, card: device.Card, cached: int = 0) -> str | None:
+    """Why a time cannot be true, or None. ``cached``: bytes that may have come from the L2 cache after all."""
     if not moved:
         return None
     if not ms:
         return f"no kernel was seen, but {moved} bytes have to move"
-    rate = moved / ms / 1e6
+    if cached >= moved:
+        return None
+    rate = (moved - cached) / ms / 1e6
     if card.bandwidth_gbs and rate > card.bandwidth_gbs:
         return f"{rate:.0f} GB/s is above the listed {card.bandwidth_gbs:.0f} GB/s of {card.name}"
+    ceiling_ms *= (moved - cached) / moved
     if ms * MARGIN + MARGIN_MS < ceiling_ms:
         return f"{ms:.4f} ms is faster than this card moves the least bytes ({ceiling_ms:.4f} ms measured)"
     return None

@@ -1,20 +1,16 @@
 """Run cases: gate, then clocks, then the roofline guard, then a result line for every case, pass and implementation."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
 
 import torch
-from torch import Tensor
 
-from trinix import device, testing
-from trinix.lab import measure, peers, record, roofline
+from trinix import device
+from trinix.lab import gate, measure, peers, record, roofline
 from trinix.lab.case import Case
-from trinix.lab.peers import eager, trinix
-
-ELEMENTWISE = {"activation"}  # judged slice by slice: the float64 tensors of a whole case may not fit the card
-SLICE = 1 << 26
+from trinix.lab.gate import Inputs
+from trinix.lab.peers import trinix
 
 
 @dataclass
@@ -25,109 +21,133 @@ class Subject:
     call: Callable | None = None
     reason: str | None = None
     error_ratio: float | None = None
+    overwrites: bool = False
+
+    def own(self, inputs: Inputs) -> Inputs:
+        """What it may have: the inputs that all share, or copies where it would write into them."""
+        return inputs.copy() if self.overwrites else inputs
 
 
-def inputs_of(case: Case, where: str) -> tuple[list[Tensor], Tensor]:
-    """(inputs, incoming gradient) of a case, normal, the same on every run on a device."""
-    xs = [testing.normal(s, case.dtype, seed=i, device=where) for i, s in enumerate(case.shape.values())]
-    return xs, testing.normal(xs[0].shape, case.dtype, seed=99, device=where)
+def reason_of(impl: str, error: Exception) -> str:
+    """What an implementation raised, in one line for its row. A mistake of the lab's own is raised again."""
+    expected = isinstance(error, RuntimeError | AssertionError)  # out of memory, Unsupported, no gradient
+    # Triton's errors have a base class of their own; rivals and trinix may raise anything
+    expected |= type(error).__module__.startswith("triton.") or impl in peers.FOREIGN or impl.startswith("trinix")
+    if not expected:
+        raise error
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def gate(case: Case, call: Callable, xs: Sequence[Tensor], dy: Tensor) -> tuple[str | None, float | None]:
-    """(why the output or a gradient misses its budget or None, the worst error ratio if it is finite)."""
-    got = testing.vjp(call, xs, dy)
-    oracle = eager.prepare(case)
-    worst, reason = 0.0, None
-    for part in _slices(case, xs, dy, got):
-        part_xs, part_dy, part_got = part
-        low = testing.vjp(oracle, part_xs, part_dy)
-        true = testing.vjp(oracle, [t.double() for t in part_xs], part_dy.double())
-        names = ("y", *(f"d{name}" for name in case.shape))
-        for name, g, p, t in zip(names, part_got, low, true, strict=True):
-            verdict = testing.judge(name, g, p, t)
-            # a wrong NaN, infinity or shape has no finite ratio: null in the result line
-            worst = max(worst, verdict.ratio) if worst is not None and isfinite(verdict.ratio) else None
-            reason = reason or (None if verdict.ok else f"misses its error budget: {verdict}")
-    return reason, worst
-
-
-def _slices(case, xs, dy, got) -> Iterator[tuple]:
-    if case.op not in ELEMENTWISE or dy.numel() <= SLICE:
-        yield xs, dy, got
-        return
-    for start in range(0, dy.numel(), SLICE):
-        cut = slice(start, start + SLICE)
-        yield [t.flatten()[cut] for t in xs], dy.flatten()[cut], [t.flatten()[cut] for t in got]
-
-
-def admit(case: Case, impl: str, xs: Sequence[Tensor], dy: Tensor) -> Subject:
-    """Prepare an implementation and put it through the gate. One that raises is a failed row, not the end of the run."""
+def admit(case: Case, impl: str, oracle: gate.Oracle) -> Subject | None:
+    """Prepare an implementation and put it through the gate; None where it has no such op."""
+    overwrites = peers.overwrites(impl, case)
     try:
         prepared = peers.PREPARE[impl](case)
+        if prepared is None:
+            return None
         if isinstance(prepared, str):
             return Subject(impl, reason=f"skipped: {prepared}")
-        reason, ratio = gate(case, prepared, xs, dy)
+        prepared = _layers(prepared, case.args.get("layers", 1))
+        reason, ratio = gate.gate(oracle, prepared, overwrites=overwrites)
     except Exception as error:
-        # out of memory, a compiler that fails, Unsupported, no gradient; Triton's errors have a base class of their own
-        if not isinstance(error, RuntimeError | AssertionError) and not type(error).__module__.startswith("triton."):
-            raise
-        return Subject(impl, reason=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-    return Subject(impl, None if reason else prepared, reason, ratio)
+        return Subject(impl, reason=reason_of(impl, error))
+    return Subject(impl, None if reason else prepared, reason, ratio, overwrites)
 
 
-def pass_call(pass_: str, call: Callable, xs: Sequence[Tensor], dy: Tensor) -> Callable:
+def _layers(call: Callable, layers: int) -> Callable:
+    """The call as often as a model has such layers, each on the same input."""
+    if layers == 1:
+        return call
+
+    def repeated(*xs):
+        for _ in range(layers - 1):
+            call(*xs)
+        return call(*xs)
+
+    return repeated
+
+
+def subjects_of(case: Case, impls: Sequence[str], inputs: Inputs) -> list[Subject]:
+    oracle = gate.Oracle(case, inputs)
+    return [subject for impl in impls if (subject := admit(case, impl, oracle))]
+
+
+def pass_call(pass_: str, call: Callable, inputs: Inputs) -> Callable:
     """A callable without arguments that runs one pass; "bwd" records its forward now and runs only the backward."""
+    xs, dys = inputs.tensors, inputs.dys
     if pass_ == "fwd":
         return lambda: call(*xs)
-    leaves = [t.detach().requires_grad_() for t in xs]
+    leaves, wanting = inputs.leaves()
     if pass_ == "fwd_grad":
         return lambda: call(*leaves)
     if pass_ == "bwd":
-        y = call(*leaves)
-        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    return lambda: torch.autograd.grad(call(*leaves), leaves, dy)
+        edges = _edges(call(*leaves))
+        return lambda: torch.autograd.grad(edges, wanting, dys, retain_graph=True)
+    return lambda: torch.autograd.grad(call(*leaves), wanting, dys)
 
 
-def peak_mib(clock: measure.Gpu, pass_: str, call: Callable, xs: Sequence[Tensor], dy: Tensor) -> float:
-    """The pass's peak over its inputs (and dy). Backward: what forward kept for it, its output dropped, and the gradients."""
+def _edges(ys) -> tuple:
+    """Where a backward starts, without the outputs themselves: what forward did not save is free again."""
+    return tuple(torch.autograd.graph.get_gradient_edge(y) for y in (ys if isinstance(ys, tuple) else (ys,)))
+
+
+def peak_mib(clock: measure.Gpu, pass_: str, call: Callable, inputs: Inputs) -> float:
+    """The pass's peak over its inputs (and dys). Backward: what forward kept for it, its outputs dropped, and the gradients."""
     if pass_ != "bwd":
-        run = pass_call(pass_, call, xs, dy)
+        run = pass_call(pass_, call, inputs)
         run()  # torch.compile compiles the form without gradient here, not under the meter
         return clock.peak_mib(run)
     gc.collect()
     before = torch.cuda.memory_allocated()
-    leaves = [t.detach().requires_grad_() for t in xs]
-    y = call(*leaves)
-    edge = torch.autograd.graph.get_gradient_edge(y)
-    del y
-    return clock.peak_mib(lambda: torch.autograd.grad(edge, leaves, dy), before=before)
+    leaves, wanting = inputs.leaves()
+    edges = _edges(call(*leaves))
+    return clock.peak_mib(lambda: torch.autograd.grad(edges, wanting, inputs.dys), before=before)
 
 
 def run_gpu(case: Case, impls: Sequence[str], clock: measure.Gpu) -> list[dict]:
     """All result lines of one case on this machine's GPU."""
-    xs, dy = inputs_of(case, "cuda")
-    subjects = [admit(case, impl, xs, dy) for impl in impls]
-    inputs_mib = sum(t.untyped_storage().nbytes() for t in xs) / 2**20
+    torch.cuda.empty_cache()
+    inputs = gate.inputs_of(case, "cuda")
+    subjects = subjects_of(case, impls, inputs)
+    gc.collect()
+    gc.freeze()  # the meter collects before each reading: it need not walk through every import each time
     lines = []
     for pass_ in case.passes:
         torch.cuda.empty_cache()
-        here = inputs_mib + (dy.untyped_storage().nbytes() / 2**20 if "bwd" in pass_ else 0)
-        lines += _time_pass(case, pass_, subjects, xs, dy, clock, here)
+        lines += _time_pass(case, pass_, subjects, inputs, clock)
+    gc.unfreeze()
     check_totals(lines)
     return lines
 
 
-def _time_pass(case, pass_, subjects, xs, dy, clock, inputs_mib) -> list[dict]:
-    live = {s.impl: s.call for s in subjects if s.call}
-    peaks = {impl: peak_mib(clock, pass_, call, xs, dy) for impl, call in live.items()}
-    calls = {impl: pass_call(pass_, call, xs, dy) for impl, call in live.items()}
+@dataclass
+class _Times:
+    device_ms: Mapping[str, measure.Spread]
+    wall_ms: Mapping[str, float]
+    host_us: Mapping[str, float]
+
+
+def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
+    calls, peaks, failed = {}, {}, {}
+    for subject in (s for s in subjects if s.call):
+        try:
+            own = subject.own(inputs)
+            peaks[subject.impl] = peak_mib(clock, pass_, subject.call, own)
+            calls[subject.impl] = pass_call(pass_, subject.call, own)
+            calls[subject.impl]()
+            calls[subject.impl]()  # a backward that runs once only fails here
+        except Exception as error:
+            failed[subject.impl] = reason_of(subject.impl, error)
+            calls.pop(subject.impl, None)
+            torch.cuda.empty_cache()
     work = roofline.work(case, pass_)
-    probes = roofline.traffic_probes(work.bytes) if work and work.bytes else {}
-    device_ms = clock.device_ms(calls | probes)
-    copy_ms = device_ms["copy"].p50 if probes else None
-    ceiling_ms = min((device_ms[p].p50 for p in probes), default=None)
-    wall_ms, host_us = clock.wall_ms(calls), clock.host_us(calls)
-    card = device.card()
+    probes, scale = roofline.traffic_probes(work.bytes) if work and work.bytes else ({}, 1.0)
+    times, fell = _clocked(clock, calls, probes)
+    failed |= fell
+    reached = {name: times.device_ms[name].p50 * scale for name in probes if name in times.device_ms}
+    copy_ms, ceiling_ms = reached.get("copy"), min(reached.values(), default=None)
+    shared = inputs.dys if "bwd" in pass_ else ()
+    inputs_mib = (inputs.nbytes + sum(t.untyped_storage().nbytes() for t in shared)) / 2**20
     lines = []
     for subject in subjects:
         known = {
@@ -138,20 +158,23 @@ def _time_pass(case, pass_, subjects, xs, dy, clock, inputs_mib) -> list[dict]:
             "error_ratio": subject.error_ratio,
         }
         known |= {"bytes": work.bytes, "flops": work.flops, "ceiling": work.ceiling} if work else {}
-        if subject.call is None:
-            lines.append(record.line(**known, ok=False, reason=subject.reason))
+        if subject.call is None or subject.impl in failed:
+            reason = failed.get(subject.impl, subject.reason)
+            lines.append(record.line(**known, ok=False, reason=reason))
             continue
-        spread = device_ms[subject.impl]
-        wrong = roofline.impossible(spread.p50, work.bytes, ceiling_ms, card) if work and ceiling_ms else None
-        leaves = xs if pass_ == "fwd" else [t.detach().requires_grad_() for t in xs]
+        spread = times.device_ms[subject.impl]
+        # a backward right after its forward finds what that left in the cache
+        cached = clock.l2_bytes if pass_ == "fwd_bwd" else 0
+        wrong = roofline.impossible(spread.p50, work.bytes, ceiling_ms, device.card(), cached) if ceiling_ms else None
+        leaves = inputs.tensors if pass_ == "fwd" else inputs.leaves()[0]
         lines.append(
             record.line(
                 **known,
                 backend=trinix.backend_of(case, subject.impl, *leaves),
                 device_ms=asdict(spread),
-                host_us=round(host_us[subject.impl], 2),
-                wall_ms=round(wall_ms[subject.impl], 6),
-                graph_ms=round(clock.graph_ms(calls[subject.impl]), 6) if pass_ in ("fwd", "fwd_bwd") else None,
+                host_us=round(times.host_us[subject.impl], 2),
+                wall_ms=round(times.wall_ms[subject.impl], 6),
+                graph_ms=_graph_ms(clock, subject.impl, calls) if pass_ in ("fwd", "fwd_bwd") else None,
                 peak_mib=round(peaks[subject.impl], 4),
                 inputs_mib=round(inputs_mib, 4),
                 ceiling_share=round(copy_ms / spread.p50, 4) if copy_ms and spread.p50 else None,
@@ -160,6 +183,39 @@ def _time_pass(case, pass_, subjects, xs, dy, clock, inputs_mib) -> list[dict]:
             )
         )
     return lines
+
+
+def _clocked(clock, calls: Mapping[str, Callable], probes: Mapping[str, Callable]) -> tuple[_Times, dict[str, str]]:
+    """(times of all calls that can be timed, why the others cannot). Who raised is found by calling each alone."""
+    failed: dict[str, str] = {}
+    while live := {impl: call for impl, call in calls.items() if impl not in failed}:
+        try:
+            return _Times(clock.device_ms(live | probes), clock.wall_ms(live), clock.host_us(live)), failed
+        except Exception as error:
+            # raised again if nobody who may raise it takes part
+            together = reason_of(max(live, key=lambda impl: impl.startswith("trinix") or impl in peers.FOREIGN), error)
+        torch.cuda.empty_cache()
+        alone = {impl: why for impl, call in live.items() if (why := _fault(impl, call))}
+        failed |= alone or dict.fromkeys(live, together)
+    return _Times({}, {}, {}), failed
+
+
+def _fault(impl: str, call: Callable) -> str | None:
+    try:
+        call()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return reason_of(impl, error)
+    return None
+
+
+def _graph_ms(clock, impl: str, calls: Mapping[str, Callable]) -> float | None:
+    """None for a call that cannot be captured: one that waits for the GPU, or whose copy of its memory does not fit."""
+    try:
+        return round(clock.graph_ms(calls[impl]), 6)
+    except Exception as error:
+        reason_of(impl, error)
+        return None
 
 
 def check_totals(lines: list[dict]) -> None:
@@ -175,16 +231,13 @@ def check_totals(lines: list[dict]) -> None:
 
 def run_cpu(case: Case, impls: Sequence[str]) -> list[dict]:
     """PyTorch CPU times of a case: gated like any other, and no statement about a kernel."""
-    xs, dy = inputs_of(case, "cpu")
-    subjects = [
-        Subject(impl, reason="skipped: a kernel's backend has no CPU time")
-        if ":" in impl
-        else admit(case, impl, xs, dy)
-        for impl in impls
-    ]
+    inputs = gate.inputs_of(case, "cpu")
+    subjects = subjects_of(case, [impl for impl in impls if ":" not in impl], inputs)
+    kernels = [Subject(i, reason="skipped: a kernel's backend has no CPU time") for i in impls if ":" in i]
+    subjects = sorted([*subjects, *kernels], key=lambda s: impls.index(s.impl))
     lines = []
-    for pass_ in ("fwd", "fwd_bwd"):
-        calls = {s.impl: pass_call(pass_, s.call, xs, dy) for s in subjects if s.call}
+    for pass_ in ("fwd", "fwd_bwd") if inputs.dys else ("fwd",):
+        calls = {s.impl: pass_call(pass_, s.call, s.own(inputs)) for s in subjects if s.call}
         times = measure.cpu_ms(calls)
         for s in subjects:
             known = {"case": case.id, "op": case.op, "pass": pass_, "impl": s.impl, "error_ratio": s.error_ratio}
@@ -194,7 +247,7 @@ def run_cpu(case: Case, impls: Sequence[str]) -> list[dict]:
             lines.append(
                 record.line(
                     **known,
-                    backend=f"cpu:{trinix.backend_of(case, s.impl, *xs)}",
+                    backend=f"cpu:{trinix.backend_of(case, s.impl, *inputs.tensors)}",
                     wall_ms=times[s.impl].p50,
                     ok=True,
                 )

@@ -17,16 +17,36 @@ from trinix.ops.activation import (
     tanh,
 )
 from trinix.ops.activation import explain as _explain_activation
+from trinix.ops.alibi import alibi_bias, alibi_slopes
+from trinix.ops.alibi import explain as _explain_alibi
+from trinix.ops.glu import explain as _explain_glu
+from trinix.ops.glu import geglu, glu, reglu, swiglu
+from trinix.ops.norm import explain as _explain_norm
+from trinix.ops.norm import layer_norm, layer_norm_residual, rms_norm, rms_norm_activation, rms_norm_residual
+from trinix.ops.rope import explain as _explain_rope
+from trinix.ops.rope import qk_norm_rope, rope, rope_table
+from trinix.ops.softmax import explain as _explain_softmax
+from trinix.ops.softmax import log_softmax, softmax
 
 __all__ = [
-    "KINDS", "activation", "gelu", "identity", "leaky_relu", "mish", "quick_gelu", "relu", "sigmoid", "silu", "softplus",
-    "squared_relu", "tanh",
+    "KINDS", "activation", "alibi_bias", "alibi_slopes", "geglu", "gelu", "glu", "identity", "layer_norm",
+    "layer_norm_residual", "leaky_relu", "log_softmax", "mish", "qk_norm_rope", "quick_gelu", "reglu", "relu",
+    "rms_norm", "rms_norm_activation", "rms_norm_residual", "rope", "rope_table", "sigmoid", "silu", "softmax",
+    "softplus", "squared_relu", "swiglu", "tanh",
 ]  # fmt: skip
 
 _ACTIVATIONS = (
     activation, gelu, identity, leaky_relu, mish, quick_gelu, relu, sigmoid, silu, softplus, squared_relu, tanh,
 )  # fmt: skip
 EXPLAIN = {op.__name__: (op, _explain_activation) for op in _ACTIVATIONS}
+EXPLAIN |= {op.__name__: (op, _explain_glu) for op in (geglu, glu, reglu, swiglu)}
+EXPLAIN |= {
+    op.__name__: (op, _explain_norm)
+    for op in (layer_norm, layer_norm_residual, rms_norm, rms_norm_activation, rms_norm_residual)
+}
+EXPLAIN |= {op.__name__: (op, _explain_rope) for op in (qk_norm_rope, rope)}
+EXPLAIN |= {op.__name__: (op, _explain_softmax) for op in (log_softmax, softmax)}
+EXPLAIN["alibi_bias"] = alibi_bias, _explain_alibi
 
 
 def explain(op, *args, **kwargs) -> Explanation:

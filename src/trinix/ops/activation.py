@@ -195,7 +195,7 @@ def _activation(x, kind, a, b, backend):
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
-    return _Activation.apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+    return _apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
 
 
 def _refuse(x):
@@ -212,7 +212,7 @@ def _named(x, kind, a, b, backend, grad):
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return _RegisteredActivation.apply(x, kind, a, b) if grad else _forward_op(x, kind, a, b)
-    return _Activation.apply(x, kind, a, b) if grad else module.forward(x, kind, a, b)
+    return _apply(x, kind, a, b) if grad else module.forward(x, kind, a, b)
 
 
 def triton_can_run(x: Tensor) -> bool:
@@ -255,6 +255,9 @@ class _Activation(torch.autograd.Function):
                 y = reference.forward(x, kind, a, b)
             (dx,) = torch.autograd.grad(y, x, dy, create_graph=again)
         return dx, None, None, None
+
+
+_apply = dispatch.apply_of(_Activation)
 
 
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch

@@ -96,10 +96,16 @@ class Launcher:
             scalars = [p for p in kernel.params if not p.is_constexpr][tensors:]
             self.specialized = tuple(i for i, p in enumerate(scalars) if not _is_pinned(p))
 
-    def bind(self, *, num_warps: int = 4, num_stages: int = 1, **constants) -> "Launch":
-        """Fix the constants (in the order of the signature) and options; returns the callable that is launched."""
+    def bind(self, *, num_warps: int = 4, num_stages: int = 1, launch_pdl: bool = False, **constants) -> "Launch":
+        """Fix the constants (in the order of the signature) and options; returns the callable that is launched.
+
+        ``launch_pdl``: the kernel may start before the one launched before it has ended (CUDA, from sm_90 on); it calls gdc_wait.
+        """
         assert INTERPRETED or tuple(constants) == tuple(p.name for p in self.kernel.params if p.is_constexpr)
-        return Launch(self, constants, {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True})
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        if launch_pdl:  # other drivers do not know the option
+            options["launch_pdl"] = True
+        return Launch(self, constants, options)
 
 
 class Launch:
@@ -169,7 +175,7 @@ def _fire(compiled, constants: tuple):
     """A function (blocks, stream, arguments without constants) that launches a compiled kernel, and nothing else."""
     function, facts = compiled.function, compiled.metadata
     types = _argument_types(compiled)
-    if _State.static and types:
+    if _State.static and types and not getattr(facts, "launch_pdl", False):  # PyTorch's launcher has no such attribute
         launch, num_warps, shared = _static_launcher._launch_kernel, facts.num_warps, facts.shared
         # unused scratch pointers are parameters of the binary all the same
         unused = (None,) * sum(hasattr(facts, f"{name}_scratch_size") for name in ("global", "profile"))

@@ -1,16 +1,28 @@
-"""One file an implementation: ``prepare(case)`` gives a callable on the case's inputs, or the reason why there is none."""
+"""One file an implementation: ``prepare(case)`` gives a callable on the case's inputs, the reason why there is none for this
+case, or None where the implementation has no such op (and then no line).
+"""
 
 from collections.abc import Callable
 
 from trinix.lab.case import Case
-from trinix.lab.peers import compile, eager, seed_formula, trinix
+from trinix.lab.peers import compile, eager, liger, quack, seed_formula, trinix
 
 # the order of tables and of the interleaved timing
-PREPARE: dict[str, Callable[[Case], Callable | str]] = {
+PREPARE: dict[str, Callable[[Case], Callable | str | None]] = {
     "trinix": trinix.prepare_auto,
     "trinix:triton": trinix.prepare_triton,
     "eager": eager.prepare,
     "compile": compile.prepare,
+    "liger": liger.prepare,
+    "quack": quack.prepare,
     "seed_formula": seed_formula.prepare,
 }
-RIVALS = ("eager", "compile")  # what "the best rival" is taken from; seed_formula is reported, never the bar
+# "the best rival" is one of these; seed_formula is reported, never the bar
+RIVALS = ("eager", "compile", "liger", "quack")
+# other people's code: whatever it raises is a failed row, not a mistake of ours
+FOREIGN = ("compile", "liger", "quack")
+
+
+def overwrites(impl: str, case: Case) -> bool:
+    """Whether an implementation writes into its inputs or incoming gradients: it gets copies of its own."""
+    return impl == "liger" and case.op in liger.OVERWRITES

@@ -8,13 +8,13 @@ from trinix.lab.case import Case
 from trinix.lab.peers import eager
 
 
-def prepare(case: Case) -> Callable | str:
-    function = eager.prepare(case)
-    if isinstance(function, str):
-        return function
+def prepare(case: Case) -> Callable | str | None:
+    function = eager.core(case)
+    if function is None:
+        return None
     if not torch.cuda.is_available():
         return "timed on a GPU only"
     torch._dynamo.reset()
     # the lab runs one backward many times (retain_graph), which donated buffers forbid
     torch._functorch.config.donated_buffer = False
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return eager.around(case, torch.compile(function, dynamic=False, fullgraph=True))

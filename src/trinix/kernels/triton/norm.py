@@ -1,0 +1,694 @@
+"""Portable Triton LayerNorm and RMSNorm, plain, with a fused residual, and with an activation behind.
+
+A program holds ROWS whole rows of N columns in registers (float32). Backward programs are persistent: each walks many rows,
+keeps its share of dW and db in registers, and leaves one float32 partial row; a second small kernel adds the partials in a
+fixed order, so results are the same bits on every run. Rows too wide for registers take the wide kernels: the forward reads
+a row twice, in reverse the second time, so that much of it still lies in the L2 cache; the backward reads its inputs twice.
+
+Floor: forward 2, backward 3 (read x, dy; write dx); residual forward 4 (read x, r; write y, h), backward 4 tensors of rows x N.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from trinix.kernels.triton import activation
+from trinix.kernels.triton._compile import POINTERS, compile_case
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
+
+
+@triton.jit
+def _tile(t, row, col, inner, s0, s1, N: tl.constexpr, UNIT: tl.constexpr):
+    """Pointers of rows x columns. UNIT 0: dense rows; else a row is (row // inner, row % inner) with strides s0, s1 * UNIT."""
+    if UNIT == 0:
+        at = row * N
+    else:
+        at = (row // inner * s0 + row % inner * s1) * UNIT
+    return t + at[:, None] + col[None, :]
+
+
+@triton.jit
+def _keep(seed, row, col, p, N: tl.constexpr):
+    """Dropout's mask of a tile: a pure function of the seed and the element's place."""
+    return tl.rand(tl.load(seed), row[:, None] * N + col[None, :]) >= p
+
+
+@triton.jit
+def _statistics(v, live, eps, N: tl.constexpr, CENTER: tl.constexpr):
+    """(v - mean, mean, 1 / deviation) of each row; masked columns of v are 0."""
+    if CENTER:
+        mean = tl.sum(v, 1) / N
+        v = tl.where(live, v - mean[:, None], 0.0)
+    else:
+        mean = tl.zeros_like(tl.sum(v, 1))
+    rstd = tl.rsqrt(tl.sum(v * v, 1) / N + eps)
+    return v, mean, rstd
+
+
+@triton.jit
+def _affine(v, weight, bias, col, live, offset, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+    # loaded as [1, BLOCK]: w[None, :] of a vector would change its layout through shared memory
+    if WEIGHT:
+        v = v * (tl.load(weight + col[None, :], mask=live, other=0.0).to(tl.float32) + offset)
+    if BIAS:
+        v = v + tl.load(bias + col[None, :], mask=live, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1"])
+def _forward(
+    x, weight, bias, y, stats, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", eps: "fp32", offset: "fp32",
+    N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    SAVE: tl.constexpr, X_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    live = (col < N)[None, :]
+    some = live & (row < rows)[:, None]
+    v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=some, other=0.0).to(tl.float32)
+    v, mean, rstd = _statistics(v, live, eps, N, CENTER)
+    if SAVE:
+        tl.store(stats + row, rstd, mask=row < rows)
+        if CENTER:
+            tl.store(stats + rows + row, mean, mask=row < rows)
+    v = _affine(v * rstd[:, None], weight, bias, col, live, offset, WEIGHT, BIAS)
+    if ACT is not None:
+        v = ACT(v, 0.0, 0.0)
+    tl.store(_tile(y, row, col, 1, 1, 1, N, 0), v.to(y.dtype.element_ty), mask=some)
+
+
+@triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "ri", "rs0", "rs1"])
+def _forward_residual(
+    x, residual, weight, bias, y, h, stats, seed, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", ri: "i64", rs0: "i64",
+    rs1: "i64", eps: "fp32", offset: "fp32", p: "fp32",
+    N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    SAVE: tl.constexpr, X_UNIT: tl.constexpr, R_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    live = (col < N)[None, :]
+    some = live & (row < rows)[:, None]
+    v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=some, other=0.0).to(tl.float32)
+    r = tl.load(_tile(residual, row, col, ri, rs0, rs1, N, R_UNIT), mask=some, other=0.0).to(tl.float32)
+    if DROPOUT:
+        v = tl.where(_keep(seed, row, col, p, N), v / (1.0 - p), 0.0)
+    total = (v + r).to(h.dtype.element_ty)
+    tl.store(_tile(h, row, col, 1, 1, 1, N, 0), total, mask=some)
+    # what is normalised is what is stored, rounding included: backward reads it
+    v, mean, rstd = _statistics(total.to(tl.float32), live, eps, N, CENTER)
+    if SAVE:
+        tl.store(stats + row, rstd, mask=row < rows)
+        if CENTER:
+            tl.store(stats + rows + row, mean, mask=row < rows)
+    v = _affine(v * rstd[:, None], weight, bias, col, live, offset, WEIGHT, BIAS)
+    tl.store(_tile(y, row, col, 1, 1, 1, N, 0), v.to(y.dtype.element_ty), mask=some)
+
+
+@triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "gi", "gs0", "gs1"])
+def _backward(
+    x, dy, dh, weight, bias, stats, seed, dx, dr, partial, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", gi: "i64",
+    gs0: "i64", gs1: "i64", offset: "fp32", p: "fp32",
+    N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
+    X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, DEPENDENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    col = tl.arange(0, BLOCK)
+    live = (col < N)[None, :]
+    if WEIGHT:
+        w = tl.load(weight + col[None, :], mask=live, other=0.0).to(tl.float32) + offset
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.range(0, tl.cdiv(rows, programs.to(tl.int64) * ROWS).to(tl.int32), num_stages=STAGES):
+        row = (i * programs + pid).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        some = live & (row < rows)[:, None]
+        v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=some, other=0.0).to(tl.float32)
+        g = tl.load(_tile(dy, row, col, gi, gs0, gs1, N, G_UNIT), mask=some, other=0.0).to(tl.float32)
+        rstd = tl.load(stats + row, mask=row < rows, other=0.0)
+        if CENTER:
+            v = v - tl.load(stats + rows + row, mask=row < rows, other=0.0)[:, None]
+        v = v * rstd[:, None]  # columns past N: their g is 0
+        if ACT is not None:
+            g = ACT(_affine(v, weight, bias, col, live, offset, WEIGHT, BIAS), g, 0.0, 0.0)
+        if DW:
+            dw += g * v
+        if DB:
+            db += g
+        if DX:
+            if WEIGHT:
+                g = g * w
+            g = g - v * (tl.sum(g * v, 1) / N)[:, None] - ((tl.sum(g, 1) / N)[:, None] if CENTER else 0.0)
+            g = g * rstd[:, None]
+            if RESIDUAL:
+                g += tl.load(_tile(dh, row, col, 1, 1, 1, N, 0), mask=some, other=0.0).to(tl.float32)
+            if DROPOUT:
+                tl.store(_tile(dr, row, col, 1, 1, 1, N, 0), g.to(dr.dtype.element_ty), mask=some)
+                g = tl.where(_keep(seed, row, col, p, N), g / (1.0 - p), 0.0)
+            tl.store(_tile(dx, row, col, 1, 1, 1, N, 0), g.to(dx.dtype.element_ty), mask=some)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the adding kernel may come in now; it waits for the end of this one
+    mine = partial + pid.to(tl.int64) * N * (DW + DB)
+    if DW:
+        tl.store(mine + col, tl.sum(dw, 0), mask=col < N)
+    if DB:
+        tl.store(mine + N * DW + col, tl.sum(db, 0), mask=col < N)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _add_partials(partial, dw, db, programs: "i32", N: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
+                  DEPENDENT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Column sums of [programs, N * (DW + DB)]; the first N columns are dW's, if there are any."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    width = N * (DW + DB)
+    col = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)
+        some = (row < programs)[:, None] & (col < width)[None, :]
+        total += tl.load(partial + row[:, None].to(tl.int64) * width + col[None, :], mask=some, other=0.0)
+    sums = tl.sum(total, 0)
+    if DW:
+        tl.store(dw + col, sums.to(dw.dtype.element_ty), mask=col < N)
+    if DB:
+        at = col - N * DW
+        tl.store(db + at, sums.to(db.dtype.element_ty), mask=(at >= 0) & (at < N))
+
+
+# ---- rows wider than registers ----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "ri", "rs0", "rs1"])
+def _forward_wide(
+    x, residual, weight, bias, y, h, stats, seed, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", ri: "i64", rs0: "i64",
+    rs1: "i64", eps: "fp32", offset: "fp32", p: "fp32",
+    N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, X_UNIT: tl.constexpr, R_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    mean = tl.zeros((1,), tl.float32)
+    square = tl.zeros((1,), tl.float32)  # sum of (v - mean)^2 so far, or of v^2
+    for start in tl.range(0, N, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        live = (col < N)[None, :]
+        v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=live, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            r = tl.load(_tile(residual, row, col, ri, rs0, rs1, N, R_UNIT), mask=live, other=0.0).to(tl.float32)
+            if DROPOUT:
+                v = tl.where(_keep(seed, row, col, p, N), v / (1.0 - p), 0.0)
+            total = (v + r).to(h.dtype.element_ty)
+            tl.store(_tile(h, row, col, 1, 1, 1, N, 0), total, mask=live)
+            v = total.to(tl.float32)
+        if CENTER:  # Chan's update: exact inside a block, no cancellation between blocks
+            count = tl.minimum(N - start, BLOCK).to(tl.float32)
+            here = tl.sum(v, 1) / count
+            v = tl.where(live, v - here[:, None], 0.0)
+            delta = here - mean
+            mean += delta * (count / (start + count))
+            square += delta * delta * (start * count / (start + count))
+        square += tl.sum(v * v, 1)
+    rstd = tl.rsqrt(square / N + eps)
+    if SAVE:
+        tl.store(stats + row, rstd)
+        if CENTER:
+            tl.store(stats + rows + row, mean)
+    blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    for back in tl.range(0, blocks):  # the end of the row was read last: it is the likeliest to be in a cache
+        col = (blocks - 1 - back) * BLOCK + tl.arange(0, BLOCK)
+        live = (col < N)[None, :]
+        if RESIDUAL:
+            v = tl.load(_tile(h, row, col, 1, 1, 1, N, 0), mask=live, other=0.0).to(tl.float32)
+        else:
+            v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=live, other=0.0).to(tl.float32)
+        v = (v - mean[:, None]) * rstd[:, None]
+        v = _affine(v, weight, bias, col, live, offset, WEIGHT, BIAS)
+        if ACT is not None:
+            v = ACT(v, 0.0, 0.0)
+        tl.store(_tile(y, row, col, 1, 1, 1, N, 0), v.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _wide_gradient(x, dy, weight, bias, row, col, live, mean, rstd, xi, xs0, xs1, gi, gs0, gs1, offset,
+                   N: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+                   X_UNIT: tl.constexpr, G_UNIT: tl.constexpr):  # fmt: skip
+    """(normalised x, gradient before the weight) of a tile."""
+    v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=live, other=0.0).to(tl.float32)
+    g = tl.load(_tile(dy, row, col, gi, gs0, gs1, N, G_UNIT), mask=live, other=0.0).to(tl.float32)
+    v = (v - mean[:, None]) * rstd[:, None]
+    if ACT is not None:
+        g = ACT(_affine(v, weight, bias, col, live, offset, WEIGHT, BIAS), g, 0.0, 0.0)
+    return v, g
+
+
+@triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "gi", "gs0", "gs1"])
+def _backward_wide_sums(
+    x, dy, weight, bias, stats, sums, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", gi: "i64", gs0: "i64", gs1: "i64",
+    offset: "fp32",
+    N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Means of g and of g * normalised x over a row: what dx needs of the whole row."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    rstd = tl.load(stats + row)
+    mean = tl.load(stats + rows + row) if CENTER else tl.zeros((1,), tl.float32)
+    plain = tl.zeros((1,), tl.float32)
+    along = tl.zeros((1,), tl.float32)
+    for start in tl.range(0, N, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        live = (col < N)[None, :]
+        v, g = _wide_gradient(x, dy, weight, bias, row, col, live, mean, rstd, xi, xs0, xs1, gi, gs0, gs1, offset,
+                              N, WEIGHT, BIAS, ACT, X_UNIT, G_UNIT)  # fmt: skip
+        if WEIGHT:
+            g = g * (tl.load(weight + col[None, :], mask=live, other=0.0).to(tl.float32) + offset)
+        g = tl.where(live, g, 0.0)
+        plain += tl.sum(g, 1)
+        along += tl.sum(g * v, 1)
+    tl.store(sums + row, along / N)
+    tl.store(sums + rows + row, plain / N)
+
+
+@triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "gi", "gs0", "gs1"])
+def _backward_wide(
+    x, dy, dh, weight, bias, stats, sums, seed, dx, dr, partial, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64",
+    gi: "i64", gs0: "i64", gs1: "i64", offset: "fp32", p: "fp32",
+    N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
+    X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    group = tl.program_id(0) // blocks
+    groups = tl.num_programs(0) // blocks
+    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    live = (col < N)[None, :]
+    if WEIGHT:
+        w = tl.load(weight + col[None, :], mask=live, other=0.0).to(tl.float32) + offset
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.range(0, tl.cdiv(rows, groups * ROWS).to(tl.int32)):
+        row = (i * groups + group).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        here = row < rows
+        some = live & here[:, None]
+        rstd = tl.load(stats + row, mask=here, other=0.0)
+        mean = tl.load(stats + rows + row, mask=here, other=0.0) if CENTER else tl.zeros((ROWS,), tl.float32)
+        v, g = _wide_gradient(x, dy, weight, bias, row, col, some, mean, rstd, xi, xs0, xs1, gi, gs0, gs1, offset,
+                              N, WEIGHT, BIAS, ACT, X_UNIT, G_UNIT)  # fmt: skip
+        g = tl.where(some, g, 0.0)
+        if DW:
+            dw += g * v
+        if DB:
+            db += g
+        if DX:
+            if WEIGHT:
+                g = g * w
+            g = g - v * tl.load(sums + row, mask=here, other=0.0)[:, None]
+            if CENTER:
+                g = g - tl.load(sums + rows + row, mask=here, other=0.0)[:, None]
+            g = g * rstd[:, None]
+            if RESIDUAL:
+                g += tl.load(_tile(dh, row, col, 1, 1, 1, N, 0), mask=some, other=0.0).to(tl.float32)
+            if DROPOUT:
+                tl.store(_tile(dr, row, col, 1, 1, 1, N, 0), g.to(dr.dtype.element_ty), mask=some)
+                g = tl.where(_keep(seed, row, col, p, N), g / (1.0 - p), 0.0)
+            tl.store(_tile(dx, row, col, 1, 1, 1, N, 0), g.to(dx.dtype.element_ty), mask=some)
+    mine = partial + group.to(tl.int64) * N * (DW + DB)
+    if DW:
+        tl.store(mine + col, tl.sum(dw, 0), mask=col < N)
+    if DB:
+        tl.store(mine + N * DW + col, tl.sum(db, 0), mask=col < N)
+
+
+# ---- the choice, the launches -----------------------------------------------------------------------------------------
+
+_FORWARD = Launcher(_forward, tensors=5)
+_FORWARD_RESIDUAL = Launcher(_forward_residual, tensors=8)
+_FORWARD_WIDE = Launcher(_forward_wide, tensors=8)
+_BACKWARD = Launcher(_backward, tensors=10)
+_ADD_PARTIALS = Launcher(_add_partials, tensors=3)
+_BACKWARD_WIDE_SUMS = Launcher(_backward_wide_sums, tensors=6)
+_BACKWARD_WIDE = Launcher(_backward_wide, tensors=11)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDE_BLOCK = 4096  # columns at a time of the wide kernels that walk a row
+WIDE_TILE = (4, 1024)  # rows, columns at a time of the one that walks columns
+
+
+class Norm(NamedTuple):
+    """What a call computes, apart from sizes: part of every key."""
+
+    center: bool  # LayerNorm; False is RMSNorm
+    kind: str | None = None  # activation behind it
+
+
+class ForwardConfig(NamedTuple):
+    rows: int  # rows of a program
+    num_warps: int
+
+
+class BackwardConfig(NamedTuple):
+    rows: int
+    num_warps: int
+    num_stages: int  # rows in flight, through shared memory from 2 on
+    programs_per_sm: int
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def choose_forward(n: int, itemsize: int, lanes: int) -> ForwardConfig | None:
+    """Rows and warps of a forward program; None: the row is too wide for registers.
+
+    From K-layer-* and K-rms-*: all within 2% of the best of 2 to 19 tried at each width.
+    """
+    block = _power_of_two(n)
+    if block > 32768:
+        return None
+    rows, warps = {
+        256: (8, 2) if itemsize == 4 else (4, 1),
+        512: (4, 2),
+        1024: (2, 4),
+        2048: (2, 8),
+        32768: (1, 32),
+    }.get(block, (max(1, 1024 // block), 4) if block < 256 else (1, 16))
+    return ForwardConfig(rows, max(1, warps * 32 // lanes))
+
+
+def choose_backward(n: int, itemsize: int, lanes: int, sums: int, residual: bool = False) -> BackwardConfig | None:
+    """Rows, warps and stages of a backward program, and programs a multiprocessor; None: too wide for registers.
+
+    ``sums`` counts the column sums kept in registers (dW, db). From K-layer-* and K-rms-*, the best of 2 to 171 tried.
+    """
+    block = _power_of_two(n)
+    if block > (8192 if sums == 2 else 16384):
+        return None
+    if block <= 128:
+        config = BackwardConfig(rows=4096 // block, num_warps=4, num_stages=1, programs_per_sm=4)
+    elif itemsize == 4:
+        config = BackwardConfig(*{
+            256: (8, 2, 3, 4), 512: (4, 4, 3, 2), 1024: (1, 4, 4, 2), 2048: (1, 8, 4, 1), 4096: (1, 8, 3, 1),
+            8192: (1, 16, 2, 1), 16384: (1, 16, 1, 1),
+        }[block])  # fmt: skip
+    else:
+        config = BackwardConfig(*{
+            256: (4, 2, 4, 4), 512: (4, 4, 3, 2), 1024: (4, 4, 3, 2), 2048: (2, 8, 4, 1), 4096: (1, 8, 4, 1),
+            8192: (1, 16, 3, 1), 16384: (1, 16, 1, 1),
+        }[block])  # fmt: skip
+    if residual and block == 4096:  # one more tile in flight: registers
+        config = config._replace(num_warps=16)
+    if lanes == 64:  # a multiprocessor of AMD's has 64 KiB of shared memory
+        return config._replace(num_warps=max(1, config.num_warps // 2), num_stages=1)
+    return config
+
+
+def unsupported(x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+        return f"needs a GPU tensor, got {x.device.type}"
+    for t in (x, *others):
+        if t is None:
+            continue
+        if t.layout != torch.strided or t.is_nested:
+            return "needs strided tensors, got " + ("a nested tensor" if t.is_nested else str(t.layout))
+        if t.dtype not in DTYPES:
+            return f"needs float16, bfloat16 or float32, got {str(t.dtype).removeprefix('torch.')}"
+        if t.device != x.device:
+            return f"needs tensors on one device, got {x.device} and {t.device}"
+    return None
+
+
+def row_view(t: torch.Tensor, n: int) -> tuple[int, int, int] | None:
+    """(inner, outer stride, inner stride) that reach every row of n elements of ``t``, or None: it needs a copy.
+
+    Pure. The last dimensions, n elements together, have to be dense, and the others merge into at most two.
+    """
+    dims = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
+    inside = 1
+    while inside < n:
+        size, stride = dims.pop()
+        if stride != inside:
+            return None
+        inside *= size
+    merged = []
+    for size, stride in dims:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return None
+    (_, outer), (inner, step) = [(1, 0), (1, 0), *merged][-2:]
+    return inner, outer, step
+
+
+def _rows_of(t: torch.Tensor, n: int) -> tuple[torch.Tensor, int, tuple[int, int, int]]:
+    """(t or, as the last resort, a dense copy; UNIT; (inner, s0, s1) in units) for ``_tile``."""
+    if t.is_contiguous():
+        return t, 0, (1, 1, 1)
+    view = row_view(t, n)
+    if view is None:
+        return t.contiguous(), 0, (1, 1, 1)
+    inner, outer, step = view
+    unit = 16 // t.element_size()  # strides that keep 16-byte accesses whole are passed in such units
+    if outer % unit or step % unit:
+        unit = 1
+    return t, unit, (inner, outer // unit, step // unit)
+
+
+@functools.cache
+def _sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _dependent_launch(index: int) -> bool:
+    """Whether a kernel may be launched before the one that it depends on has ended (CUDA, capability 9 and later)."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def _programs(x: torch.Tensor, rows: int, config: BackwardConfig) -> int:
+    """As many as the card holds at a time, less those that an even share of the tiles leaves without work."""
+    most = _sm_count(x.get_device()) * config.programs_per_sm if x.is_cuda else 3
+    tiles = -(-rows // config.rows)
+    return -(-tiles // -(-tiles // most))
+
+
+LANES = 64 if torch.version.hip else 32
+
+
+@functools.cache
+def forward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, save: bool, unit: int, lanes=LANES,
+                   config: ForwardConfig | None = None) -> tuple[int, Launch]:  # fmt: skip
+    """(rows of a program, launch)."""
+    config = config or choose_forward(n, itemsize, lanes)
+    value, _ = activation_formula(norm.kind)
+    return config.rows, _FORWARD.bind(
+        N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, ACT=value, SAVE=save, X_UNIT=unit, ROWS=config.rows,
+        BLOCK=_power_of_two(n), num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+@functools.cache
+def residual_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, dropout: bool, save: bool,
+                    x_unit: int, r_unit: int, lanes=LANES, config: ForwardConfig | None = None) -> tuple[int, Launch]:  # fmt: skip
+    config = config or choose_forward(n, itemsize, lanes)
+    return config.rows, _FORWARD_RESIDUAL.bind(
+        N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, DROPOUT=dropout, SAVE=save, X_UNIT=x_unit, R_UNIT=r_unit,
+        ROWS=config.rows, BLOCK=_power_of_two(n), num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+@functools.cache
+def wide_launch(norm: Norm, n: int, weight: bool, bias: bool, residual: bool, dropout: bool, save: bool, x_unit: int,
+                r_unit: int, lanes=LANES) -> Launch:  # fmt: skip
+    value, _ = activation_formula(norm.kind)
+    return _FORWARD_WIDE.bind(
+        N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, ACT=value, RESIDUAL=residual, DROPOUT=dropout, SAVE=save,
+        X_UNIT=x_unit, R_UNIT=r_unit, BLOCK=WIDE_BLOCK, num_warps=512 // lanes,
+    )  # fmt: skip
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward computes."""
+
+    dx: bool
+    dw: bool
+    db: bool
+
+
+@functools.cache
+def backward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, residual: bool, dropout: bool,
+                    wanted: Wanted, x_unit: int, g_unit: int, dependent: bool, lanes=LANES,
+                    config: BackwardConfig | None = None) -> tuple[BackwardConfig, Launch] | None:  # fmt: skip
+    config = config or choose_backward(n, itemsize, lanes, wanted.dw + wanted.db, residual)
+    if config is None:
+        return None
+    _, derivative = activation_formula(norm.kind)
+    return config, _BACKWARD.bind(
+        N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, ACT=derivative, RESIDUAL=residual, DROPOUT=dropout,
+        DX=wanted.dx, DW=wanted.dw, DB=wanted.db, X_UNIT=x_unit, G_UNIT=g_unit, DEPENDENT=dependent,
+        ROWS=config.rows, BLOCK=_power_of_two(n), STAGES=config.num_stages, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+@functools.cache
+def wide_backward_launches(norm: Norm, n: int, weight: bool, bias: bool, residual: bool, dropout: bool, wanted: Wanted,
+                           x_unit: int, g_unit: int, lanes=LANES) -> tuple[Launch, Launch]:  # fmt: skip
+    _, derivative = activation_formula(norm.kind)
+    shared = {"N": n, "CENTER": norm.center, "WEIGHT": weight, "BIAS": bias, "ACT": derivative}
+    units = {"X_UNIT": x_unit, "G_UNIT": g_unit}
+    return (
+        _BACKWARD_WIDE_SUMS.bind(**shared, **units, BLOCK=WIDE_BLOCK, num_warps=512 // lanes),
+        _BACKWARD_WIDE.bind(
+            **shared, RESIDUAL=residual, DROPOUT=dropout, DX=wanted.dx, DW=wanted.dw, DB=wanted.db, **units,
+            ROWS=WIDE_TILE[0], BLOCK=WIDE_TILE[1], num_warps=128 // lanes,
+        ),
+    )  # fmt: skip
+
+
+@functools.cache
+def add_partials_launch(n: int, dw: bool, db: bool, programs: int, dependent: bool) -> tuple[int, Launch]:
+    """(columns of a program, launch). The whole height at once: its loads are all in flight together."""
+    rows = min(512, _power_of_two(programs))
+    cols, warps = max(8, 1024 // rows), max(1, rows * 8 // 1024)
+    return cols, _ADD_PARTIALS.bind(
+        N=n, DW=dw, DB=db, DEPENDENT=dependent, ROWS=rows, COLS=cols, num_warps=warps, launch_pdl=dependent
+    )
+
+
+@functools.cache
+def activation_formula(kind: str | None) -> tuple:
+    return activation.FORMULAS[kind] if kind else (None, None)
+
+
+def _dense_like(t: torch.Tensor) -> torch.Tensor:
+    # empty_like is the cheaper call by 2 us, and keeps the strides of a transposed t
+    return torch.empty_like(t) if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def forward(x, weight, bias, n: int, norm: Norm, eps: float, offset: float, save: bool):
+    """(y, statistics for backward or None): y dense, statistics [rows] or [2, rows] float32: 1 / deviation, mean."""
+    y = _dense_like(x)
+    rows = x.numel() // n
+    stats = x.new_empty(rows * (1 + norm.center), dtype=torch.float32) if save else None
+    if not rows:
+        return y, stats
+    x, unit, view = _rows_of(x, n)
+    w, b = x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous()
+    tensors = (x, w, b, y, x if stats is None else stats)
+    if n <= 32768:
+        per, launch = forward_launch(norm, n, x.element_size(), weight is not None, bias is not None, save, unit)
+        launch(-(-rows // per), tensors, (rows, *view, eps, offset))
+    else:
+        launch = wide_launch(norm, n, weight is not None, bias is not None, False, False, save, unit, 0)
+        tensors = (x, x, *tensors[1:4], x, tensors[4], x)
+        launch(rows, tensors, (rows, *view, 1, 1, 1, eps, offset, 0.0))
+    return y, stats
+
+
+def forward_residual(x, residual, weight, bias, seed, n: int, norm: Norm, eps: float, offset: float, p: float,
+                     save: bool):  # fmt: skip
+    """(y, h, statistics): h = dropout(x) + residual in x's dtype, y its norm. ``seed`` is an int64 tensor if p > 0."""
+    y, h = _dense_like(x), _dense_like(x)
+    rows = x.numel() // n
+    stats = x.new_empty(rows * (1 + norm.center), dtype=torch.float32) if save else None
+    if not rows:
+        return y, h, stats
+    x, x_unit, x_view = _rows_of(x, n)
+    residual, r_unit, r_view = _rows_of(residual, n)
+    w, b = x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous()
+    tensors = (x, residual, w, b, y, h, x if stats is None else stats, x if seed is None else seed)
+    scalars = (rows, *x_view, *r_view, eps, offset, p)
+    flags = weight is not None, bias is not None
+    if n <= 32768:
+        per, launch = residual_launch(norm, n, x.element_size(), *flags, seed is not None, save, x_unit, r_unit)
+        launch(-(-rows // per), tensors, scalars)
+    else:
+        wide_launch(norm, n, *flags, True, seed is not None, save, x_unit, r_unit)(rows, tensors, scalars)
+    return y, h, stats
+
+
+def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: float, p: float, wanted: Wanted):
+    """(dx, d_residual, dw, db), None for what is not wanted; dense, in the shapes of x, weight and bias.
+
+    ``dh`` is the gradient of the residual form's second output (None: there is none); without dropout d_residual is dx.
+    """
+    rows = x.numel() // n
+    dx = _dense_like(x) if wanted.dx else None
+    dr = torch.empty_like(dx) if seed is not None and wanted.dx else dx
+    dw = _dense_like(weight) if wanted.dw else None
+    db = _dense_like(bias) if wanted.db else None
+    if not rows:
+        return dx, dr, *(t if t is None else t.zero_() for t in (dw, db))
+    x, x_unit, x_view = _rows_of(x, n)
+    dy, g_unit, g_view = _rows_of(dy, n)
+    flags = weight is not None, bias is not None, dh is not None, seed is not None
+    dh, w, b, s = (x if t is None else t.contiguous() for t in (dh, weight, bias, seed))
+    sums_wanted = wanted.dw + wanted.db
+    scalars = (rows, *x_view, *g_view, offset, p)
+    out, out_r = x if dx is None else dx, x if dr is None else dr
+    dependent = sums_wanted > 0 and x.is_cuda and _dependent_launch(x.get_device())
+    chosen = backward_launch(norm, n, x.element_size(), *flags, wanted, x_unit, g_unit, dependent)
+    if chosen:
+        config, launch = chosen
+        programs = _programs(x, rows, config) if sums_wanted else -(-rows // config.rows)
+        partial = x.new_empty(programs * n * sums_wanted, dtype=torch.float32) if sums_wanted else x
+        launch(programs, (x, dy, dh, w, b, stats, s, out, out_r, partial), scalars)
+    else:
+        dependent = False
+        sums = x.new_empty(2 * rows, dtype=torch.float32)
+        first, second = wide_backward_launches(norm, n, *flags, wanted, x_unit, g_unit)
+        if wanted.dx:
+            first(rows, (x, dy, w, b, stats, sums), scalars[:-1])
+        programs = max(1, min(8, -(-rows // WIDE_TILE[0])))
+        partial = x.new_empty(programs * n * sums_wanted, dtype=torch.float32) if sums_wanted else x
+        second(programs * -(-n // WIDE_TILE[1]), (x, dy, dh, w, b, stats, sums, s, out, out_r, partial), scalars)
+    if sums_wanted:
+        cols, launch = add_partials_launch(n, wanted.dw, wanted.db, programs, dependent)
+        tensors = (partial, partial if dw is None else dw, partial if db is None else db)
+        launch(-(-n * sums_wanted // cols), tensors, (programs,))
+    return dx, dr, dw, db
+
+
+def describe(x: torch.Tensor, n: int) -> str:
+    """The forward's configuration, for ``trinix.explain``."""
+    config = choose_forward(n, x.element_size(), LANES)
+    if config is None:
+        return f"wide kernel, one row a program, {WIDE_BLOCK} columns at a time"
+    return f"{config.rows} rows of {n} a program, {config.num_warps} warps"
+
+
+def compile_cases(lanes: int = LANES):
+    """LayerNorm and RMSNorm of a small, a middle, an odd and a large width; the residual and the wide forms once each."""
+    every = Wanted(True, True, True)
+    layer, rms = Norm(True), Norm(False)
+    for dtype in DTYPES:
+        size, suffix = dtype.itemsize, str(dtype).removeprefix("torch.")
+        t, f = POINTERS[suffix], "*fp32"
+        for n in (128, 768, 1024, 4096, 8192):
+            _, fwd = forward_launch(layer, n, size, True, True, True, 0, lanes)
+            yield compile_case(f"norm/layer-{n}/fwd/{suffix}", fwd, 2 * size, (t, t, t, t, f))
+            _, bwd = backward_launch(layer, n, size, True, True, False, False, every, 0, 0, False, lanes)
+            tensors = (t, t, t, t, t, f, "*i64", t, t, f)
+            yield compile_case(f"norm/layer-{n}/bwd/{suffix}", bwd, 3 * size, tensors)
+            _, bwd = backward_launch(
+                rms, n, size, True, False, False, False, Wanted(True, True, False), 0, 0, False, lanes
+            )
+            yield compile_case(f"norm/rms-{n}/bwd/{suffix}", bwd, 3 * size, tensors)
+        _, add = add_partials_launch(1024, True, True, 256, False)
+        yield compile_case(f"norm/add-partials/bwd/{suffix}", add, 0.1, (f, t, t), access_bits=16)
+        _, fwd = residual_launch(rms, 4096, size, True, False, False, True, 0, 0, lanes)
+        yield compile_case(f"norm/residual-4096/fwd/{suffix}", fwd, 4 * size, (t, t, t, t, t, t, f, "*i64"))
+        _, bwd = backward_launch(
+            rms, 4096, size, True, False, True, False, Wanted(True, True, False), 0, 0, False, lanes
+        )
+        yield compile_case(f"norm/residual-4096/bwd/{suffix}", bwd, 4 * size, tensors)
+        wide = wide_launch(layer, 65536, True, True, True, False, True, 0, 0, lanes)
+        yield compile_case(f"norm/wide-65536/fwd/{suffix}", wide, 6 * size, (t, t, t, t, t, t, f, "*i64"))
+        first, second = wide_backward_launches(layer, 65536, True, True, False, False, every, 0, 0, lanes)
+        yield compile_case(f"norm/wide-sums-65536/bwd/{suffix}", first, 2 * size, (t, t, t, t, f, f), access_bits=32)
+        yield compile_case(f"norm/wide-65536/bwd/{suffix}", second, 3 * size, (t, t, t, t, t, f, f, "*i64", t, t, f))

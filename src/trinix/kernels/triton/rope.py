@@ -1,0 +1,685 @@
+"""Rotary position embedding of q and k in one launch, with or without an RMSNorm of every head before it.
+
+A program takes one token (several where a token is small): it finds the position, loads that row of cos and sin once, and
+walks the heads of q, then of k, in tiles of [HEADS, COLS] pairs. In the half-split form a tile is two loads and two stores
+of half a head each; in the interleaved form one load, split in registers. All arithmetic is float32.
+
+All strides are runtime numbers, so one binary serves dense tensors, views of a packed qkv and transposed heads. Divided and
+multiplied by the constant VEC they show the compiler that every row starts at a 16-byte boundary.
+
+Floor: a read and a write of q and k; backward of the rotation the same; backward through the norm two reads and a write.
+"""
+
+import functools
+import operator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from trinix.kernels.triton._compile import POINTERS, compile_case
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
+
+# ---- positions and the table ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _position(places, token, b, s, first, count, places_b, places_s, MODE: tl.constexpr):
+    if MODE == "offset":
+        place = first + s
+    elif MODE == "offsets":
+        place = tl.load(places + b * places_b).to(tl.int64) + s
+    elif MODE == "sequences":  # the last start that is not after the token; a binary search would wait for every load
+        start = 0
+        for i in range(0, count, 256):
+            at = i + tl.arange(0, 256)
+            edge = tl.load(places + at, mask=at < count, other=0).to(tl.int32)
+            start = tl.maximum(start, tl.max(tl.where(edge <= token, edge, 0), 0))
+        place = token - start + first
+    else:
+        place = tl.load(places + b * places_b + s * places_s).to(tl.int64)
+    return place
+
+
+@triton.jit
+def _row(
+    table,
+    place,
+    rows,
+    stride,
+    col,
+    HALF: tl.constexpr,
+    COLS: tl.constexpr,
+    CHECKED: tl.constexpr,
+    TABLE_VEC: tl.constexpr,
+):
+    """A row of cos or sin as [1, COLS]; NaN for a position that the table does not have, where the host could not check."""
+    inside = (place >= 0) & (place < rows)
+    at = tl.where(inside, place, 0) * (stride // TABLE_VEC * TABLE_VEC) + col
+    if COLS == HALF:
+        v = tl.load(table + at).to(tl.float32)
+    else:
+        v = tl.load(table + at, mask=col < HALF, other=0.0).to(tl.float32)
+    if CHECKED:
+        v = tl.where(inside, v, float("nan"))
+    return v
+
+
+# ---- tiles of a token: the pairs to rotate [HEADS, COLS] twice, the channels beyond them [HEADS, REST] -----------------
+
+
+@triton.jit
+def _load(x, at, live, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    return tl.load(x + at).to(tl.float32)
+
+
+@triton.jit
+def _store(y, at, v, live, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(y + at, v.to(y.dtype.element_ty), mask=live)
+    else:
+        tl.store(y + at, v.to(y.dtype.element_ty))
+
+
+@triton.jit
+def _load_pairs(
+    x, head, col, x_h, x_d, H: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    DENSE: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    MASKED: tl.constexpr = (H % HEADS != 0) or (COLS != HALF)
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * COLS)[None, :]
+        at = head * x_h + (both if DENSE else both * x_d)
+        v = _load(x, at, (head < H) & (both < 2 * HALF), MASKED)
+        first, second = tl.split(tl.reshape(v, (HEADS, COLS, 2)))
+    else:
+        live = (head < H) & (col < HALF)
+        first = _load(x, head * x_h + (col if DENSE else col * x_d), live, MASKED)
+        second = _load(x, head * x_h + (HALF + col if DENSE else (HALF + col) * x_d), live, MASKED)
+    return first, second
+
+
+@triton.jit
+def _store_pairs(
+    y, first, second, head, col, y_h, y_d,
+    H: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.constexpr, DENSE: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    MASKED: tl.constexpr = (H % HEADS != 0) or (COLS != HALF)
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * COLS)[None, :]
+        at = head * y_h + (both if DENSE else both * y_d)
+        v = tl.reshape(tl.join(first, second), (HEADS, 2 * COLS))
+        _store(y, at, v, (head < H) & (both < 2 * HALF), MASKED)
+    else:
+        live = (head < H) & (col < HALF)
+        _store(y, head * y_h + (col if DENSE else col * y_d), first, live, MASKED)
+        _store(y, head * y_h + (HALF + col if DENSE else (HALF + col) * y_d), second, live, MASKED)
+
+
+@triton.jit
+def _rest(
+    head, x_h, x_d, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, DENSE: tl.constexpr
+):
+    """Where the channels that are not rotated lie, and which of them exist."""
+    col = tl.arange(0, REST)[None, :]
+    at = head * x_h + (2 * HALF + col if DENSE else (2 * HALF + col) * x_d)
+    return at, (head < H) & (col < D - 2 * HALF)
+
+
+@triton.jit
+def _rotate_heads(
+    x, y, c, s, col, part, x_h, x_d, y_h, y_d,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    for start in range(part * HEADS, H, PARTS * HEADS):
+        head = start + tl.arange(0, HEADS)[:, None]
+        a, b = _load_pairs(x, head, col, x_h, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+        _store_pairs(y, a * c - b * s, b * c + a * s, head, col, y_h, y_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+        if REST > 0:
+            at, live = _rest(head, x_h, x_d, H, D, HALF, REST, DENSE)
+            to, _ = _rest(head, y_h, y_d, H, D, HALF, REST, DENSE)
+            tl.store(y + to, tl.load(x + at, mask=live), mask=live)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first", "rows", "count", "places_b", "places_s", "tokens", "length", "cos_row", "sin_row",
+        "q_b", "q_s", "q_h", "q_d", "k_b", "k_s", "k_h", "k_d",
+        "yq_b", "yq_s", "yq_h", "yq_d", "yk_b", "yk_s", "yk_h", "yk_d",
+    ]
+)  # fmt: skip
+def _rotate(
+    q, k, yq, yk, cos, sin, places,
+    first: "i64", rows: "i64", count: "i32", places_b: "i64", places_s: "i64",
+    tokens: "i32", length: "i32", cos_row: "i64", sin_row: "i64",
+    q_b: "i64", q_s: "i64", q_h: "i64", q_d: "i64", k_b: "i64", k_s: "i64", k_h: "i64", k_d: "i64",
+    yq_b: "i64", yq_s: "i64", yq_h: "i64", yq_d: "i64", yk_b: "i64", yk_s: "i64", yk_h: "i64", yk_d: "i64",
+    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr,
+    TABLE_VEC: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0) % PARTS
+    begin = tl.program_id(0) // PARTS * TOKENS
+    col = tl.arange(0, COLS)[None, :]  # a row from the start: a [COLS] would change its layout through shared memory
+    for token in range(begin, tl.minimum(begin + TOKENS, tokens)):
+        b = (token // length).to(tl.int64)
+        at = (token % length).to(tl.int64)
+        place = _position(places, token, b, at, first, count, places_b, places_s, MODE)
+        c = _row(cos, place, rows, cos_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+        s = _row(sin, place, rows, sin_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+        if INVERSE:
+            s = -s
+        _rotate_heads(
+            q + b * (q_b // VEC * VEC) + at * (q_s // VEC * VEC),
+            yq + b * (yq_b // VEC * VEC) + at * (yq_s // VEC * VEC),
+            c, s, col, part, q_h // VEC * VEC, q_d, yq_h // VEC * VEC, yq_d,
+            H, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
+        )  # fmt: skip
+        _rotate_heads(
+            k + b * (k_b // VEC * VEC) + at * (k_s // VEC * VEC),
+            yk + b * (yk_b // VEC * VEC) + at * (yk_s // VEC * VEC),
+            c, s, col, part, k_h // VEC * VEC, k_d, yk_h // VEC * VEC, yk_d,
+            HK, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
+        )  # fmt: skip
+
+
+# ---- RMSNorm of every head, then the rotation -------------------------------------------------------------------------
+
+
+@triton.jit
+def _weights(w, col, shift, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """weight + weight_offset of the pairs' two sides, [1, COLS] each."""
+    live = col < HALF
+    first = tl.load(w + (2 * col if INTERLEAVED else col), mask=live, other=0.0).to(tl.float32)
+    second = tl.load(w + (2 * col + 1 if INTERLEAVED else HALF + col), mask=live, other=0.0).to(tl.float32)
+    return first + shift, second + shift
+
+
+@triton.jit
+def _norm_rotate_heads(
+    x, y, w, c, s, col, part, eps, shift, x_h, x_d, y_h, y_d,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    wa, wb = _weights(w, col, shift, HALF, INTERLEAVED)
+    for start in range(part * HEADS, H, PARTS * HEADS):
+        head = start + tl.arange(0, HEADS)[:, None]
+        a, b = _load_pairs(x, head, col, x_h, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+        squares = tl.sum(a * a + b * b, 1)[:, None]
+        if REST > 0:
+            at, live = _rest(head, x_h, x_d, H, D, HALF, REST, DENSE)
+            rest = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+            squares += tl.sum(rest * rest, 1)[:, None]
+        scale = 1.0 / tl.sqrt_rn(squares / D + eps)
+        a = a * scale * wa
+        b = b * scale * wb
+        _store_pairs(y, a * c - b * s, b * c + a * s, head, col, y_h, y_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+        if REST > 0:
+            more = tl.arange(0, REST)[None, :]
+            wr = tl.load(w + 2 * HALF + more, mask=more < D - 2 * HALF, other=0.0).to(tl.float32) + shift
+            to, _ = _rest(head, y_h, y_d, H, D, HALF, REST, DENSE)
+            tl.store(y + to, (rest * scale * wr).to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first", "rows", "count", "places_b", "places_s", "tokens", "length", "cos_row", "sin_row",
+        "q_b", "q_s", "q_h", "q_d", "k_b", "k_s", "k_h", "k_d",
+        "yq_b", "yq_s", "yq_h", "yq_d", "yk_b", "yk_s", "yk_h", "yk_d",
+    ]
+)  # fmt: skip
+def _norm_rotate(
+    q, k, yq, yk, qw, kw, cos, sin, places, eps: "fp32", shift: "fp32",
+    first: "i64", rows: "i64", count: "i32", places_b: "i64", places_s: "i64",
+    tokens: "i32", length: "i32", cos_row: "i64", sin_row: "i64",
+    q_b: "i64", q_s: "i64", q_h: "i64", q_d: "i64", k_b: "i64", k_s: "i64", k_h: "i64", k_d: "i64",
+    yq_b: "i64", yq_s: "i64", yq_h: "i64", yq_d: "i64", yk_b: "i64", yk_s: "i64", yk_h: "i64", yk_d: "i64",
+    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0) % PARTS
+    begin = tl.program_id(0) // PARTS * TOKENS
+    col = tl.arange(0, COLS)[None, :]
+    for token in range(begin, tl.minimum(begin + TOKENS, tokens)):
+        b = (token // length).to(tl.int64)
+        at = (token % length).to(tl.int64)
+        place = _position(places, token, b, at, first, count, places_b, places_s, MODE)
+        c = _row(cos, place, rows, cos_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+        s = _row(sin, place, rows, sin_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+        _norm_rotate_heads(
+            q + b * (q_b // VEC * VEC) + at * (q_s // VEC * VEC),
+            yq + b * (yq_b // VEC * VEC) + at * (yq_s // VEC * VEC),
+            qw, c, s, col, part, eps, shift, q_h // VEC * VEC, q_d, yq_h // VEC * VEC, yq_d,
+            H, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
+        )  # fmt: skip
+        _norm_rotate_heads(
+            k + b * (k_b // VEC * VEC) + at * (k_s // VEC * VEC),
+            yk + b * (yk_b // VEC * VEC) + at * (yk_s // VEC * VEC),
+            kw, c, s, col, part, eps, shift, k_h // VEC * VEC, k_d, yk_h // VEC * VEC, yk_d,
+            HK, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
+        )  # fmt: skip
+
+
+# Backward takes 1 / rms again from x, which it reads anyway. A fixed number of programs share the tokens; each keeps the
+# weights' gradients of its tokens in registers, writes them once, and a second kernel adds them up in a fixed order.
+
+
+@triton.jit
+def _norm_rotate_backward_side(
+    x, dy, dx, w, partial, cos, sin, places, eps, shift, first, rows, count, places_b, places_s,
+    tokens, length, cos_row, sin_row, x_b, x_s, x_h, x_d, dy_b, dy_s, dy_h, dy_d, dx_b, dx_s, dx_h, dx_d,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
+    HEADS: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
+):  # fmt: skip
+    col = tl.arange(0, COLS)[None, :]
+    wa, wb = _weights(w, col, shift, HALF, INTERLEAVED)
+    dwa = tl.zeros((HEADS, COLS), tl.float32)
+    dwb = tl.zeros((HEADS, COLS), tl.float32)
+    if REST > 0:
+        more = tl.arange(0, REST)[None, :]
+        wr = tl.load(w + 2 * HALF + more, mask=more < D - 2 * HALF, other=0.0).to(tl.float32) + shift
+        dwr = tl.zeros((HEADS, REST), tl.float32)
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        batch = (token // length).to(tl.int64)
+        at = (token % length).to(tl.int64)
+        place = _position(places, token, batch, at, first, count, places_b, places_s, MODE)
+        c = _row(cos, place, rows, cos_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+        s = _row(sin, place, rows, sin_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+        x_token = x + batch * (x_b // VEC * VEC) + at * (x_s // VEC * VEC)
+        dy_token = dy + batch * (dy_b // VEC * VEC) + at * (dy_s // VEC * VEC)
+        dx_token = dx + batch * (dx_b // VEC * VEC) + at * (dx_s // VEC * VEC)
+        for start in range(0, H, HEADS):
+            head = start + tl.arange(0, HEADS)[:, None]
+            a, b = _load_pairs(x_token, head, col, x_h // VEC * VEC, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+            ga, gb = _load_pairs(dy_token, head, col, dy_h // VEC * VEC, dy_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+            squares = tl.sum(a * a + b * b, 1)[:, None]
+            if REST > 0:
+                from_x, live = _rest(head, x_h // VEC * VEC, x_d, H, D, HALF, REST, DENSE)
+                from_dy, _ = _rest(head, dy_h // VEC * VEC, dy_d, H, D, HALF, REST, DENSE)
+                r = tl.load(x_token + from_x, mask=live, other=0.0).to(tl.float32)
+                gr = tl.load(dy_token + from_dy, mask=live, other=0.0).to(tl.float32)
+                squares += tl.sum(r * r, 1)[:, None]
+            scale = 1.0 / tl.sqrt_rn(squares / D + eps)
+            a *= scale
+            b *= scale
+            ha = ga * c + gb * s
+            hb = gb * c - ga * s
+            dwa += ha * a
+            dwb += hb * b
+            ha *= wa
+            hb *= wb
+            along = tl.sum(ha * a + hb * b, 1)[:, None]
+            if REST > 0:
+                r *= scale
+                dwr += gr * r
+                gr *= wr
+                along += tl.sum(gr * r, 1)[:, None]
+            if DX:
+                along = along / D
+                _store_pairs(
+                    dx_token, (ha - a * along) * scale, (hb - b * along) * scale, head, col, dx_h // VEC * VEC, dx_d,
+                    H, HALF, COLS, INTERLEAVED, DENSE, HEADS,
+                )  # fmt: skip
+                if REST > 0:
+                    to, _ = _rest(head, dx_h // VEC * VEC, dx_d, H, D, HALF, REST, DENSE)
+                    tl.store(dx_token + to, ((gr - r * along) * scale).to(dx.dtype.element_ty), mask=live)
+    if DW:
+        one = tl.arange(0, COLS)
+        partial += tl.program_id(0) * D
+        tl.store(partial + (2 * one if INTERLEAVED else one), tl.sum(dwa, 0), mask=one < HALF)
+        tl.store(partial + (2 * one + 1 if INTERLEAVED else HALF + one), tl.sum(dwb, 0), mask=one < HALF)
+        if REST > 0:
+            beyond = tl.arange(0, REST)
+            tl.store(partial + 2 * HALF + beyond, tl.sum(dwr, 0), mask=beyond < D - 2 * HALF)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first", "rows", "count", "places_b", "places_s", "tokens", "length", "cos_row", "sin_row",
+        "q_b", "q_s", "q_h", "q_d", "k_b", "k_s", "k_h", "k_d",
+        "gq_b", "gq_s", "gq_h", "gq_d", "gk_b", "gk_s", "gk_h", "gk_d",
+        "dq_b", "dq_s", "dq_h", "dq_d", "dk_b", "dk_s", "dk_h", "dk_d",
+    ]
+)  # fmt: skip
+def _norm_rotate_backward(
+    q, k, gq, gk, dq, dk, qw, kw, partials, cos, sin, places, eps: "fp32", shift: "fp32",
+    first: "i64", rows: "i64", count: "i32", places_b: "i64", places_s: "i64",
+    tokens: "i32", length: "i32", cos_row: "i64", sin_row: "i64",
+    q_b: "i64", q_s: "i64", q_h: "i64", q_d: "i64", k_b: "i64", k_s: "i64", k_h: "i64", k_d: "i64",
+    gq_b: "i64", gq_s: "i64", gq_h: "i64", gq_d: "i64", gk_b: "i64", gk_s: "i64", gk_h: "i64", gk_d: "i64",
+    dq_b: "i64", dq_s: "i64", dq_h: "i64", dq_d: "i64", dk_b: "i64", dk_s: "i64", dk_h: "i64", dk_d: "i64",
+    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
+    HEADS: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
+):  # fmt: skip
+    # q's tokens first, then k's: one side's accumulators at a time
+    _norm_rotate_backward_side(
+        q, gq, dq, qw, partials, cos, sin, places, eps, shift, first, rows, count, places_b, places_s,
+        tokens, length, cos_row, sin_row, q_b, q_s, q_h, q_d, gq_b, gq_s, gq_h, gq_d, dq_b, dq_s, dq_h, dq_d,
+        H, D, HALF, COLS, REST, INTERLEAVED, MODE, DENSE, VEC, TABLE_VEC, HEADS, DX, DW,
+    )  # fmt: skip
+    _norm_rotate_backward_side(
+        k, gk, dk, kw, partials + tl.num_programs(0) * D, cos, sin, places, eps, shift, first, rows, count,
+        places_b, places_s, tokens, length, cos_row, sin_row, k_b, k_s, k_h, k_d, gk_b, gk_s, gk_h, gk_d,
+        dk_b, dk_s, dk_h, dk_d, HK, D, HALF, COLS, REST, INTERLEAVED, MODE, DENSE, VEC, TABLE_VEC, HEADS, DX, DW,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _sum_partials(partials, dqw, dkw, programs: "i32", D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    BLOCKS: tl.constexpr = (D + COLS - 1) // COLS
+    side = tl.program_id(0) // BLOCKS
+    col = tl.program_id(0) % BLOCKS * COLS + tl.arange(0, COLS)[None, :]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        live = (row < programs) & (col < D)
+        total += tl.load(partials + (side * programs + row) * D + col, mask=live, other=0.0)
+    v = tl.sum(total, 0)[None, :]
+    if side == 0:
+        tl.store(dqw + col, v.to(dqw.dtype.element_ty), mask=col < D)
+    else:
+        tl.store(dkw + col, v.to(dkw.dtype.element_ty), mask=col < D)
+
+
+# ---- the choice, the launches -----------------------------------------------------------------------------------------
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_D = 512
+LANES = 64 if torch.version.hip else 32  # threads of a warp
+FEW_TOKENS = 512  # below, a token's heads are shared by several programs: a GPU runs some hundreds of programs at once
+
+_ROTATE = Launcher(_rotate, tensors=7)
+_NORM_ROTATE = Launcher(_norm_rotate, tensors=9)
+_NORM_ROTATE_BACKWARD = Launcher(_norm_rotate_backward, tensors=12)
+_SUM_PARTIALS = Launcher(_sum_partials, tensors=3)
+
+
+class Config(NamedTuple):
+    heads: int  # of a tile
+    parts: int  # programs that share a token
+    tokens: int  # of a program
+    num_warps: int
+
+
+def choose_tile(heads: int, width: int, itemsize: int, lanes: int) -> tuple[int, int]:
+    """(heads of a tile, warps): about 2048 channels, two vectors of 16 bytes a thread for half types; whole tiles if they fit."""
+    width = _power_of_two(width)
+    tile = min(max(1, 2048 // width), _power_of_two(heads))
+    while tile > 8 and heads % tile:
+        tile //= 2
+    return tile, min(8, max(1, tile * width * itemsize // (32 * lanes)))
+
+
+def choose_rotation(tokens: int, heads: int, width: int, itemsize: int, lanes: int) -> Config:
+    """The configuration of the forward kernels and of the plain rotation's backward; ``heads`` is the larger of q's and k's."""
+    tile, num_warps = choose_tile(heads, width, itemsize, lanes)
+    if tokens < FEW_TOKENS:
+        return Config(tile, max(1, -(-heads // tile)), 1, num_warps)
+    small = 4096 // max(1, heads * width * itemsize)  # tokens until a program moves 4 KiB of the larger tensor
+    return Config(tile, 1, _power_of_two(min(16, max(1, small))), num_warps)
+
+
+def choose_norm_backward(tokens: int, heads: int, width: int, itemsize: int, lanes: int, processors: int) -> Config:
+    """``parts`` is the number of programs here, which share all tokens."""
+    tile, num_warps = choose_tile(heads, width, itemsize, lanes)
+    return Config(tile, min(tokens, 4 * processors), 1, num_warps)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def unsupported(q: torch.Tensor, k: torch.Tensor | None, *others: torch.Tensor) -> str | None:
+    """``others``: cos and sin, with a norm the weights before them."""
+    if not (q.is_cuda or (INTERPRETED and q.device.type == "cpu")):
+        return f"needs a GPU tensor, got {q.device.type}"
+    if q.dtype not in DTYPES:
+        return f"needs float16, bfloat16 or float32, got {str(q.dtype).removeprefix('torch.')}"
+    for t in (q, k, *others):
+        if t is not None and (t.layout != torch.strided or t.is_nested):
+            return "needs strided tensors, got " + ("a nested tensor" if t.is_nested else str(t.layout))
+    if q.shape[-1] > LARGEST_D:
+        return f"needs at most {LARGEST_D} channels a head, got {q.shape[-1]}"
+    cos, sin = others[-2:]
+    if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
+        return "gives cos and sin no gradient, and they require one"
+    return None
+
+
+class _Plan(NamedTuple):
+    """What depends on shapes and strides only."""
+
+    launch: Launch
+    blocks: int
+    scalars: tuple
+
+
+def _strides(stride: tuple) -> tuple:
+    return stride if len(stride) == 4 else (0, *stride)
+
+
+def _layout(itemsize: int, tables: tuple, views: tuple) -> tuple[dict, tuple]:
+    """(constants, scalars) of the strides of tensors ``(shape, stride)``, all of the same rank, and of two tables."""
+    used = [s for shape, stride in views for n, s in zip(shape[:-1], stride[:-1], strict=True) if n > 1]
+    dense = all(stride[-1] == 1 for _, stride in views)
+    vec = 16 // itemsize
+    aligned = dense and functools.reduce(operator.or_, used, 0) % vec == 0
+    constants = {
+        "DENSE": dense,
+        "VEC": vec if aligned else 1,
+        "TABLE_VEC": 4 if (tables[0] | tables[1]) % 4 == 0 else 1,
+    }
+    return constants, tables + tuple(s for _, stride in views for s in _strides(stride))
+
+
+def _sizes(shape: tuple, heads_k: int, half: int) -> dict:
+    rest = shape[-1] - 2 * half
+    sizes = {"H": shape[-2], "HK": heads_k, "D": shape[-1], "HALF": half}
+    return sizes | {"COLS": _power_of_two(half), "REST": _power_of_two(rest) if rest else 0}
+
+
+@functools.lru_cache(maxsize=512)
+def _plan(dtype, views, heads_k, half, tables, interleaved, inverse, mode, inplace, lanes=LANES) -> _Plan:
+    """Of the rotation (``inverse`` True or False) or of norm and rotation (None)."""
+    shape = views[0][0]
+    sizes = _sizes(shape, heads_k, half)
+    if inplace:
+        sizes["REST"] = 0  # those channels are where they belong
+    layout, scalars = _layout(dtype.itemsize, tables, views)
+    tokens = shape[:-2].numel()
+    c = choose_rotation(tokens, max(shape[-2], heads_k), shape[-1], dtype.itemsize, lanes)
+    constants = sizes | {"INTERLEAVED": interleaved, "INVERSE": inverse, "MODE": mode} | layout
+    constants |= {"HEADS": c.heads, "PARTS": c.parts, "TOKENS": c.tokens}
+    launcher = _ROTATE
+    if inverse is None:
+        launcher = _NORM_ROTATE
+        del constants["INVERSE"]
+    launch = _bound(launcher, c.num_warps, *constants.items())
+    return _Plan(launch, -(-tokens // c.tokens) * c.parts, (tokens, shape[-3], *scalars))
+
+
+@functools.lru_cache(maxsize=512)
+def _backward_plan(dtype, views, half, tables, interleaved, mode, dx, dw, processors, lanes=LANES) -> _Plan:
+    shape, heads_k = views[0][0], views[1][0][-2]
+    sizes = _sizes(shape, heads_k, half)
+    layout, scalars = _layout(dtype.itemsize, tables, views)
+    tokens = shape[:-2].numel()
+    c = choose_norm_backward(
+        tokens, max(shape[-2], heads_k), shape[-1], dtype.itemsize, lanes, processors
+    )  # fmt: skip
+    constants = sizes | {"INTERLEAVED": interleaved, "MODE": mode} | layout | {"HEADS": c.heads, "DX": dx, "DW": dw}
+    launch = _bound(_NORM_ROTATE_BACKWARD, c.num_warps, *constants.items())
+    return _Plan(launch, c.parts, (tokens, shape[-3], *scalars))
+
+
+@functools.cache
+def _bound(launcher, num_warps, *constants) -> Launch:
+    return launcher.bind(**dict(constants), num_warps=num_warps)
+
+
+def _place_scalars(places: torch.Tensor | None, mode: str) -> tuple:
+    """(number of sequence edges, stride over the batch, stride over the tokens)."""
+    if mode == "offset":
+        return 0, 0, 0
+    if mode == "sequences":
+        return places.numel(), 0, 0
+    if mode == "offsets":
+        return 0, places.stride(0), 0
+    if places.ndim == 1:
+        return 0, 0, places.stride(0)
+    return 0, places.stride(0) if places.shape[0] > 1 else 0, places.stride(1)
+
+
+def _tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+    """(cos, sin, their row strides), rows dense."""
+    (cos_row, cos_col), (sin_row, sin_col) = cos.stride(), sin.stride()
+    if cos_col == 1 and sin_col == 1:
+        return cos, sin, (cos_row, sin_row)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin, (cos.stride(0), sin.stride(0))
+
+
+def rotate(
+    q, k, cos, sin, places, mode: str, first: int, half: int, interleaved: bool,
+    inverse: bool = False, inplace: bool = False, layouts: tuple = (None, None),
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """(q', k' or None), laid out as ``layouts`` or as ``torch.empty_like``; ``inverse``: by the opposite angle."""
+    yq = q if inplace else _like(q, layouts[0])
+    views = ((q.shape, q.stride()), (yq.shape, yq.stride()))
+    if k is None:
+        yk = None
+        views, heads_k = (views[0], views[0], views[1], views[1]), 0
+    else:
+        yk = k if inplace else _like(k, layouts[1])
+        views, heads_k = (views[0], (k.shape, k.stride()), views[1], (yk.shape, yk.stride())), k.shape[-2]
+    cos, sin, tables = _tables(cos, sin)
+    if not q.numel() and (k is None or not k.numel()):
+        return yq, yk
+    plan = _plan(q.dtype, views, heads_k, half, tables, interleaved, inverse, mode, inplace)
+    tensors = (q, q, yq, yq) if k is None else (q, k, yq, yk)
+    plan.launch(
+        plan.blocks,
+        (*tensors, cos, sin, cos if places is None else places),
+        (first, cos.shape[0], *_place_scalars(places, mode), *plan.scalars),
+    )
+    return yq, yk
+
+
+def _like(t: torch.Tensor, layout: tuple | None) -> torch.Tensor:
+    if layout is None or t.stride() == layout:
+        return torch.empty_like(t)
+    return torch.empty_strided(t.shape, layout, dtype=t.dtype, device=t.device)
+
+
+def norm_rotate(
+    q, k, qw, kw, cos, sin, places, mode: str, first: int, half: int, interleaved: bool, eps: float, shift: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q', k'), laid out as ``torch.empty_like``."""
+    yq, yk = torch.empty_like(q), torch.empty_like(k)
+    if not q.numel() and not k.numel():
+        return yq, yk
+    views = tuple((t.shape, t.stride()) for t in (q, k, yq, yk))
+    cos, sin, tables = _tables(cos, sin)
+    plan = _plan(q.dtype, views, k.shape[-2], half, tables, interleaved, None, mode, False)
+    plan.launch(
+        plan.blocks,
+        (q, k, yq, yk, qw, kw, cos, sin, cos if places is None else places),
+        (eps, shift, first, cos.shape[0], *_place_scalars(places, mode), *plan.scalars),
+    )
+    return yq, yk
+
+
+def norm_rotate_backward(
+    q, k, gq, gk, qw, kw, cos, sin, places, mode: str, first: int, half: int, interleaved: bool, eps: float, shift: float,
+    dx: bool = True, dw: bool = True, layouts: tuple = (None, None),
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """(dq, dk, dqw, dkw) for the incoming gradients gq, gk; dq and dk are None without ``dx``, dqw and dkw without ``dw``."""
+    dq, dk = (_like(gq, layouts[0]), _like(gk, layouts[1])) if dx else (gq, gk)
+    dqw, dkw = (torch.empty_like(qw), torch.empty_like(kw)) if dw else (None, None)
+    if not q.numel() and not k.numel():
+        if dw:
+            dqw.zero_(), dkw.zero_()
+        return (dq, dk, dqw, dkw) if dx else (None, None, dqw, dkw)
+    views = tuple((t.shape, t.stride()) for t in (q, k, gq, gk, dq, dk))
+    cos, sin, tables = _tables(cos, sin)
+    plan = _backward_plan(
+        q.dtype, views, half, tables, interleaved, mode, dx, dw, _processors(q.device)
+    )  # fmt: skip
+    width = q.shape[-1]
+    partials = torch.empty(2 * plan.blocks * width if dw else 1, dtype=torch.float32, device=q.device)
+    plan.launch(
+        plan.blocks,
+        (q, k, gq, gk, dq, dk, qw, kw, partials, cos, sin, cos if places is None else places),
+        (eps, shift, first, cos.shape[0], *_place_scalars(places, mode), *plan.scalars),
+    )
+    if dw:
+        blocks, launch = sum_launch(width)
+        launch(blocks, (partials, dqw, dkw), (plan.blocks,))
+    return (dq, dk, dqw, dkw) if dx else (None, None, dqw, dkw)
+
+
+@functools.cache
+def sum_launch(width: int) -> tuple[int, Launch]:
+    """(programs, launch) that adds up both weights' partial gradients of ``width`` channels."""
+    return 2 * -(-width // 32), _SUM_PARTIALS.bind(D=width, ROWS=128, COLS=32, num_warps=8)
+
+
+def describe(q: torch.Tensor, k: torch.Tensor | None, half: int) -> str:
+    """The configuration of a call's forward kernel, for ``trinix.explain``."""
+    heads = max(q.shape[-2], 0 if k is None else k.shape[-2])
+    c = choose_rotation(q.shape[:-2].numel(), heads, q.shape[-1], q.dtype.itemsize, LANES)
+    shared = f", {c.parts} programs a token" if c.parts > 1 else ""
+    several = f", {c.tokens} tokens a program" if c.tokens > 1 else ""
+    return f"tile {c.heads} heads x {half} pairs{several}{shared}, {c.num_warps} warps"
+
+
+CASES = {  # name -> (H, Hk, D, half, interleaved)
+    "32x128": (32, 32, 128, 64, False),
+    "gqa-32-8x128": (32, 8, 128, 64, False),
+    "40x80": (40, 40, 80, 40, False),
+    "12x64": (12, 12, 64, 32, False),
+    "32x256": (32, 8, 256, 128, False),
+    "partial-16-of-64": (32, 8, 64, 8, False),
+    "partial-64-of-192": (16, 16, 192, 32, True),
+    "interleaved-32x128": (32, 8, 128, 64, True),
+}
+
+
+def compile_cases(lanes: int = LANES):
+    """The usual head counts and widths at 4096 tokens; backward of the rotation alone is the same text with -sin."""
+    for name, (heads, heads_k, width, half, interleaved) in CASES.items():
+        for dtype in DTYPES:
+            suffix = str(dtype).removeprefix("torch.")
+            size, t, f = dtype.itemsize, POINTERS[suffix], "*fp32"
+            q, k = torch.Size((1, 4096, heads, width)), torch.Size((1, 4096, heads_k, width))
+            dense = [(s, (4096 * s[2] * width, s[2] * width, width, 1)) for s in (q, k)]
+            tables = half, half
+            common = dtype, tuple(dense * 2), heads_k, half, tables, interleaved
+            for kind, inverse, mode in (("fwd", False, "offset"), ("fwd-ids", False, "ids"), ("bwd", True, "offset")):
+                launch = _plan(*common, inverse, mode, False, lanes).launch
+                places = "*i64" if mode == "ids" else f
+                yield compile_case(f"rope/{name}/{kind}/{suffix}", launch, 2 * size, (t, t, t, t, f, f, places))
+            launch = _plan(*common, None, "offset", False, lanes).launch
+            yield compile_case(f"rope/norm-{name}/fwd/{suffix}", launch, 2 * size, (t, t, t, t, t, t, f, f, f))
+            launch = _backward_plan(
+                dtype, tuple(dense * 3), half, tables, interleaved, "offset", True, True, 132, lanes
+            ).launch
+            yield compile_case(f"rope/norm-{name}/bwd/{suffix}", launch, 3 * size, (t, t, t, t, t, t, t, t, f, f, f, f))
+    launch = _plan(
+        torch.bfloat16, tuple(dense * 2), heads_k, half, tables, interleaved, False, "sequences", False, lanes
+    ).launch
+    yield compile_case("rope/sequences/fwd/bfloat16", launch, 4, ("*bf16",) * 4 + (f, f, "*i32"))
+    yield compile_case("rope/weights/bwd/float32", sum_launch(128)[1], 4, ("*fp32",) * 3)

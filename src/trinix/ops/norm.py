@@ -1,0 +1,517 @@
+"""LayerNorm and RMSNorm over the last dimensions; plain, with a fused residual addition, with an activation behind.
+
+With x [..., *normalized_shape], N the product of normalized_shape, sums over the N elements of a row::
+
+    layer_norm(x)  = (x - mean) / sqrt(var + eps) * weight + bias          var = sum (x - mean)^2 / N    arXiv:1607.06450
+    rms_norm(x)    = x / sqrt(sum x^2 / N + eps) * (weight + weight_offset)                              arXiv:1910.07467
+    *_residual     : h = dropout(x) + residual,  y = norm(h);  both are returned, both take a gradient
+    rms_norm_activation(x) = act(rms_norm(x))
+
+y has x's dtype, whatever the dtypes of weight and bias, and is dense. Statistics and arithmetic are float32 inside the kernels
+(float64 for float64), the variance is taken about the mean: large means lose nothing. h is rounded to x's dtype before it is
+normalised, as the separate operations would.
+
+Backward saves x (the residual form: h), weight, bias, and the statistics, 4 or 8 bytes a row. dx, dweight and dbias come
+from one pass over x and dy; weight gradients are float32 partial sums added in a fixed order: the same bits on every run.
+A second derivative (``create_graph=True``) goes through the PyTorch formula. Dropout draws its mask again in backward from a seed.
+
+x and dy may be strided: rows have to be dense, and the dimensions before them may merge into two at most (views of a packed qkv
+do); anything else is copied first. Under ``torch.compile`` "auto" hands the compiler the plain formula.
+"""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from trinix import dispatch
+from trinix.dispatch import Explanation
+from trinix.kernels.torch import norm as reference
+from trinix.ops.activation import KINDS
+
+_triton_module = None
+
+
+def _triton():
+    global _triton_module
+    if _triton_module is None:
+        from trinix.kernels.triton import norm
+
+        _triton_module = norm
+    return _triton_module
+
+
+def _torch():
+    return reference
+
+
+BACKENDS = {"triton": _triton, "torch": _torch}
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """LayerNorm over the last dimensions; arguments as ``torch.nn.functional.layer_norm``.
+
+    Args:
+        x: ``[..., *normalized_shape]``, floating point.
+        normalized_shape: the last dimensions of x, or the last one as an int.
+        weight, bias: ``[*normalized_shape]`` or None, of any floating dtype.
+        eps: added to the variance.
+        backend: "auto", "triton" or "torch". A named backend never falls back.
+
+    Returns:
+        ``[..., *normalized_shape]`` in ``x.dtype``.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: shapes do not fit, or ``backend`` is unknown.
+        Unsupported: the named backend cannot run this call.
+
+    >>> y = trinix.ops.layer_norm(torch.tensor([[1.0, 3.0]]), 2)
+    >>> y.round().tolist()
+    [[-1.0, 1.0]]
+    """
+    return _norm("layer_norm", x, normalized_shape, weight, bias, eps, 0.0, True, "", backend)
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """RMSNorm over the last dimensions; arguments as ``torch.nn.functional.rms_norm``.
+
+    Args:
+        weight_offset: added to weight; 1 for Gemma, whose weights are stored as differences from 1.
+        eps: added to the mean square; None is float32's epsilon (float64's for float64).
+
+    Other arguments, results and errors are ``layer_norm``'s.
+
+    >>> trinix.ops.rms_norm(torch.tensor([[3.0, 4.0]]), 2, torch.ones(2)).square().mean().round().item()
+    1.0
+    """
+    eps = _default_eps(x) if eps is None else eps
+    return _norm("rms_norm", x, normalized_shape, weight, None, eps, weight_offset, False, "", backend)
+
+
+def rms_norm_activation(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    kind: str = "silu",
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """``activation(rms_norm(x), kind)`` in one kernel; ``kind`` as in ``trinix.ops.activation``, with its default parameters.
+
+    Other arguments, results and errors are ``rms_norm``'s. leaky_relu and softplus, which have parameters, are refused.
+    """
+    _check_kind(kind)
+    eps = _default_eps(x) if eps is None else eps
+    kind = "" if kind == "none" else kind
+    return _norm("rms_norm_activation", x, normalized_shape, weight, None, eps, weight_offset, False, kind, backend)
+
+
+def layer_norm_residual(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(y, h): h = dropout(x) + residual, y = layer_norm(h).
+
+    Args:
+        residual: of x's shape and dtype.
+        dropout_p: probability that an element of x is dropped; the others are divided by 1 - dropout_p. Pass 0 in evaluation.
+
+    Other arguments and errors are ``layer_norm``'s.
+    """
+    name = "layer_norm_residual"
+    return _norm_residual(name, x, residual, normalized_shape, weight, bias, eps, 0.0, True, dropout_p, backend)
+
+
+def rms_norm_residual(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(y, h): h = dropout(x) + residual, y = rms_norm(h); arguments as in ``rms_norm`` and ``layer_norm_residual``.
+
+    >>> x = torch.zeros(1, 2, requires_grad=True)
+    >>> y, h = trinix.ops.rms_norm_residual(x, torch.tensor([[3.0, 4.0]]), 2)
+    >>> h.tolist()
+    [[3.0, 4.0]]
+    """
+    eps = _default_eps(x) if eps is None else eps
+    name = "rms_norm_residual"
+    return _norm_residual(
+        name, x, residual, normalized_shape, weight, None, eps, weight_offset, False, dropout_p, backend
+    )
+
+
+def _check_kind(kind) -> None:
+    if kind not in KINDS or kind in ("leaky_relu", "softplus"):
+        wanted = [k for k in KINDS if k not in ("leaky_relu", "softplus")]
+        raise ValueError(f"rms_norm_activation: kind must be one of {wanted}, got {kind!r}")
+
+
+def _default_eps(x) -> float:
+    return 2.0**-52 if isinstance(x, Tensor) and x.dtype == torch.float64 else 2.0**-23
+
+
+def _checked_shape(op: str, x, normalized_shape, weight, bias) -> tuple[int, ...]:
+    """normalized_shape as a tuple, after the checks. On the path of every eager call: cheap tests, few calls."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: x must be a floating-point tensor, got {got}; convert it with x.float()")
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or x.shape[-len(shape) :] != shape:
+        raise ValueError(
+            f"{op}: normalized_shape must be the last dimensions of x, whose shape is {list(x.shape)}, got {list(shape)}"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise ValueError(f"{op}: {name} must have the shape {list(shape)}, got {list(t.shape)}; reshape it")
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {t.dtype}; convert it with .float()")
+    return shape
+
+
+def _auto_runs_triton(x: Tensor, *others: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return False
+    tensors = [t for t in others if t is not None]
+    return dispatch.plain(x, *tensors) and _triton_missing() is None and _triton().unsupported(x, *tensors) is None
+
+
+def _forward_mode() -> bool:
+    """Whether a Function, which refuses, has to stand before an operator, which would lose the tangent."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _needs_formula(dy: Tensor, dh: Tensor) -> bool:
+    """Whether backward has to go through PyTorch's operations: create_graph=True, or gradients of any kind."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return torch.is_grad_enabled() or not dispatch.plain(dy, dh) or batched(dy) or batched(dh)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    return dispatch.missing(_triton)
+
+
+def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, backend):
+    shape = _checked_shape(op, x, normalized_shape, weight, bias)
+    grad = torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    )
+    if backend == "auto" and dispatch.forced is None:
+        if not _auto_runs_triton(x, weight, bias) or not prod(shape):
+            return reference.forward(x, weight, bias, shape, eps, offset, center, kind)
+    else:
+        backend = dispatch.resolve(backend)
+        dispatch.load_named(op, BACKENDS, backend, *(t for t in (x, weight, bias) if t is not None))
+        if backend == "torch" or not prod(shape):
+            return reference.forward(x, weight, bias, shape, eps, offset, center, kind)
+        if torch.compiler.is_compiling() or not dispatch.plain(*(t for t in (x, weight, bias) if t is not None)):
+            if grad or _forward_mode():
+                return _RegisteredNorm.apply(x, weight, bias, shape, eps, offset, center, kind)
+            return _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind)[0]
+    if grad:
+        return _apply_norm(x, weight, bias, (shape, eps, offset, center, kind))
+    module = _triton()
+    y, _ = module.forward(x, weight, bias, prod(shape), module.Norm(center, kind or None), eps, offset, False)
+    return y
+
+
+class _Norm(torch.autograd.Function):
+    """The Triton kernels under autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, call):
+        module = _triton()
+        shape, eps, offset, center, kind = call
+        norm = module.Norm(center, kind or None)
+        y, stats = module.forward(x, weight, bias, prod(shape), norm, eps, offset, True)
+        ctx.save_for_backward(x, weight, bias, stats)
+        ctx.call = shape, eps, offset, norm
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, stats = ctx.saved_tensors
+        shape, eps, offset, norm = ctx.call
+        wanted = ctx.needs_input_grad[:3]
+        if _needs_formula(dy, dy):
+            grads = _formula_gradients(
+                lambda x, w, b: reference.forward(x, w, b, shape, eps, offset, norm.center, norm.kind),
+                (x, weight, bias), wanted, dy,
+            )  # fmt: skip
+            return *grads, None
+        module = _triton()
+        dx, _, dw, db = module.backward(
+            x, dy, None, weight, bias, stats, None, prod(shape), norm, offset, 0.0, module.Wanted(*wanted)
+        )
+        return dx, dw, db, None
+
+
+_apply_norm = dispatch.apply_of(_Norm)
+
+
+def _formula_gradients(formula, inputs, wanted, dy):
+    """The same derivatives from PyTorch's operations, which can be differentiated again; None where not wanted."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views: a weight that was computed from x must not count again in x's gradient
+        inputs = [t if t is None else t.view_as(t) if again else t.detach().requires_grad_() for t in inputs]
+        y = formula(*inputs)
+    leaves = [t for t, w in zip(inputs, wanted, strict=True) if w]
+    grads = iter(torch.autograd.grad(y, leaves, dy, create_graph=again))
+    return [next(grads) if w else None for w in wanted]
+
+
+def _check_residual(op: str, x: Tensor, residual, p: float) -> None:
+    if not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype != x.dtype:
+        got = f"{list(residual.shape)} {residual.dtype}" if isinstance(residual, Tensor) else type(residual).__name__
+        raise ValueError(f"{op}: residual must have x's shape and dtype, {list(x.shape)} {x.dtype}, got {got}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {p}")
+
+
+def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset, center, p, backend):
+    shape = _checked_shape(op, x, normalized_shape, weight, bias)
+    _check_residual(op, x, residual, p)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
+    tensors = [t for t in (x, residual, weight, bias) if t is not None]
+    if backend == "auto" and dispatch.forced is None:
+        if not _auto_runs_triton(x, residual, weight, bias) or not prod(shape):
+            return reference.forward_residual(x, residual, weight, bias, shape, eps, offset, center, p)
+    else:
+        backend = dispatch.resolve(backend)
+        dispatch.load_named(op, BACKENDS, backend, *tensors)
+        if backend == "torch" or not prod(shape):
+            return reference.forward_residual(x, residual, weight, bias, shape, eps, offset, center, p)
+        if torch.compiler.is_compiling() or not dispatch.plain(*tensors):
+            seed = _seed(x) if p else None
+            if grad or _forward_mode():
+                return _RegisteredResidualNorm.apply(x, residual, weight, bias, seed, shape, eps, offset, center, p)
+            return _residual_op(x, residual, weight, bias, seed, prod(shape), eps, offset, center, p)[:2]
+    if grad:
+        return _apply_residual_norm(x, residual, weight, bias, (shape, eps, offset, center, p))
+    module = _triton()
+    seed = _seed(x) if p else None
+    return module.forward_residual(
+        x, residual, weight, bias, seed, prod(shape), module.Norm(center), eps, offset, p, False
+    )[:2]
+
+
+def _seed(x: Tensor) -> Tensor:
+    """Drawn on the device by PyTorch's generator: follows torch.manual_seed, and moves on in every replay of a CUDA graph."""
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, call):
+        module = _triton()
+        shape, eps, offset, center, p = call
+        norm = module.Norm(center)
+        seed = _seed(x) if p else None
+        y, h, stats = module.forward_residual(x, residual, weight, bias, seed, prod(shape), norm, eps, offset, p, True)
+        ctx.save_for_backward(h, weight, bias, stats, seed)
+        ctx.call = shape, eps, offset, norm, p
+        return y, h
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        h, weight, bias, stats, seed = ctx.saved_tensors
+        shape, eps, offset, norm, p = ctx.call
+        need_x, need_r, *wanted = ctx.needs_input_grad[:4]
+        if _needs_formula(dy, dh):
+            if p:
+                raise RuntimeError(
+                    f"{'layer' if norm.center else 'rms'}_norm_residual: a second derivative with dropout_p > 0 is not "
+                    "supported; use backend='torch'"
+                )
+            d, dw, db = _formula_gradients(
+                lambda h, w, b: reference.forward(h, w, b, shape, eps, offset, norm.center),
+                (h, weight, bias), (True, *wanted), dy,
+            )  # fmt: skip
+            d = d + dh
+            return d if need_x else None, d if need_r else None, dw, db, None
+        module = _triton()
+        dx, dr, dw, db = module.backward(
+            h, dy, dh, weight, bias, stats, seed, prod(shape), norm, offset, p,
+            module.Wanted(need_x or need_r, *wanted),
+        )  # fmt: skip
+        return dx if need_x else None, dr if need_r else None, dw, db, None
+
+
+_apply_residual_norm = dispatch.apply_of(_ResidualNorm)
+
+
+# The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch
+# modes, subclasses.
+
+
+def _forward_run(x, weight, bias, n, eps, offset, center, kind):
+    module = _triton()
+    return module.forward(x, weight, bias, n, module.Norm(center, kind or None), eps, offset, True)
+
+
+def _statistics_like(x, n, center):
+    return x.new_empty(x.numel() // n * (1 + center), dtype=torch.float32)
+
+
+_forward_op = dispatch.register(
+    "norm(Tensor x, Tensor? weight, Tensor? bias, int n, float eps, float offset, bool center, str kind)"
+    " -> (Tensor, Tensor)",
+    _forward_run,
+    lambda x, weight, bias, n, eps, offset, center, kind: (x.new_empty(x.shape), _statistics_like(x, n, center)),
+)
+
+
+def _residual_run(x, residual, weight, bias, seed, n, eps, offset, center, p):
+    module = _triton()
+    return module.forward_residual(x, residual, weight, bias, seed, n, module.Norm(center), eps, offset, p, True)
+
+
+_residual_op = dispatch.register(
+    "norm_residual(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, int n, float eps, "
+    "float offset, bool center, float p) -> (Tensor, Tensor, Tensor)",
+    _residual_run,
+    lambda x, residual, weight, bias, seed, n, eps, offset, center, p: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape),
+        _statistics_like(x, n, center),
+    ),
+)
+
+
+def _backward_run(x, dy, dh, weight, bias, stats, seed, n, offset, center, kind, p, wanted):
+    module = _triton()
+    norm = module.Norm(center, kind or None)
+    out = module.backward(x, dy, dh, weight, bias, stats, seed, n, norm, offset, p, module.Wanted(*wanted))
+    dx, dr, dw, db = (x.new_empty(0) if t is None else t for t in out)
+    return dx, dr if seed is not None else x.new_empty(0), dw, db  # an operator must not return a tensor twice
+
+
+def _backward_fake(x, dy, dh, weight, bias, stats, seed, n, offset, center, kind, p, wanted):
+    dx, dw, db = wanted
+    return (
+        x.new_empty(x.shape if dx else 0),
+        x.new_empty(x.shape if dx and seed is not None else 0),
+        weight.new_empty(weight.shape) if dw else x.new_empty(0),
+        bias.new_empty(bias.shape) if db else x.new_empty(0),
+    )
+
+
+_backward_op = dispatch.register(
+    "norm_backward(Tensor x, Tensor dy, Tensor? dh, Tensor? weight, Tensor? bias, Tensor stats, Tensor? seed, int n, "
+    "float offset, bool center, str kind, float p, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_run,
+    _backward_fake,
+)
+
+
+class _RegisteredNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, shape, eps, offset, center, kind):
+        y, stats = _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind)
+        ctx.save_for_backward(x, weight, bias, stats)
+        ctx.call = shape, offset, center, kind
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, stats = ctx.saved_tensors
+        shape, offset, center, kind = ctx.call
+        wanted = list(ctx.needs_input_grad[:3])
+        dx, _, dw, db = _backward_op(
+            x, dy, None, weight, bias, stats, None, prod(shape), offset, center, kind, 0.0, wanted
+        )
+        dx, dw, db = (t if w else None for t, w in zip((dx, dw, db), wanted, strict=True))
+        return dx, dw, db, None, None, None, None, None
+
+
+class _RegisteredResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, shape, eps, offset, center, p):
+        y, h, stats = _residual_op(x, residual, weight, bias, seed, prod(shape), eps, offset, center, p)
+        ctx.save_for_backward(h, weight, bias, stats, seed)
+        ctx.call = shape, offset, center, p
+        return y, h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh):
+        h, weight, bias, stats, seed = ctx.saved_tensors
+        shape, offset, center, p = ctx.call
+        need_x, need_r, *wanted = ctx.needs_input_grad[:4]
+        wanted = [need_x or need_r, *wanted]
+        dx, dr, dw, db = _backward_op(h, dy, dh, weight, bias, stats, seed, prod(shape), offset, center, "", p, wanted)
+        dr = dx if seed is None else dr
+        dw, db = (t if w else None for t, w in zip((dw, db), wanted[1:], strict=True))
+        return dx if need_x else None, dr if need_r else None, dw, db, *(None,) * 6
+
+
+def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
+    """Which backend ``op(x, *args, **kwargs)`` would run on, why, and with which configuration; runs nothing."""
+    call = inspect.signature(op).bind(x, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    name = op.__name__
+    weight, bias, residual = given.get("weight"), given.get("bias"), given.get("residual")
+    shape = _checked_shape(name, x, given["normalized_shape"], weight, bias)
+    if "kind" in given:
+        _check_kind(given["kind"])
+    if "residual" in given:
+        _check_residual(name, x, residual, given["dropout_p"])
+    tensors = [t for t in (x, residual, weight, bias) if t is not None]
+    backend = dispatch.resolve(given["backend"])
+    if backend != "auto":
+        module = dispatch.load_named(name, BACKENDS, backend, *tensors)
+        config = module.describe(x, prod(shape)) if backend == "triton" and prod(shape) else ""
+        return Explanation(name, backend, "named by the caller", config)
+    if not x.is_cuda:
+        against = f"needs a GPU tensor, got {x.device.type}"
+    elif not dispatch.plain(*tensors):
+        against = f"a raw launch does not see through {type(x).__name__} or an active mode"
+    else:
+        against = _triton_missing() or _triton().unsupported(*tensors)
+    if not prod(shape):
+        against = against or "rows of 0 elements"
+    if against:
+        return Explanation(name, "torch", "the first backend that can run here", rejected={"triton": against})
+    return Explanation(name, "triton", "the fastest measured at every size", _triton().describe(x, prod(shape)))

@@ -1,0 +1,619 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) of q and k in one launch, its tables, and the same after an
+RMSNorm of every head.
+
+A head's first R of D channels are R/2 pairs (a, b); a token at position p turns pair i by the angle p f_i::
+
+    a' = a cos[p, i] - b sin[p, i]        pairs are channels (i, i + R/2)      "half-split", GPT-NeoX, LLaMA
+    b' = b cos[p, i] + a sin[p, i]        or channels (2i, 2i + 1)             interleaved=True, GPT-J, RoFormer
+
+The other D - R channels pass. ``qk_norm_rope`` turns x / sqrt(mean(x^2) + eps) * (weight + weight_offset) instead of x, the
+mean over a head's D channels.
+
+Shapes: q [B, S, H, D], k [B, S, Hk, D] (Hk may differ from H), or q [T, H, D], k [T, Hk, D]: tokens without a batch.
+cos, sin [P, R/2], any floating dtype (float32 is the precise one), row p of position p, from ``rope_table``. Tables [P, D]
+whose halves repeat each other, as Hugging Face makes them, are taken for half-split pairs: the first half is read. Every
+other width is refused. The Triton kernel copies a table whose rows are not dense in memory.
+
+Position of token s of batch b: ``offset + s``; ``offset[b] + s`` for an int tensor [B] or of no dimensions, which stays on
+the device; ``position_ids[b, s]`` ([B, S], [1, S] or [S]; [T] without a batch). With ``cu_seqlens`` [n + 1] (0 first, T last,
+never falling) q is [T, H, D] and every sequence counts from ``offset``. ``offset + S > P`` is a ValueError. A position outside
+the table that only the device knows is an IndexError of the PyTorch formula on a CPU and a device assertion of it on a GPU;
+the Triton kernel reads nothing outside and makes the rotated channels NaN (with a norm all channels of the head's gradient,
+and the weight's gradient).
+
+q and k: float16, bfloat16, float32 (float64 through the PyTorch formula), any strides; both of one dtype. Arithmetic is
+float32, float64 for float64. Results are dense, with the strides of ``torch.empty_like(q)`` (contiguous from the PyTorch
+formula). ``inplace=True`` overwrites q and k, and returns them; it needs a call without gradient.
+
+Backward of ``rope`` turns the incoming gradient back; it saves cos, sin and the positions, nothing of q and k. Backward of
+``qk_norm_rope`` saves q, k and the weights, takes 1 / rms again, and adds the weights' gradients up in float32 in a fixed order.
+cos and sin get no gradient from Triton; under "auto" a call that wants one takes the PyTorch formula. Second derivatives go
+through the formula. Under ``torch.compile`` "auto" hands the compiler the plain formula.
+"""
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from trinix import dispatch
+from trinix.dispatch import Explanation
+from trinix.kernels.torch import rope as reference
+
+_triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
+
+
+def _triton():
+    global _triton_module
+    if _triton_module is None:
+        from trinix.kernels.triton import rope
+
+        _triton_module = rope
+    return _triton_module
+
+
+def _torch():
+    return reference
+
+
+BACKENDS = {"triton": _triton, "torch": _torch}
+INTEGERS = (torch.int64, torch.int32)
+SCALINGS = {  # type -> (keys that must be there, keys that may be)
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "ntk": (("factor",), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+}
+
+
+def rope(
+    q: Tensor,
+    k: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    position_ids: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Rotate q, and k with it; differentiable in both.
+
+    Args:
+        q, k: ``[B, S, H, D]`` and ``[B, S, Hk, D]``, or ``[T, H, D]`` and ``[T, Hk, D]``; k may be None.
+        cos, sin: ``[P, R/2]`` as ``rope_table`` makes them; see the top of this file.
+        interleaved: pairs are channels (2i, 2i + 1), not (i, i + R/2).
+        position_ids, offset, cu_seqlens: where the tokens are; see the top of this file.
+        inplace: overwrite q and k; only where no gradient is recorded.
+        backend: "auto", "triton" or "torch". A named backend never falls back.
+
+    Returns:
+        q' of q's shape and dtype, or (q', k').
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit; the message says which and what to do.
+        Unsupported: the named backend cannot run this call.
+
+    >>> cos, sin = trinix.ops.rope_table(16, 4)
+    >>> q = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    >>> [round(v, 4) for v in trinix.ops.rope(q, cos=cos, sin=sin, offset=3).flatten().tolist()]
+    [-0.99, 0.0, 0.1411, 0.0]
+    """
+    half = _check("rope", q, k, cos, sin, interleaved)
+    places, mode, first = _positions("rope", q, cos, position_ids, offset, cu_seqlens)
+    grad = torch.is_grad_enabled() and (
+        q.requires_grad or (k is not None and k.requires_grad) or cos.requires_grad or sin.requires_grad
+    )
+    if inplace:
+        _check_inplace(q, k, grad)
+    call = places, mode, first, half, interleaved
+    module, raw = _choose("rope", backend, (q, k, cos, sin), places)
+    if module is reference:
+        results = _formula(q, k, cos, sin, *call)
+    elif not raw:
+        results = _registered(q, k, cos, sin, call, grad)
+    elif inplace:
+        for t in module.rotate(q, k, cos, sin, *call, inplace=True):
+            if t is not None and not t.is_inference():
+                torch.autograd.graph.increment_version(t)  # autograd's checks do not see a raw launch
+        return q if k is None else (q, k)
+    elif grad:
+        results = _Rope.apply(q, k, cos, sin, *call)
+    else:
+        results = module.rotate(q, k, cos, sin, *call)
+    if inplace:
+        results = [t if t is None else t.copy_(y) for t, y in zip((q, k), results, strict=True)]
+    return results[0] if k is None else tuple(results)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    interleaved: bool = False,
+    position_ids: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm over every head of q and k, then ``rope``, in one launch; differentiable in q, k and the weights.
+
+    Args:
+        q, k, cos, sin, interleaved, position_ids, offset, cu_seqlens, backend: as in ``rope``.
+        q_weight, k_weight: ``[D]``, any floating dtype; not contiguous, they are copied.
+        eps: added to the mean of squares.
+        weight_offset: added to the weights, 1.0 for Gemma's.
+
+    Returns:
+        (q', k') of the shapes and dtype of q and k.
+
+    Raises:
+        As ``rope``.
+
+    >>> q = k = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
+    >>> cos, sin = trinix.ops.rope_table(1, 2)
+    >>> [round(v, 4) for v in trinix.ops.qk_norm_rope(q, k, torch.ones(2), torch.ones(2), cos, sin)[0].flatten().tolist()]
+    [0.8485, 1.1314]
+    """
+    half = _check("qk_norm_rope", q, k, cos, sin, interleaved)
+    _check_weights(q, k, q_weight, k_weight)
+    places, mode, first = _positions("qk_norm_rope", q, cos, position_ids, offset, cu_seqlens)
+    inputs = q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    call = places, mode, first, half, interleaved, eps, weight_offset
+    module, raw = _choose("qk_norm_rope", backend, inputs, places)
+    if module is reference:
+        return _norm_formula(*inputs, *call)
+    if not raw:
+        return _RegisteredQkNormRope.apply(*inputs, *call) if _recorded(grad) else _norm_op(*inputs, *call)
+    return _QkNormRope.apply(*inputs, *call) if grad else module.norm_rotate(*inputs, *call)
+
+
+def rope_table(
+    positions: int | Tensor,
+    rotary_dim: int,
+    *,
+    base: float = 10000.0,
+    scaling: dict | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), float32 ``[P, rotary_dim / 2]``, of the angles position * base^(-2i / rotary_dim), taken in float64.
+
+    Args:
+        positions: P for the positions 0 .. P - 1, or a tensor ``[P]`` of positions, fractions too.
+        rotary_dim: R, even: how many channels of a head are rotated.
+        base: theta.
+        scaling: None, or a dict as the ``rope_scaling`` of a Hugging Face configuration: "rope_type" (or "type") and the keys
+            of ``SCALINGS``. "linear": every frequency over the factor. "ntk": base * factor^(R / (R - 2)). "yarn"
+            (arXiv:2309.00071): slow pairs interpolated, fast ones kept, cos and sin times the attention factor,
+            0.1 ln(factor) + 1 unless given. "llama3": pairs of less than low_freq_factor turns over the original context
+            interpolated, of more than high_freq_factor kept, a ramp between.
+        device: where; a tensor's own, or PyTorch's default.
+
+    Raises:
+        TypeError, ValueError: a rotary_dim that is odd or below 2, an unknown scaling, a key too many or too few.
+
+    >>> cos, sin = trinix.ops.rope_table(2048, 64, scaling={"type": "linear", "factor": 4.0})
+    >>> cos.shape, cos.dtype
+    (torch.Size([2048, 32]), torch.float32)
+    """
+    if type(rotary_dim) is not int or rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"rope_table: rotary_dim must be an even int from 2 on, got {rotary_dim!r}")
+    scaling = _check_scaling(scaling)
+    if isinstance(positions, Tensor):
+        if positions.ndim != 1:
+            raise ValueError(f"rope_table: positions must be an int or [P], got {list(positions.shape)}; flatten them")
+        places = positions.to(device or positions.device, torch.float64)
+    elif isinstance(positions, int) and positions >= 0:
+        places = torch.arange(positions, dtype=torch.float64, device=device)
+    else:
+        raise TypeError(f"rope_table: positions must be an int from 0 on or a tensor [P], got {positions!r}")
+    frequency, factor = reference.inverse_frequencies(rotary_dim, base, scaling, places.device)
+    angle = places[:, None] * frequency
+    return (angle.cos() * factor).float(), (angle.sin() * factor).float()
+
+
+def _check_scaling(scaling: dict | None) -> dict | None:
+    if scaling is None:
+        return None
+    if not isinstance(scaling, dict):
+        raise TypeError(f"rope_table: scaling must be None or a dict with a 'type', got {type(scaling).__name__}")
+    rest = dict(scaling)
+    kinds = {rest.pop(key) for key in ("rope_type", "type") if key in rest}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind not in SCALINGS:
+        raise ValueError(f"rope_table: scaling's 'type' must be one of {list(SCALINGS)}, got {scaling!r}")
+    needed, possible = SCALINGS[kind]
+    missing, unknown = set(needed) - set(rest), set(rest) - {*needed, *possible}
+    if missing or unknown:
+        wanted = f"needs {list(needed)}" + (f" and takes {list(possible)}" if possible else "")
+        raise ValueError(f"rope_table: scaling {kind!r} {wanted}, got {sorted(rest)}")
+    if rest.get("factor", 1.0) <= 0:
+        raise ValueError(f"rope_table: scaling's factor must be positive, got {rest['factor']!r}")
+    return {"type": kind, **rest}
+
+
+# ---- checks: cheap tests first, few calls; a decoding step is bound by the host --------------------------------------
+
+
+def _check(op, q, k, cos, sin, interleaved) -> int:
+    """R / 2."""
+    if not isinstance(q, Tensor) or not q.is_floating_point():
+        _refuse_type(op, "q", q)
+    shape = q.shape
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{op}: q must be [B, S, H, D] or [T, H, D], got {list(shape)}; add the missing dimension")
+    if not isinstance(cos, Tensor) or not isinstance(sin, Tensor):
+        got = f"{type(cos).__name__} and {type(sin).__name__}"
+        raise TypeError(
+            f"{op}: cos and sin must be tensors, got {got}; trinix.ops.rope_table(length, rotary_dim) makes them"
+        )
+    if not cos.is_floating_point() or not sin.is_floating_point():
+        _refuse_type(op, "cos and sin", cos if sin.is_floating_point() else sin)
+    device = q.device
+    if k is not None:
+        if not isinstance(k, Tensor) or not k.is_floating_point():
+            _refuse_type(op, "k", k)
+        if k.dtype != q.dtype:
+            raise TypeError(f"{op}: k must have q's dtype {q.dtype}, got {k.dtype}; convert it with k.to(q.dtype)")
+        if k.ndim != len(shape) or k.shape[:-2] != shape[:-2] or k.shape[-1] != shape[-1]:
+            wanted = str([*shape[:-2], "Hk", shape[-1]]).replace("'", "")
+            raise ValueError(
+                f"{op}: k must be {wanted} for q {list(shape)}, got {list(k.shape)}; only the heads may differ"
+            )
+        if k.device != device:
+            _refuse_device(op, "k", k, device)
+    if cos.device != device or sin.device != device:
+        _refuse_device(op, "cos and sin", sin if cos.device == device else cos, device)
+    table, width = cos.shape, shape[-1]
+    if len(table) != 2 or sin.shape != table:
+        raise ValueError(
+            f"{op}: cos and sin must both be [P, R/2], got {list(table)} and {list(sin.shape)}; a table has no batch, and "
+            "position_ids says which rows to take"
+        )
+    half = table[1]
+    if half == width and width % 2 == 0 and not interleaved:
+        half //= 2  # both halves of Hugging Face's table say the same
+    if not 0 < 2 * half <= width:
+        repeated = "" if interleaved else f" or, with repeated halves, {width}"
+        raise ValueError(
+            f"{op}: cos and sin must have R/2 columns, 1 to {width // 2} for heads of {width} channels{repeated}, got {half}; "
+            "pass one half of a repeated table, cos[:, : R // 2]"
+        )
+    return half
+
+
+def _refuse_type(op, name, got):
+    kind = str(got.dtype) if isinstance(got, Tensor) else type(got).__name__
+    raise TypeError(f"{op}: {name} must be floating-point, got {kind}; convert it with .float()")
+
+
+def _refuse_device(op, name, got, device):
+    raise ValueError(f"{op}: {name} must be where q is, on {device}, got {got.device}; move it with .to(q.device)")
+
+
+def _check_weights(q, k, q_weight, k_weight):
+    if k is None:
+        raise TypeError("qk_norm_rope: k must be a tensor, got None; for q alone use a norm and trinix.ops.rope")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            _refuse_type("qk_norm_rope", name, weight)
+        if weight.shape != q.shape[-1:]:
+            raise ValueError(
+                f"qk_norm_rope: {name} must be [{q.shape[-1]}], a head's channels, got {list(weight.shape)}"
+            )
+        if weight.device != q.device:
+            _refuse_device("qk_norm_rope", name, weight, q.device)
+
+
+def _check_inplace(q, k, grad):
+    if grad:
+        raise ValueError(
+            "rope: inplace=True needs a call without gradient, and an input requires one; leave inplace out, or call it "
+            "under torch.no_grad()"
+        )
+    for name, t in (("q", q), ("k", k)):
+        if t is not None and any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(
+                f"rope: inplace=True needs a {name} without expanded dimensions; call {name}.contiguous() first"
+            )
+
+
+def _positions(op, q, cos, position_ids, offset, cu_seqlens) -> tuple[Tensor | None, str, int]:
+    """(places, mode, first) as the kernels take them."""
+    shape = q.shape
+    if position_ids is None and cu_seqlens is None:
+        if isinstance(offset, Tensor):
+            batch = shape[0] if len(shape) == 4 else 1
+            _check_integers(op, "offset", offset, q)
+            if offset.ndim > 1 or (offset.ndim == 1 and offset.shape[0] != batch):
+                raise ValueError(f"{op}: offset must be an int, [{batch}] or [], got {list(offset.shape)}")
+            return (offset if offset.ndim else offset.expand(batch)), "offsets", 0
+        _check_offset(op, offset)
+        if offset + shape[-3] > cos.shape[0]:
+            end = offset + shape[-3]
+            raise ValueError(
+                f"{op}: offset + S must be within the table's {cos.shape[0]} rows, got {offset} + {shape[-3]}; make a longer "
+                f"one with trinix.ops.rope_table({end}, rotary_dim)"
+            )
+        return None, "offset", offset
+    if position_ids is not None:
+        if cu_seqlens is not None or isinstance(offset, Tensor) or offset != 0:
+            raise ValueError(
+                f"{op}: position_ids say everything; leave offset and cu_seqlens out, or add them to the ids"
+            )
+        _check_integers(op, "position_ids", position_ids, q)
+        fits = ((shape[-3],),) if len(shape) == 3 else ((shape[0], shape[1]), (1, shape[1]), (shape[1],))
+        if tuple(position_ids.shape) not in fits:
+            wanted = " or ".join(str(list(f)) for f in dict.fromkeys(fits))
+            raise ValueError(f"{op}: position_ids must be {wanted} for q {list(shape)}, got {list(position_ids.shape)}")
+        return position_ids, "ids", 0
+    _check_integers(op, "cu_seqlens", cu_seqlens, q)
+    _check_offset(op, offset)
+    if len(shape) != 3 or cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
+        got = f"q {list(shape)} and cu_seqlens {list(cu_seqlens.shape)}"
+        raise ValueError(f"{op}: cu_seqlens must be [n + 1] and q [T, H, D] with it, got {got}; flatten the batch")
+    return cu_seqlens.contiguous(), "sequences", offset
+
+
+def _check_offset(op, offset):
+    if not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(
+            f"{op}: offset must be an int (with cu_seqlens nothing else), an int tensor [B] or [], "
+            f"got {type(offset).__name__}; convert it with int(), or pass position_ids"
+        )
+    if offset < 0:
+        raise ValueError(f"{op}: offset must not be negative, got {offset}; position 0 is the table's first row")
+
+
+def _check_integers(op, name, t, q):
+    if not isinstance(t, Tensor) or t.dtype not in INTEGERS:
+        got = str(t.dtype) if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{op}: {name} must be an int64 or int32 tensor, got {got}; convert it with .long()")
+    if t.device != q.device:
+        _refuse_device(op, name, t, q.device)
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def _choose(op, backend, tensors, places):
+    """(module, whether its kernels may be launched directly)."""
+    compiling = torch.compiler.is_compiling()
+    if backend != "auto" or dispatch.forced is not None:
+        module = dispatch.load_named(op, BACKENDS, dispatch.resolve(backend), *tensors)
+        if module is reference or compiling:
+            return module, module is reference
+        return module, dispatch.plain(*[t for t in (*tensors, places) if t is not None])
+    if compiling or not tensors[0].is_cuda:
+        return reference, True
+    if not dispatch.plain(*[t for t in (*tensors, places) if t is not None]) or _against_triton(*tensors):
+        return reference, True
+    return _triton(), True
+
+
+def triton_can_run(q: Tensor, k: Tensor | None, *others: Tensor) -> bool:
+    """Whether ``backend="triton"`` takes these; ``others``: the weights if there are any, cos, sin."""
+    return _against_triton(q, k, *others) is None
+
+
+def _against_triton(*tensors) -> str | None:
+    return _triton_missing() or _triton().unsupported(*tensors)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    return dispatch.missing(_triton)
+
+
+def _recorded(grad: bool) -> bool:
+    """In forward-mode differentiation the Function refuses, where the bare operator would lose the tangent."""
+    return grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+
+
+def _pulled_back_plainly(*gradients) -> bool:
+    """Whether backward may launch kernels on these: no create_graph=True, no batch of gradients, nothing unusual."""
+    if torch.is_grad_enabled() or not dispatch.plain(*gradients):
+        return False
+    return not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+
+
+# ---- rope ------------------------------------------------------------------------------------------------------------
+
+
+def _formula(q, k, cos, sin, places, mode, first, half, interleaved, inverse=False):
+    given = q if q is not None else k
+    table = reference.gather(cos, sin, given.shape, places, mode, first, half)
+    return tuple(t if t is None else reference.rotate(t, *table, interleaved, inverse) for t in (q, k))
+
+
+class _Rope(torch.autograd.Function):
+    """The Triton kernel under autograd: backward is the same kernel with the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, *call):
+        yq, yk = _triton().rotate(q, k, cos, sin, *call)
+        ctx.save_for_backward(cos, sin, call[0])
+        ctx.call = call[1:]
+        ctx.layouts = yq.stride(), None if k is None else yk.stride()
+        ctx.set_materialize_grads(False)
+        return yq, yk
+
+    @staticmethod
+    def backward(ctx, gq, gk):
+        cos, sin, places = ctx.saved_tensors
+        none = (None,) * (2 + 5)
+        gradients = [g if needed else None for g, needed in zip((gq, gk), ctx.needs_input_grad[:2], strict=True)]
+        given = [g for g in gradients if g is not None]
+        if not given:
+            return (None, None, *none)
+        if not _pulled_back_plainly(*given):
+            return (*_formula(*gradients, cos, sin, places, *ctx.call, inverse=True), *none)
+        layouts = [layout for g, layout in zip(gradients, ctx.layouts, strict=True) if g is not None]
+        results = iter(
+            _triton().rotate(
+                *given, *[None] * (2 - len(given)), cos, sin, places, *ctx.call, inverse=True, layouts=(*layouts, None)
+            )
+        )
+        return (*[None if g is None else next(results) for g in gradients], *none)
+
+
+# The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch
+# modes, subclasses.
+
+
+def _run(q, k, cos, sin, places, mode, first, half, interleaved, inverse):
+    results = _triton().rotate(q, k, cos, sin, places, mode, first, half, interleaved, inverse)
+    return [t for t in results if t is not None]
+
+
+_rope_op = dispatch.register(
+    "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? places, str mode, SymInt first, int half, bool interleaved, "
+    "bool inverse) -> Tensor[]",
+    _run,
+    lambda q, k, *call: [torch.empty_like(t) for t in (q, k) if t is not None],
+)
+
+
+def _registered(q, k, cos, sin, call, grad):
+    if _recorded(grad):
+        results = _RegisteredRope.apply(q, k, cos, sin, *call)
+    else:
+        results = _rope_op(q, k, cos, sin, *call, False)
+    return results[0], None if k is None else results[1]
+
+
+class _RegisteredRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, *call):
+        ctx.save_for_backward(cos, sin, call[0])
+        ctx.call = call[1:]
+        return tuple(_rope_op(q, k, cos, sin, *call, False))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gq, gk=None):
+        cos, sin, places = ctx.saved_tensors
+        results = _rope_op(gq, gk, cos, sin, places, *ctx.call, True)
+        return (results[0], None if gk is None else results[1], *(None,) * 7)
+
+
+# ---- norm and rope ----------------------------------------------------------------------------------------------------
+
+
+def _norm_formula(q, k, q_weight, k_weight, cos, sin, places, mode, first, half, interleaved, eps, weight_offset):
+    table = reference.gather(cos, sin, q.shape, places, mode, first, half)
+    return tuple(
+        reference.rotate(reference.normed(t, weight, eps, weight_offset), *table, interleaved).to(t.dtype)
+        for t, weight in ((q, q_weight), (k, k_weight))
+    )
+
+
+class _QkNormRope(torch.autograd.Function):
+    """The Triton kernels under autograd."""
+
+    @staticmethod
+    def forward(ctx, q, k, q_weight, k_weight, cos, sin, *call):
+        results = _triton().norm_rotate(q, k, q_weight, k_weight, cos, sin, *call)
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, call[0])
+        ctx.call = call[1:]
+        ctx.layouts = tuple([t.stride() for t in results])
+        return results
+
+    @staticmethod
+    def backward(ctx, gq, gk):
+        *inputs, cos, sin, places = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        if _pulled_back_plainly(gq, gk):
+            gradients = _triton().norm_rotate_backward(
+                inputs[0], inputs[1], gq, gk, inputs[2], inputs[3], cos, sin, places, *ctx.call,
+                dx=needed[0] or needed[1], dw=needed[2] or needed[3], layouts=ctx.layouts,
+            )  # fmt: skip
+            return (*[g if n else None for g, n in zip(gradients, needed, strict=True)], *(None,) * 9)
+        again = torch.is_grad_enabled()  # create_graph=True
+        with torch.enable_grad():
+            if not again:
+                inputs = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+            results = _norm_formula(*inputs, cos, sin, places, *ctx.call)
+        wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
+        # a side that no wanted input feeds has no graph
+        pairs = [(y, g) for y, g in zip(results, (gq, gk), strict=True) if y.requires_grad]
+        outputs, incoming = zip(*pairs, strict=True)
+        gradients = iter(torch.autograd.grad(outputs, wanted, incoming, create_graph=again))
+        return (*[next(gradients) if n else None for n in needed], *(None,) * 9)
+
+
+_NORM_ARGUMENTS = (
+    "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? places, str mode, SymInt first, int half, "
+    "bool interleaved, float eps, float weight_offset"
+)
+_norm_op = dispatch.register(
+    f"qk_norm_rope(Tensor q, Tensor k, {_NORM_ARGUMENTS}) -> (Tensor, Tensor)",
+    lambda *call: _triton().norm_rotate(*call),
+    lambda q, k, *call: (torch.empty_like(q), torch.empty_like(k)),
+)
+_norm_backward_op = dispatch.register(
+    f"qk_norm_rope_backward(Tensor q, Tensor k, Tensor gq, Tensor gk, {_NORM_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *call: _triton().norm_rotate_backward(*call),
+    lambda q, k, gq, gk, qw, kw, *call: tuple([torch.empty_like(t) for t in (gq, gk, qw, kw)]),
+)
+
+
+class _RegisteredQkNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, q_weight, k_weight, cos, sin, *call):
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, call[0])
+        ctx.call = call[1:]
+        return _norm_op(q, k, q_weight, k_weight, cos, sin, *call)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gq, gk):
+        q, k, *others = ctx.saved_tensors
+        return (*_norm_backward_op(q, k, gq, gk, *others, *ctx.call), *(None,) * 9)
+
+
+def explain(op, *args, **kwargs) -> Explanation:
+    """Which backend ``op(*args, **kwargs)`` would run on, why, and with which configuration; runs nothing."""
+    call = inspect.signature(op).bind(*args, **kwargs)
+    call.apply_defaults()
+    given, name = call.arguments, op.__name__
+    q, k = given["q"], given["k"]
+    half = _check(name, q, k, given["cos"], given["sin"], given["interleaved"])
+    places, _, _ = _positions(name, q, given["cos"], given["position_ids"], given["offset"], given["cu_seqlens"])
+    weights = [given[w] for w in ("q_weight", "k_weight") if w in given]
+    if weights:
+        _check_weights(q, k, *weights)
+    tensors = (q, k, *weights, given["cos"], given["sin"])
+    backend = dispatch.resolve(given["backend"])
+    if backend != "auto":
+        module = dispatch.load_named(name, BACKENDS, backend, *tensors)
+        config = "" if module is reference else module.describe(q, k, half)
+        return Explanation(name, backend, "named by the caller", config)
+    if not q.is_cuda:
+        against = f"needs a GPU tensor, got {q.device.type}"
+    else:
+        against = _against_triton(*tensors)
+        if not against and not dispatch.plain(*[t for t in (*tensors, places) if t is not None]):
+            against = "a raw launch does not see through a tensor subclass or an active mode"
+    if against:
+        return Explanation(
+            name, "torch", "the first backend that is right and fastest here", rejected={"triton": against}
+        )
+    return Explanation(
+        name, "triton", "PyTorch has no kernel for it, only a chain of them", _triton().describe(q, k, half)
+    )

@@ -18,6 +18,12 @@ _HOMES = {
         "FastTanh", "FastSoftplus",
     ),
     "trinix.layers.activation",
+) | dict.fromkeys(("FastRoPEPositionEmbedding", "FastALiBiPositionEmbedding"), "trinix.layers.embedding") | dict.fromkeys(
+    (
+        "FastLayerNorm", "FastRMSNorm", "FastFusedResidualLayerNorm", "FastFusedResidualRMSNorm",
+        "FastFusedRMSNormActivation", "fuse",
+    ),
+    "trinix.layers.norm",
 )  # fmt: skip
 
 __all__ = [*_HOMES, "__version__"]

@@ -36,6 +36,21 @@ def _view(base, layout: str):
     }[layout]
 
 
+def _result(kernel: str, dtype: str, layout: str, names, got, low, true) -> dict:
+    from trinix import testing
+
+    verdicts = [testing.judge(*one) for one in zip(names, got, low, true, strict=True)]
+    bad = [str(v) for v in verdicts if not v.ok]
+    return {
+        "kernel": kernel,
+        "dtype": dtype,
+        "layout": layout,
+        "error_ratio": max(v.ratio for v in verdicts),
+        "ok": not bad,
+        "reason": "; ".join(bad) or None,
+    }
+
+
 def _activations() -> Iterator[dict]:
     import torch
 
@@ -52,19 +67,122 @@ def _activations() -> Iterator[dict]:
                 plain = partial(ops.activation, kind=kind, backend="torch")
                 got, low = testing.vjp(ours, [x], dy), testing.vjp(plain, [x], dy)
                 true = testing.vjp(plain, [x.double()], dy.double())
-                verdicts = [testing.judge(n, g, p, t) for n, g, p, t in zip(("y", "dx"), got, low, true, strict=True)]
-                bad = [str(v) for v in verdicts if not v.ok]
-                yield {
-                    "kernel": f"activation/{kind}",
-                    "dtype": name,
-                    "layout": layout,
-                    "error_ratio": max(v.ratio for v in verdicts),
-                    "ok": not bad,
-                    "reason": "; ".join(bad) or None,
-                }
+                yield _result(f"activation/{kind}", name, layout, ("y", "dx"), got, low, true)
 
 
-CHECKS = (_activations,)
+def _norms() -> Iterator[dict]:
+    import torch
+
+    from trinix import ops, testing
+
+    forms = {
+        "layer_norm": lambda x, w, backend: ops.layer_norm(x, x.shape[-1], w, w, backend=backend),
+        "rms_norm": lambda x, w, backend: ops.rms_norm(x, x.shape[-1], w, 1e-5, backend=backend),
+        "layer_norm_residual": lambda x, w, backend: torch.cat(
+            ops.layer_norm_residual(x, x.square(), x.shape[-1], w, backend=backend)
+        ),
+        "rms_norm_activation": lambda x, w, backend: ops.rms_norm_activation(
+            x, x.shape[-1], w, "mish", 1e-5, backend=backend
+        ),
+    }
+    for form, function in forms.items():
+        for name in DTYPES:
+            dtype = getattr(torch, name)
+            base = testing.normal((65, 130), dtype, seed=1, scale=3.0)
+            for layout in LAYOUTS:
+                x = _view(base, layout)
+                w = testing.normal(x.shape[-1:], dtype, seed=2)
+                ours, plain = partial(function, backend="triton"), partial(function, backend="torch")
+                dy = testing.normal(plain(x, w).shape, dtype, seed=3)
+                got, low = testing.vjp(ours, [x, w], dy), testing.vjp(plain, [x, w], dy)
+                true = testing.vjp(plain, [x.double(), w.double()], dy.double())
+                yield _result(f"norm/{form}", name, layout, ("y", "dx", "dw"), got, low, true)
+
+
+def _glus() -> Iterator[dict]:
+    """Two tensors, and one packed tensor in every order of one kind."""
+    import torch
+
+    from trinix import testing
+    from trinix.ops.glu import KINDS, glu
+    from trinix.ops.glu import LAYOUTS as ORDERS
+
+    for kind in KINDS:
+        for name in DTYPES:
+            dtype = getattr(torch, name)
+            bases = [testing.normal((34, 68), dtype, seed=seed, scale=2.0) for seed in (1, 2)]
+            for layout in LAYOUTS:
+                x = _view(bases[0], layout)
+                for order in ("two", *ORDERS) if kind == "swiglu" else ("two",):
+                    inputs = [x, _view(bases[1], layout)] if order == "two" else [x]
+                    packing = {} if order == "two" else {"layout": order}
+                    ours, plain = (partial(glu, kind=kind, backend=b, **packing) for b in ("triton", "torch"))
+                    dy = testing.normal(plain(*inputs).shape, dtype, seed=3)
+                    got, low = testing.vjp(ours, inputs, dy), testing.vjp(plain, inputs, dy)
+                    true = testing.vjp(plain, [t.double() for t in inputs], dy.double())
+                    kernel = f"glu/{kind}" if order == "two" else f"glu/{kind}-{order}"
+                    yield _result(kernel, name, layout, ("y", "dgate", "dup")[: len(got)], got, low, true)
+
+
+def _softmaxes() -> Iterator[dict]:
+    import torch
+
+    from trinix import ops, testing
+
+    for function in (ops.softmax, ops.log_softmax):
+        for dim in (-1, -2):
+            for name in DTYPES:
+                dtype = getattr(torch, name)
+                base = testing.normal((33, 70), dtype, seed=1)
+                for layout in LAYOUTS:
+                    x = _view(base, layout)
+                    dy = testing.normal(x.shape, dtype, seed=2)
+                    ours, plain = (partial(function, dim=dim, backend=backend) for backend in ("triton", "torch"))
+                    got, low = testing.vjp(ours, [x], dy), testing.vjp(plain, [x], dy)
+                    true = testing.vjp(plain, [x.double()], dy.double())
+                    yield _result(f"softmax/{function.__name__} {dim}", name, layout, ("y", "dx"), got, low, true)
+
+
+def _embeddings() -> Iterator[dict]:
+    """Two heads a token, q and k the same tensor; the bias of three slopes in the layouts that a vector has."""
+    import torch
+
+    from trinix import ops, testing
+
+    def rope(x, cos, sin, backend, **options):
+        x = x.unflatten(-1, (2, -1))
+        return torch.cat(ops.rope(x, x, cos, sin, backend=backend, **options))
+
+    def qk_norm_rope(x, cos, sin, backend):
+        x = x.unflatten(-1, (2, -1))
+        weight = torch.linspace(0.5, 1.5, x.shape[-1]).to(x.dtype)
+        return torch.cat(ops.qk_norm_rope(x, x, weight, weight, cos, sin, backend=backend))
+
+    forms = {"rope": rope, "rope interleaved": partial(rope, interleaved=True), "qk_norm_rope": qk_norm_rope}
+    for form, function in forms.items():
+        for name in DTYPES:
+            dtype = getattr(torch, name)
+            base = testing.normal((8, 16), dtype, seed=1)
+            for layout in LAYOUTS:
+                x = _view(base, layout)
+                cos, sin = ops.rope_table(16, x.shape[1] // 4 * 2 if form == "rope" else x.shape[1] // 2)
+                ours, plain = (partial(function, cos=cos, sin=sin, backend=b) for b in ("triton", "torch"))
+                dy = testing.normal(plain(x).shape, dtype, seed=2)
+                got, low = testing.vjp(ours, [x], dy), testing.vjp(plain, [x], dy)
+                true = testing.vjp(plain, [x.double()], dy.double())
+                yield _result(f"rope/{form}", name, layout, ("y", "dx"), got, low, true)
+    for causal in (False, True):
+        for name in DTYPES:
+            for layout in ("contiguous", "every second column", "broadcast row"):
+                slopes = _view(ops.alibi_slopes(6).expand(3, 6), layout)[0][:3]
+                run = partial(ops.alibi_bias, seq_q=33, seq_k=50, causal=causal)
+                got, low = (run(slopes, dtype=getattr(torch, name), backend=b) for b in ("triton", "torch"))
+                true = run(slopes.double(), dtype=torch.float64)
+                kernel = "alibi/causal" if causal else "alibi/full"
+                yield _result(kernel, name, layout, ("y",), [got], [low], [true])
+
+
+CHECKS = (_activations, _norms, _glus, _softmaxes, _embeddings)
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """Activation modules: drop-in for ``torch.nn``'s, one call into ``trinix.ops.activation`` each."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class _FastActivation(nn.Module):
         self.use_triton = use_triton
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._apply_kind(x, _backend(self.use_triton, x))
+        return self._apply_kind(x, choose_backend(self.use_triton, triton_can_run, x))
 
     def _apply_kind(self, x: Tensor, backend: str) -> Tensor:
         return ops.activation(x, self.kind, backend=backend)
@@ -37,12 +38,13 @@ class _FastActivation(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
 
 
-def _backend(use_triton: bool | None, x: Tensor) -> str:
+def choose_backend(use_triton: bool | None, can_run: Callable[..., bool], *tensors: Tensor | None) -> str:
+    """What a module's ``use_triton`` means for a call; ``can_run`` is the op's ``triton_can_run``."""
     if use_triton is None:
         return "auto"
     if not use_triton:
         return "torch"
-    return "triton" if triton_can_run(x) else "auto"
+    return "triton" if can_run(*tensors) else "auto"
 
 
 class FastReLU(_FastActivation):

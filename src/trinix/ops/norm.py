@@ -50,6 +50,7 @@ def _torch():
 
 
 BACKENDS = {"triton": _triton, "torch": _torch}
+FUSED_KINDS = tuple(kind for kind in KINDS if kind not in ("leaky_relu", "softplus"))  # of rms_norm_activation
 
 
 def layer_norm(
@@ -178,9 +179,8 @@ def rms_norm_residual(
 
 
 def _check_kind(kind) -> None:
-    if kind not in KINDS or kind in ("leaky_relu", "softplus"):
-        wanted = [k for k in KINDS if k not in ("leaky_relu", "softplus")]
-        raise ValueError(f"rms_norm_activation: kind must be one of {wanted}, got {kind!r}")
+    if kind not in FUSED_KINDS:
+        raise ValueError(f"rms_norm_activation: kind must be one of {list(FUSED_KINDS)}, got {kind!r}")
 
 
 def _default_eps(x) -> float:
@@ -212,6 +212,11 @@ def _auto_runs_triton(x: Tensor, *others: Tensor | None) -> bool:
         return False
     tensors = [t for t in others if t is not None]
     return dispatch.plain(x, *tensors) and _triton_missing() is None and _triton().unsupported(x, *tensors) is None
+
+
+def triton_can_run(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether ``backend="triton"`` takes these tensors."""
+    return _triton_missing() is None and _triton().unsupported(x, *others) is None
 
 
 def _forward_mode() -> bool:

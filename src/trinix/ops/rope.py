@@ -121,9 +121,9 @@ def rope(
     elif not raw:
         results = _registered(q, k, cos, sin, call, grad)
     elif inplace:
-        for t in module.rotate(q, k, cos, sin, *call, inplace=True):
-            if t is not None and not t.is_inference():
-                torch.autograd.graph.increment_version(t)  # autograd's checks do not see a raw launch
+        module.rotate(q, k, cos, sin, *call, inplace=True)
+        # autograd's checks do not see a raw launch
+        torch.autograd.graph.increment_version([t for t in (q, k) if t is not None and not t.is_inference()])
         return q if k is None else (q, k)
     elif grad:
         results = _Rope.apply(q, k, cos, sin, *call)

@@ -42,11 +42,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
     cos, sin = cos.to(wide), sin.to(wide)
     if inverse:
         sin = -sin
-    turned = x[..., : 2 * half].to(wide)
+    whole = 2 * half == x.shape[-1]  # no slice then: is_grads_batched cannot take a slice of everything
+    turned = (x if whole else x[..., : 2 * half]).to(wide)
     a, b = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
     pair = a * cos - b * sin, b * cos + a * sin
     y = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
-    return y if 2 * half == x.shape[-1] else torch.cat((y, x[..., 2 * half :]), -1)
+    return y if whole else torch.cat((y, x[..., 2 * half :]), -1)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:

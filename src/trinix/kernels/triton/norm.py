@@ -180,6 +180,97 @@ def _add_partials(partial, dw, db, programs: "i32", N: tl.constexpr, DW: tl.cons
         tl.store(db + at, sums.to(db.dtype.element_ty), mask=(at >= 0) & (at < N))
 
 
+# ---- rows that fill the registers: four chunks of columns, one after the other ------------------------------------------
+
+
+@triton.jit
+def _chunk_sums(x, dy, weight, row, mean, rstd, xi, xs0, xs1, gi, gs0, gs1, offset, dw, db, along, plain,
+                START: tl.constexpr, N: tl.constexpr, WEIGHT: tl.constexpr, X_UNIT: tl.constexpr, G_UNIT: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
+    """(x, dy) of a chunk as loaded; its share of dW, db, and of the row's sums of g * v and g."""
+    col = START + tl.arange(0, CHUNK)
+    live = (col < N)[None, :]
+    x = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=live, other=0.0)
+    dy = tl.load(_tile(dy, row, col, gi, gs0, gs1, N, G_UNIT), mask=live, other=0.0)
+    v = (x.to(tl.float32) - mean) * rstd
+    g = dy.to(tl.float32)
+    dw += g * v
+    db += g
+    g = _affine(g, weight, weight, col, live, offset, WEIGHT, False)
+    return x, dy, dw, db, along + g * v, plain + g
+
+
+@triton.jit
+def _chunk_dx(x, dy, dh, weight, dx, row, mean, rstd, along, plain, offset,
+              START: tl.constexpr, N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr,
+              CHUNK: tl.constexpr):  # fmt: skip
+    col = START + tl.arange(0, CHUNK)
+    live = (col < N)[None, :]
+    v = (x.to(tl.float32) - mean) * rstd
+    g = _affine(dy.to(tl.float32), weight, weight, col, live, offset, WEIGHT, False) - v * along
+    if CENTER:
+        g = g - plain
+    g = g * rstd
+    if RESIDUAL:
+        g += tl.load(_tile(dh, row, col, 1, 1, 1, N, 0), mask=live, other=0.0).to(tl.float32)
+    tl.store(_tile(dx, row, col, 1, 1, 1, N, 0), g.to(dx.dtype.element_ty), mask=live)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "gi", "gs0", "gs1"])
+def _backward_chunks(
+    x, dy, dh, weight, stats, dx, partial, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", gi: "i64", gs0: "i64",
+    gs1: "i64", offset: "fp32",
+    N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr, DX: tl.constexpr,
+    DW: tl.constexpr, DB: tl.constexpr, X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, DEPENDENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``_backward`` for N in (2 CHUNK, 4 CHUNK], no activation, no dropout: few float32 values of a row live at a time."""
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    zero = tl.zeros((1, CHUNK), tl.float32)
+    dw0, dw1, dw2, dw3, db0, db1, db2, db3 = zero, zero, zero, zero, zero, zero, zero, zero
+    for i in tl.range(0, tl.cdiv(rows - pid, programs).to(tl.int32)):
+        row = (i * programs + pid).to(tl.int64) + tl.arange(0, 1)
+        rstd = tl.load(stats + row)[:, None]
+        mean = tl.load(stats + rows + row)[:, None] if CENTER else 0.0
+        x0, g0, dw0, db0, along, plain = _chunk_sums(x, dy, weight, row, mean, rstd, xi, xs0, xs1, gi, gs0, gs1, offset, dw0, db0, zero, zero,
+            0, N, WEIGHT, X_UNIT, G_UNIT, CHUNK)
+        x1, g1, dw1, db1, along, plain = _chunk_sums(x, dy, weight, row, mean, rstd, xi, xs0, xs1, gi, gs0, gs1, offset, dw1, db1, along, plain,
+            CHUNK, N, WEIGHT, X_UNIT, G_UNIT, CHUNK)
+        x2, g2, dw2, db2, along, plain = _chunk_sums(x, dy, weight, row, mean, rstd, xi, xs0, xs1, gi, gs0, gs1, offset, dw2, db2, along, plain,
+            2 * CHUNK, N, WEIGHT, X_UNIT, G_UNIT, CHUNK)
+        if N > 3 * CHUNK:
+            x3, g3, dw3, db3, along, plain = _chunk_sums(x, dy, weight, row, mean, rstd, xi, xs0, xs1, gi, gs0, gs1, offset, dw3, db3, along, plain,
+                3 * CHUNK, N, WEIGHT, X_UNIT, G_UNIT, CHUNK)
+        if DX:
+            a = (tl.sum(along, 1) / N)[:, None]
+            p = (tl.sum(plain, 1) / N)[:, None]
+            _chunk_dx(x0, g0, dh, weight, dx, row, mean, rstd, a, p, offset, 0, N, CENTER, WEIGHT, RESIDUAL, CHUNK)
+            _chunk_dx(x1, g1, dh, weight, dx, row, mean, rstd, a, p, offset, CHUNK, N, CENTER, WEIGHT, RESIDUAL, CHUNK)
+            _chunk_dx(x2, g2, dh, weight, dx, row, mean, rstd, a, p, offset, 2 * CHUNK, N, CENTER, WEIGHT, RESIDUAL, CHUNK)
+            if N > 3 * CHUNK:
+                _chunk_dx(x3, g3, dh, weight, dx, row, mean, rstd, a, p, offset, 3 * CHUNK, N, CENTER, WEIGHT, RESIDUAL, CHUNK)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    mine = partial + pid.to(tl.int64) * N * (DW + DB)
+    if DW:
+        _store_chunks(mine, dw0, dw1, dw2, dw3, N, CHUNK)
+    if DB:
+        _store_chunks(mine + N * DW, db0, db1, db2, db3, N, CHUNK)
+# fmt: on
+
+
+@triton.jit
+def _store_chunks(to, c0, c1, c2, c3, N: tl.constexpr, CHUNK: tl.constexpr):
+    col = tl.arange(0, CHUNK)[None, :]
+    tl.store(to + col, c0)
+    tl.store(to + CHUNK + col, c1)
+    tl.store(to + 2 * CHUNK + col, c2, mask=2 * CHUNK + col < N)
+    if N > 3 * CHUNK:
+        tl.store(to + 3 * CHUNK + col, c3, mask=3 * CHUNK + col < N)
+
+
 # ---- rows wider than registers ----------------------------------------------------------------------------------------
 
 
@@ -330,12 +421,17 @@ _FORWARD_RESIDUAL = Launcher(_forward_residual, tensors=8)
 _FORWARD_WIDE = Launcher(_forward_wide, tensors=8)
 _BACKWARD = Launcher(_backward, tensors=10)
 _ADD_PARTIALS = Launcher(_add_partials, tensors=3)
+_BACKWARD_CHUNKS = Launcher(_backward_chunks, tensors=7)
 _BACKWARD_WIDE_SUMS = Launcher(_backward_wide_sums, tensors=6)
 _BACKWARD_WIDE = Launcher(_backward_wide, tensors=11)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WIDE_BLOCK = 4096  # columns at a time of the wide kernels that walk a row
-WIDE_TILE = (4, 1024)  # rows, columns at a time of the one that walks columns
+CHUNK = 4096  # columns at a time of ``_backward_chunks``
+WIDE_FORWARD_BLOCK = (
+    16384  # columns at a time of the kernels that walk a wide row: few programs, so that L2 holds their rows
+)
+WIDE_SUMS_BLOCK = 4096
+WIDE_TILE = (2, 2048)  # rows, columns at a time of the one that walks columns
 
 
 class Norm(NamedTuple):
@@ -385,10 +481,12 @@ def choose_backward(n: int, itemsize: int, lanes: int, sums: int, residual: bool
     ``sums`` counts the column sums kept in registers (dW, db). From K-layer-* and K-rms-*, the best of 2 to 171 tried.
     """
     block = _power_of_two(n)
-    if block > (8192 if sums == 2 else 16384):
+    if block > 16384:
         return None
-    if block <= 128:
-        config = BackwardConfig(rows=4096 // block, num_warps=4, num_stages=1, programs_per_sm=4)
+    if block < 128:
+        config = BackwardConfig(rows=8192 // block, num_warps=4, num_stages=1, programs_per_sm=8)
+    elif block == 128:
+        config = BackwardConfig(rows=32, num_warps=4, num_stages=1, programs_per_sm=4)
     elif itemsize == 4:
         config = BackwardConfig(*{
             256: (8, 2, 3, 4), 512: (4, 4, 3, 2), 1024: (1, 4, 4, 2), 2048: (1, 8, 4, 1), 4096: (1, 8, 3, 1),
@@ -496,6 +594,8 @@ def forward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, 
 def residual_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, dropout: bool, save: bool,
                     x_unit: int, r_unit: int, lanes=LANES, config: ForwardConfig | None = None) -> tuple[int, Launch]:  # fmt: skip
     config = config or choose_forward(n, itemsize, lanes)
+    if itemsize == 4 and n > 8192:  # two tensors in registers
+        config = config._replace(num_warps=1024 // lanes)
     return config.rows, _FORWARD_RESIDUAL.bind(
         N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, DROPOUT=dropout, SAVE=save, X_UNIT=x_unit, R_UNIT=r_unit,
         ROWS=config.rows, BLOCK=_power_of_two(n), num_warps=config.num_warps,
@@ -508,7 +608,7 @@ def wide_launch(norm: Norm, n: int, weight: bool, bias: bool, residual: bool, dr
     value, _ = activation_formula(norm.kind)
     return _FORWARD_WIDE.bind(
         N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, ACT=value, RESIDUAL=residual, DROPOUT=dropout, SAVE=save,
-        X_UNIT=x_unit, R_UNIT=r_unit, BLOCK=WIDE_BLOCK, num_warps=512 // lanes,
+        X_UNIT=x_unit, R_UNIT=r_unit, BLOCK=WIDE_FORWARD_BLOCK, num_warps=1024 // lanes,
     )  # fmt: skip
 
 
@@ -535,6 +635,19 @@ def backward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool,
     )  # fmt: skip
 
 
+def _takes_chunks(norm: Norm, n: int, dropout: bool) -> bool:
+    return 2 * CHUNK < n <= 4 * CHUNK and norm.kind is None and not dropout
+
+
+@functools.cache
+def chunks_launch(norm: Norm, n: int, weight: bool, residual: bool, wanted: Wanted, x_unit: int, g_unit: int,
+                  dependent: bool, lanes=LANES) -> Launch:  # fmt: skip
+    return _BACKWARD_CHUNKS.bind(
+        N=n, CENTER=norm.center, WEIGHT=weight, RESIDUAL=residual, DX=wanted.dx, DW=wanted.dw, DB=wanted.db,
+        X_UNIT=x_unit, G_UNIT=g_unit, DEPENDENT=dependent, CHUNK=CHUNK, num_warps=512 // lanes,
+    )  # fmt: skip
+
+
 @functools.cache
 def wide_backward_launches(norm: Norm, n: int, weight: bool, bias: bool, residual: bool, dropout: bool, wanted: Wanted,
                            x_unit: int, g_unit: int, lanes=LANES) -> tuple[Launch, Launch]:  # fmt: skip
@@ -542,7 +655,7 @@ def wide_backward_launches(norm: Norm, n: int, weight: bool, bias: bool, residua
     shared = {"N": n, "CENTER": norm.center, "WEIGHT": weight, "BIAS": bias, "ACT": derivative}
     units = {"X_UNIT": x_unit, "G_UNIT": g_unit}
     return (
-        _BACKWARD_WIDE_SUMS.bind(**shared, **units, BLOCK=WIDE_BLOCK, num_warps=512 // lanes),
+        _BACKWARD_WIDE_SUMS.bind(**shared, **units, BLOCK=WIDE_SUMS_BLOCK, num_warps=512 // lanes),
         _BACKWARD_WIDE.bind(
             **shared, RESIDUAL=residual, DROPOUT=dropout, DX=wanted.dx, DW=wanted.dw, DB=wanted.db, **units,
             ROWS=WIDE_TILE[0], BLOCK=WIDE_TILE[1], num_warps=128 // lanes,
@@ -633,10 +746,15 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
     out, out_r = x if dx is None else dx, x if dr is None else dr
     dependent = sums_wanted > 0 and x.is_cuda and _dependent_launch(x.get_device())
     chosen = backward_launch(norm, n, x.element_size(), *flags, wanted, x_unit, g_unit, dependent)
-    if chosen:
+    if _takes_chunks(norm, n, seed is not None):
+        programs = min(rows, _sm_count(x.get_device()) if x.is_cuda else 3)
+        partial = _partial(x, programs * n * sums_wanted)
+        launch = chunks_launch(norm, n, flags[0], flags[2], wanted, x_unit, g_unit, dependent)
+        launch(programs, (x, dy, dh, w, stats, out, partial), scalars[:-1])
+    elif chosen:
         config, launch = chosen
         programs = _programs(x, rows, config) if sums_wanted else -(-rows // config.rows)
-        partial = x.new_empty(programs * n * sums_wanted, dtype=torch.float32) if sums_wanted else x
+        partial = _partial(x, programs * n * sums_wanted)
         launch(programs, (x, dy, dh, w, b, stats, s, out, out_r, partial), scalars)
     else:
         dependent = False
@@ -644,9 +762,10 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
         first, second = wide_backward_launches(norm, n, *flags, wanted, x_unit, g_unit)
         if wanted.dx:
             first(rows, (x, dy, w, b, stats, sums), scalars[:-1])
-        programs = max(1, min(8, -(-rows // WIDE_TILE[0])))
-        partial = x.new_empty(programs * n * sums_wanted, dtype=torch.float32) if sums_wanted else x
-        second(programs * -(-n // WIDE_TILE[1]), (x, dy, dh, w, b, stats, sums, s, out, out_r, partial), scalars)
+        blocks = -(-n // WIDE_TILE[1])
+        programs = max(1, min(_sm_count(x.get_device()) * 4 // blocks if x.is_cuda else 3, -(-rows // WIDE_TILE[0])))
+        partial = _partial(x, programs * n * sums_wanted)
+        second(programs * blocks, (x, dy, dh, w, b, stats, sums, s, out, out_r, partial), scalars)
     if sums_wanted:
         cols, launch = add_partials_launch(n, wanted.dw, wanted.db, programs, dependent)
         tensors = (partial, partial if dw is None else dw, partial if db is None else db)
@@ -654,11 +773,15 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
     return dx, dr, dw, db
 
 
+def _partial(x: torch.Tensor, size: int) -> torch.Tensor:
+    return x.new_empty(size, dtype=torch.float32) if size else x
+
+
 def describe(x: torch.Tensor, n: int) -> str:
     """The forward's configuration, for ``trinix.explain``."""
     config = choose_forward(n, x.element_size(), LANES)
     if config is None:
-        return f"wide kernel, one row a program, {WIDE_BLOCK} columns at a time"
+        return f"wide kernel, one row a program, {WIDE_FORWARD_BLOCK} columns at a time"
     return f"{config.rows} rows of {n} a program, {config.num_warps} warps"
 
 
@@ -687,6 +810,10 @@ def compile_cases(lanes: int = LANES):
             rms, 4096, size, True, False, True, False, Wanted(True, True, False), 0, 0, False, lanes
         )
         yield compile_case(f"norm/residual-4096/bwd/{suffix}", bwd, 4 * size, tensors)
+        chunks = chunks_launch(layer, 12288, True, False, every, 0, 0, False, lanes)
+        yield compile_case(f"norm/layer-12288/bwd/{suffix}", chunks, 3 * size, (t, t, t, t, f, t, f))
+        chunks = chunks_launch(rms, 16384, True, False, Wanted(True, True, False), 0, 0, False, lanes)
+        yield compile_case(f"norm/rms-16384/bwd/{suffix}", chunks, 3 * size, (t, t, t, t, f, t, f))
         wide = wide_launch(layer, 65536, True, True, True, False, True, 0, 0, lanes)
         yield compile_case(f"norm/wide-65536/fwd/{suffix}", wide, 6 * size, (t, t, t, t, t, t, f, "*i64"))
         first, second = wide_backward_launches(layer, 65536, True, True, False, False, every, 0, 0, lanes)

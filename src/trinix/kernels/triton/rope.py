@@ -1,7 +1,7 @@
 """Rotary position embedding of q and k in one launch, with or without an RMSNorm of every head before it.
 
-A program takes one token (several where a token is small): it finds the position, loads that row of cos and sin once, and
-walks the heads of q, then of k, in tiles of [HEADS, COLS] pairs. In the half-split form a tile is two loads and two stores
+A program takes one token: it finds the position, loads that row of cos and sin once, and walks the heads of q, then of k,
+in tiles of [HEADS, COLS] pairs; where tokens are few, several programs share a token's heads. In the half-split form a tile is two loads and two stores
 of half a head each; in the interleaved form one load, split in registers. All arithmetic is float32.
 
 All strides are runtime numbers, so one binary serves dense tensors, views of a packed qkv and transposed heads. Divided and
@@ -148,7 +148,7 @@ def _rotate_heads(
 
 @triton.jit(
     do_not_specialize=[
-        "first", "rows", "count", "places_b", "places_s", "tokens", "length", "cos_row", "sin_row",
+        "first", "rows", "count", "places_b", "places_s", "length", "cos_row", "sin_row",
         "q_b", "q_s", "q_h", "q_d", "k_b", "k_s", "k_h", "k_d",
         "yq_b", "yq_s", "yq_h", "yq_d", "yk_b", "yk_s", "yk_h", "yk_d",
     ]
@@ -156,36 +156,35 @@ def _rotate_heads(
 def _rotate(
     q, k, yq, yk, cos, sin, places,
     first: "i64", rows: "i64", count: "i32", places_b: "i64", places_s: "i64",
-    tokens: "i32", length: "i32", cos_row: "i64", sin_row: "i64",
+    length: "i32", cos_row: "i64", sin_row: "i64",
     q_b: "i64", q_s: "i64", q_h: "i64", q_d: "i64", k_b: "i64", k_s: "i64", k_h: "i64", k_d: "i64",
     yq_b: "i64", yq_s: "i64", yq_h: "i64", yq_d: "i64", yk_b: "i64", yk_s: "i64", yk_h: "i64", yk_d: "i64",
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr,
-    TABLE_VEC: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    TABLE_VEC: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
-    begin = tl.program_id(0) // PARTS * TOKENS
+    token = tl.program_id(0) // PARTS
     col = tl.arange(0, COLS)[None, :]  # a row from the start: a [COLS] would change its layout through shared memory
-    for token in range(begin, tl.minimum(begin + TOKENS, tokens)):
-        b = (token // length).to(tl.int64)
-        at = (token % length).to(tl.int64)
-        place = _position(places, token, b, at, first, count, places_b, places_s, MODE)
-        c = _row(cos, place, rows, cos_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
-        s = _row(sin, place, rows, sin_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
-        if INVERSE:
-            s = -s
-        _rotate_heads(
-            q + b * (q_b // VEC * VEC) + at * (q_s // VEC * VEC),
-            yq + b * (yq_b // VEC * VEC) + at * (yq_s // VEC * VEC),
-            c, s, col, part, q_h // VEC * VEC, q_d, yq_h // VEC * VEC, yq_d,
-            H, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
-        )  # fmt: skip
-        _rotate_heads(
-            k + b * (k_b // VEC * VEC) + at * (k_s // VEC * VEC),
-            yk + b * (yk_b // VEC * VEC) + at * (yk_s // VEC * VEC),
-            c, s, col, part, k_h // VEC * VEC, k_d, yk_h // VEC * VEC, yk_d,
-            HK, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
-        )  # fmt: skip
+    b = (token // length).to(tl.int64)
+    at = (token % length).to(tl.int64)
+    place = _position(places, token, b, at, first, count, places_b, places_s, MODE)
+    c = _row(cos, place, rows, cos_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+    s = _row(sin, place, rows, sin_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+    if INVERSE:
+        s = -s
+    _rotate_heads(
+        q + b * (q_b // VEC * VEC) + at * (q_s // VEC * VEC),
+        yq + b * (yq_b // VEC * VEC) + at * (yq_s // VEC * VEC),
+        c, s, col, part, q_h // VEC * VEC, q_d, yq_h // VEC * VEC, yq_d,
+        H, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
+    )  # fmt: skip
+    _rotate_heads(
+        k + b * (k_b // VEC * VEC) + at * (k_s // VEC * VEC),
+        yk + b * (yk_b // VEC * VEC) + at * (yk_s // VEC * VEC),
+        c, s, col, part, k_h // VEC * VEC, k_d, yk_h // VEC * VEC, yk_d,
+        HK, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
+    )  # fmt: skip
 
 
 # ---- RMSNorm of every head, then the rotation -------------------------------------------------------------------------
@@ -228,7 +227,7 @@ def _norm_rotate_heads(
 
 @triton.jit(
     do_not_specialize=[
-        "first", "rows", "count", "places_b", "places_s", "tokens", "length", "cos_row", "sin_row",
+        "first", "rows", "count", "places_b", "places_s", "length", "cos_row", "sin_row",
         "q_b", "q_s", "q_h", "q_d", "k_b", "k_s", "k_h", "k_d",
         "yq_b", "yq_s", "yq_h", "yq_d", "yk_b", "yk_s", "yk_h", "yk_d",
     ]
@@ -236,34 +235,33 @@ def _norm_rotate_heads(
 def _norm_rotate(
     q, k, yq, yk, qw, kw, cos, sin, places, eps: "fp32", shift: "fp32",
     first: "i64", rows: "i64", count: "i32", places_b: "i64", places_s: "i64",
-    tokens: "i32", length: "i32", cos_row: "i64", sin_row: "i64",
+    length: "i32", cos_row: "i64", sin_row: "i64",
     q_b: "i64", q_s: "i64", q_h: "i64", q_d: "i64", k_b: "i64", k_s: "i64", k_h: "i64", k_d: "i64",
     yq_b: "i64", yq_s: "i64", yq_h: "i64", yq_d: "i64", yk_b: "i64", yk_s: "i64", yk_h: "i64", yk_d: "i64",
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
-    HEADS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
-    begin = tl.program_id(0) // PARTS * TOKENS
+    token = tl.program_id(0) // PARTS
     col = tl.arange(0, COLS)[None, :]
-    for token in range(begin, tl.minimum(begin + TOKENS, tokens)):
-        b = (token // length).to(tl.int64)
-        at = (token % length).to(tl.int64)
-        place = _position(places, token, b, at, first, count, places_b, places_s, MODE)
-        c = _row(cos, place, rows, cos_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
-        s = _row(sin, place, rows, sin_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
-        _norm_rotate_heads(
-            q + b * (q_b // VEC * VEC) + at * (q_s // VEC * VEC),
-            yq + b * (yq_b // VEC * VEC) + at * (yq_s // VEC * VEC),
-            qw, c, s, col, part, eps, shift, q_h // VEC * VEC, q_d, yq_h // VEC * VEC, yq_d,
-            H, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
-        )  # fmt: skip
-        _norm_rotate_heads(
-            k + b * (k_b // VEC * VEC) + at * (k_s // VEC * VEC),
-            yk + b * (yk_b // VEC * VEC) + at * (yk_s // VEC * VEC),
-            kw, c, s, col, part, eps, shift, k_h // VEC * VEC, k_d, yk_h // VEC * VEC, yk_d,
-            HK, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
-        )  # fmt: skip
+    b = (token // length).to(tl.int64)
+    at = (token % length).to(tl.int64)
+    place = _position(places, token, b, at, first, count, places_b, places_s, MODE)
+    c = _row(cos, place, rows, cos_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+    s = _row(sin, place, rows, sin_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
+    _norm_rotate_heads(
+        q + b * (q_b // VEC * VEC) + at * (q_s // VEC * VEC),
+        yq + b * (yq_b // VEC * VEC) + at * (yq_s // VEC * VEC),
+        qw, c, s, col, part, eps, shift, q_h // VEC * VEC, q_d, yq_h // VEC * VEC, yq_d,
+        H, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
+    )  # fmt: skip
+    _norm_rotate_heads(
+        k + b * (k_b // VEC * VEC) + at * (k_s // VEC * VEC),
+        yk + b * (yk_b // VEC * VEC) + at * (yk_s // VEC * VEC),
+        kw, c, s, col, part, eps, shift, k_h // VEC * VEC, k_d, yk_h // VEC * VEC, yk_d,
+        HK, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
+    )  # fmt: skip
 
 
 # Backward takes 1 / rms again from x, which it reads anyway. A fixed number of programs share the tokens; each keeps the
@@ -405,15 +403,14 @@ _SUM_PARTIALS = Launcher(_sum_partials, tensors=3)
 class Config(NamedTuple):
     heads: int  # of a tile
     parts: int  # programs that share a token
-    tokens: int  # of a program
     num_warps: int
 
 
 def choose_tile(heads: int, width: int, itemsize: int, lanes: int) -> tuple[int, int]:
-    """(heads of a tile, warps): about 2048 channels, two vectors of 16 bytes a thread for half types; whole tiles if they fit."""
+    """(heads of a tile, warps): at most 2048 channels, 32 bytes a thread or more; whole tiles where that leaves 8 heads."""
     width = _power_of_two(width)
     tile = min(max(1, 2048 // width), _power_of_two(heads))
-    while tile > 8 and heads % tile:
+    while tile > 8 and heads % tile and tile * width * itemsize > 32 * lanes:
         tile //= 2
     return tile, min(8, max(1, tile * width * itemsize // (32 * lanes)))
 
@@ -421,16 +418,13 @@ def choose_tile(heads: int, width: int, itemsize: int, lanes: int) -> tuple[int,
 def choose_rotation(tokens: int, heads: int, width: int, itemsize: int, lanes: int) -> Config:
     """The configuration of the forward kernels and of the plain rotation's backward; ``heads`` is the larger of q's and k's."""
     tile, num_warps = choose_tile(heads, width, itemsize, lanes)
-    if tokens < FEW_TOKENS:
-        return Config(tile, max(1, -(-heads // tile)), 1, num_warps)
-    small = 4096 // max(1, heads * width * itemsize)  # tokens until a program moves 4 KiB of the larger tensor
-    return Config(tile, 1, _power_of_two(min(16, max(1, small))), num_warps)
+    return Config(tile, max(1, -(-heads // tile)) if tokens < FEW_TOKENS else 1, num_warps)
 
 
 def choose_norm_backward(tokens: int, heads: int, width: int, itemsize: int, lanes: int, processors: int) -> Config:
     """``parts`` is the number of programs here, which share all tokens."""
     tile, num_warps = choose_tile(heads, width, itemsize, lanes)
-    return Config(tile, min(tokens, 4 * processors), 1, num_warps)
+    return Config(tile, min(tokens, 4 * processors), num_warps)
 
 
 def _power_of_two(n: int) -> int:
@@ -502,13 +496,13 @@ def _plan(dtype, views, heads_k, half, tables, interleaved, inverse, mode, inpla
     tokens = shape[:-2].numel()
     c = choose_rotation(tokens, max(shape[-2], heads_k), shape[-1], dtype.itemsize, lanes)
     constants = sizes | {"INTERLEAVED": interleaved, "INVERSE": inverse, "MODE": mode} | layout
-    constants |= {"HEADS": c.heads, "PARTS": c.parts, "TOKENS": c.tokens}
+    constants |= {"HEADS": c.heads, "PARTS": c.parts}
     launcher = _ROTATE
     if inverse is None:
         launcher = _NORM_ROTATE
         del constants["INVERSE"]
     launch = _bound(launcher, c.num_warps, *constants.items())
-    return _Plan(launch, -(-tokens // c.tokens) * c.parts, (tokens, shape[-3], *scalars))
+    return _Plan(launch, tokens * c.parts, (shape[-3], *scalars))
 
 
 @functools.lru_cache(maxsize=512)
@@ -642,8 +636,7 @@ def describe(q: torch.Tensor, k: torch.Tensor | None, half: int) -> str:
     heads = max(q.shape[-2], 0 if k is None else k.shape[-2])
     c = choose_rotation(q.shape[:-2].numel(), heads, q.shape[-1], q.dtype.itemsize, LANES)
     shared = f", {c.parts} programs a token" if c.parts > 1 else ""
-    several = f", {c.tokens} tokens a program" if c.tokens > 1 else ""
-    return f"tile {c.heads} heads x {half} pairs{several}{shared}, {c.num_warps} warps"
+    return f"tile {c.heads} heads x {half} pairs{shared}, {c.num_warps} warps"
 
 
 CASES = {  # name -> (H, Hk, D, half, interleaved)
@@ -651,9 +644,7 @@ CASES = {  # name -> (H, Hk, D, half, interleaved)
     "gqa-32-8x128": (32, 8, 128, 64, False),
     "40x80": (40, 40, 80, 40, False),
     "12x64": (12, 12, 64, 32, False),
-    "32x256": (32, 8, 256, 128, False),
-    "partial-16-of-64": (32, 8, 64, 8, False),
-    "partial-64-of-192": (16, 16, 192, 32, True),
+    "partial-64-of-192": (16, 16, 192, 32, False),
     "interleaved-32x128": (32, 8, 128, 64, True),
 }
 
@@ -682,4 +673,4 @@ def compile_cases(lanes: int = LANES):
         torch.bfloat16, tuple(dense * 2), heads_k, half, tables, interleaved, False, "sequences", False, lanes
     ).launch
     yield compile_case("rope/sequences/fwd/bfloat16", launch, 4, ("*bf16",) * 4 + (f, f, "*i32"))
-    yield compile_case("rope/weights/bwd/float32", sum_launch(128)[1], 4, ("*fp32",) * 3)
+    yield compile_case("rope/weights/bwd/float32", sum_launch(128)[1], 4, ("*fp32",) * 3, access_bits=32)

@@ -59,6 +59,26 @@ def _lengths(n, c, ALONG: tl.constexpr, UNIT: tl.constexpr):
     return n, c * UNIT
 
 
+@triton.jit
+def _indices(ROWS: tl.constexpr, COLS: tl.constexpr, ALONG: tl.constexpr):
+    """Indices of N and C in a tile whose last axis is the output's contiguous one; N is on axis 1 - ALONG."""
+    if ALONG == 0:
+        i, j = tl.arange(0, ROWS)[None, :], tl.arange(0, COLS)[:, None]
+    else:
+        i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    return i, j
+
+
+@triton.jit
+def _quotient(e, total, y):
+    """e / total for storing into y: rounded once where y is float32; a half type does not show the reciprocal's error."""
+    if y.dtype.element_ty == tl.float32:
+        out = tl.div_rn(e, tl.broadcast_to(total, e.shape))
+    else:
+        out = e * (1.0 / total)
+    return out
+
+
 # ---- the tile kernels --------------------------------------------------------------------------------------------------
 
 
@@ -78,8 +98,8 @@ def _forward_tile(
     pid = tl.program_id(0)
     o = 0 if FLAT else pid // blocks
     j0 = (pid if FLAT else pid % blocks).to(tl.int64) * COLS
-    i = tl.arange(0, ROWS)[:, None]
-    j = tl.arange(0, COLS)[None, :]
+    N_AXIS: tl.constexpr = 1 - Y_ALONG
+    i, j = _indices(ROWS, COLS, Y_ALONG)
     x += _slab(o, O1, O2, x0, x1, x2, FLAT, UNIT) + _offset(0, j0, xn, xc, X_ALONG, UNIT)
     y += _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
     inside = i < n.to(tl.int32)
@@ -93,13 +113,13 @@ def _forward_tile(
         z += tl.load(mask + _offset(i, j, mn, mc, M_ALONG, UNIT), mask=live, other=0.0).to(tl.float32)
     if not EVEN:
         z = tl.where(inside, z, float("-inf"))
-    z -= tl.max(z, 0)[None, :]  # all -inf: NaN, as in PyTorch
+    z -= tl.max(z, N_AXIS, keep_dims=True)  # all -inf: NaN, as in PyTorch
     e = tl.exp(z)
-    total = tl.sum(e, 0)[None, :]
+    total = tl.sum(e, N_AXIS, keep_dims=True)
     if LOG:
         out = z - tl.log(total)
     else:
-        out = e * (1.0 / total)
+        out = _quotient(e, total, y)
     at = y + _offset(i, j, yn, yc, Y_ALONG, UNIT)
     if EVEN:
         tl.store(at, out.to(y.dtype.element_ty))
@@ -123,8 +143,8 @@ def _backward_tile(
     pid = tl.program_id(0)
     o = 0 if FLAT else pid // blocks
     j0 = (pid if FLAT else pid % blocks).to(tl.int64) * COLS
-    i = tl.arange(0, ROWS)[:, None]
-    j = tl.arange(0, COLS)[None, :]
+    N_AXIS: tl.constexpr = 1 - Y_ALONG
+    i, j = _indices(ROWS, COLS, Y_ALONG)
     at = (
         _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
         + _offset(i, j, yn, yc, Y_ALONG, UNIT)
@@ -138,9 +158,9 @@ def _backward_tile(
         p = tl.load(y + at, mask=live, other=0.0).to(tl.float32)
         g = tl.load(dy + _offset(i, j, gn, gc, G_ALONG, UNIT), mask=live, other=0.0).to(tl.float32)
     if LOG:
-        out = scale * (g - tl.exp(p) * tl.sum(g, 0)[None, :])
+        out = scale * (g - tl.exp(p) * tl.sum(g, N_AXIS, keep_dims=True))
     else:
-        out = scale * p * (g - tl.sum(p * g, 0)[None, :])
+        out = scale * p * (g - tl.sum(p * g, N_AXIS, keep_dims=True))
     if EVEN:
         tl.store(dx + at, out.to(dx.dtype.element_ty))
     else:
@@ -149,8 +169,8 @@ def _backward_tile(
 
 # ---- the stream kernels ------------------------------------------------------------------------------------------------
 #
-# A step is a tile [DEEP, ROWS, COLS] of DEEP * ROWS indices of N, and ROWS * COLS is one vector a thread: what is summed
-# over DEEP stays in a thread, and threads meet once a chunk.
+# A step is DEEP tiles of ROWS indices of N, and a tile is one vector a thread: what is summed over DEEP stays in a thread,
+# and threads meet once a chunk.
 #
 # Work items are numbered (outer, panel, chunk, column block of the panel), the last one fastest: neighbours read
 # neighbouring columns. A block's chunks are less than the resident programs apart, and a program takes its items in
@@ -222,8 +242,12 @@ def _forward_stream(
     if SAME:
         x0, x1, x2, xn, xc = y0, y1, y2, yn, yc
     STEP: tl.constexpr = DEEP * ROWS
-    i = tl.arange(0, DEEP)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-    j = tl.arange(0, COLS)[None, None, :]
+    N_AXIS: tl.constexpr = 1 - Y_ALONG
+    FIRST: tl.constexpr = ROWS if Y_ALONG == 1 else COLS
+    LAST: tl.constexpr = COLS if Y_ALONG == 1 else ROWS
+    i, j = _indices(ROWS, COLS, Y_ALONG)
+    i = tl.arange(0, DEEP)[:, None, None] * ROWS + i[None, :, :]
+    j = j[None, :, :]
     column = tl.arange(0, COLS)
     for work in tl.range(tl.program_id(0), works, tl.num_programs(0), disable_licm=True):
         part = work // PANEL
@@ -240,8 +264,8 @@ def _forward_stream(
         base_y = y + _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(start, j0, yn, yc, Y_ALONG, UNIT)
         cols = tl.minimum(c - j0, COLS).to(tl.int32)
 
-        top = tl.full((ROWS, COLS), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS, COLS), tl.float32)
+        top = tl.full((FIRST, LAST), float("-inf"), tl.float32)
+        total = tl.zeros((FIRST, LAST), tl.float32)
         for k in range(here):
             at = tl.cast(k, tl.int64) * STEP
             inside = i < tl.minimum(n - start - at, STEP).to(tl.int32)
@@ -260,9 +284,9 @@ def _forward_stream(
             safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far: exp(-inf), not exp(NaN)
             total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe[None, :, :]), 0)
             top = new
-        most = tl.max(top, 0)
+        most = tl.max(top, N_AXIS)
         safe = tl.where(most == float("-inf"), 0.0, most)
-        sums = tl.sum(total * tl.exp(top - safe[None, :]), 0)
+        sums = tl.sum(total * tl.exp(top - tl.expand_dims(safe, N_AXIS)), N_AXIS)
 
         if SPLIT:
             slab = tl.cast(panel, tl.int64) * PANEL + work % PANEL
@@ -278,11 +302,8 @@ def _forward_stream(
             most = tl.load(line + column, cache_modifier=".cg")
             sums = tl.load(line + COLS + column, cache_modifier=".cg")
 
-        if LOG:
-            end = tl.log(sums)[None, None, :]
-        else:
-            end = (1.0 / sums)[None, None, :]
-        most = most[None, None, :]
+        most = tl.expand_dims(most, N_AXIS)[None, :, :]
+        sums = tl.expand_dims(sums, N_AXIS)[None, :, :]
         for k in range(here):
             at = tl.cast(here - 1 - k, tl.int64) * STEP
             live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)
@@ -295,9 +316,9 @@ def _forward_stream(
                 from_m = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
                 z += tl.load(from_m, mask=live, other=0.0).to(tl.float32)
             if LOG:
-                out = z - most - end
+                out = z - most - tl.log(sums)
             else:
-                out = tl.exp(z - most) * end
+                out = _quotient(tl.exp(z - most), sums, y)
             to = base_y + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
             if EVEN:
                 tl.store(to, out.to(y.dtype.element_ty))
@@ -321,8 +342,12 @@ def _backward_stream(
     if SAME:
         g0, g1, g2, gn, gc = y0, y1, y2, yn, yc
     STEP: tl.constexpr = DEEP * ROWS
-    i = tl.arange(0, DEEP)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-    j = tl.arange(0, COLS)[None, None, :]
+    N_AXIS: tl.constexpr = 1 - Y_ALONG
+    FIRST: tl.constexpr = ROWS if Y_ALONG == 1 else COLS
+    LAST: tl.constexpr = COLS if Y_ALONG == 1 else ROWS
+    i, j = _indices(ROWS, COLS, Y_ALONG)
+    i = tl.arange(0, DEEP)[:, None, None] * ROWS + i[None, :, :]
+    j = j[None, :, :]
     column = tl.arange(0, COLS)
     for work in tl.range(tl.program_id(0), works, tl.num_programs(0), disable_licm=True):
         part = work // PANEL
@@ -336,7 +361,7 @@ def _backward_stream(
         base_g = dy + _slab(o, O1, O2, g0, g1, g2, FLAT, UNIT) + _offset(start, j0, gn, gc, G_ALONG, UNIT)
         cols = tl.minimum(c - j0, COLS).to(tl.int32)
 
-        total = tl.zeros((ROWS, COLS), tl.float32)
+        total = tl.zeros((FIRST, LAST), tl.float32)
         for k in range(here):
             at = tl.cast(k, tl.int64) * STEP
             live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)
@@ -352,7 +377,7 @@ def _backward_stream(
                 else:
                     g *= tl.load(from_y, mask=live, other=0.0).to(tl.float32)
             total += tl.sum(g, 0)
-        sums = tl.sum(total, 0)
+        sums = tl.sum(total, N_AXIS)
 
         if SPLIT:
             slab = tl.cast(panel, tl.int64) * PANEL + work % PANEL
@@ -365,7 +390,7 @@ def _backward_stream(
             _wait(arrived + slab, seen, chunks + 1)
             sums = tl.load(line + column, cache_modifier=".cg")
 
-        sums = sums[None, None, :]
+        sums = tl.expand_dims(sums, N_AXIS)[None, :, :]
         for k in range(here):
             at = tl.cast(here - 1 - k, tl.int64) * STEP
             live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)

@@ -1,0 +1,169 @@
+"""Position embedding modules: tables and slopes that are kept, one call into ``trinix.ops.rope`` or ``trinix.ops.alibi_bias``."""
+
+import torch
+from torch import Tensor, nn
+
+from trinix import ops
+from trinix.ops.alibi import triton_can_run as triton_can_bias
+from trinix.ops.rope import triton_can_run as triton_can_rotate
+
+
+class FastRoPEPositionEmbedding(nn.Module):
+    """Rotates q and k: ``q, k = embedding(q, k)`` with q ``[B, S, H, D]``, k ``[B, S, Hk, D]``; see ``trinix.ops.rope``.
+
+    The table (cos, sin) is float32 whatever the model's dtype, lies where the module lies, and is no part of the state_dict.
+    It grows when ``offset + S`` asks for it. Positions given as a tensor are on the device, where nobody looks: they have to
+    be below ``max_position_embeddings``, or call ``grow(length)`` first.
+
+    Args:
+        dim: R, the rotated channels of a head (all of them for R = D), even.
+        max_position_embeddings: the table's first length.
+        base: theta.
+        use_triton: None lets trinix choose, False means PyTorch, True means trinix's own kernels wherever they can run.
+        interleaved: pairs are channels (2i, 2i + 1), not (i, i + R/2).
+        scaling: as in ``trinix.ops.rope_table``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_position_embeddings: int = 2048,
+        base: float = 10000.0,
+        use_triton: bool | None = None,
+        *,
+        interleaved: bool = False,
+        scaling: dict | None = None,
+    ):
+        super().__init__()
+        self.dim = dim
+        self.max_position_embeddings = max_position_embeddings
+        self.base = base
+        self.use_triton = use_triton
+        self.interleaved = interleaved
+        self.scaling = scaling
+        cos, sin = ops.rope_table(max_position_embeddings, dim, base=base, scaling=scaling)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        offset: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        *,
+        inplace: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """q' or (q', k'); the arguments are those of ``trinix.ops.rope``."""
+        if k is not None and not isinstance(k, Tensor):
+            raise TypeError(
+                f"FastRoPEPositionEmbedding: k must be a tensor or None, got {k!r}; .table(length) returns cos and sin"
+            )
+        if position_ids is None and not isinstance(offset, Tensor):
+            self.grow(offset + q.shape[-3])
+        return ops.rope(
+            q, k, self.cos, self.sin, interleaved=self.interleaved, position_ids=position_ids, offset=offset,
+            cu_seqlens=cu_seqlens, inplace=inplace, backend=self._backend(q, k, self.cos, self.sin),
+        )  # fmt: skip
+
+    def table(self, length: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), ``[length, R/2]`` each."""
+        self.grow(length)
+        return self.cos[:length], self.sin[:length]
+
+    def grow(self, length: int) -> None:
+        """Make the table at least ``length`` rows long; by a half at least, so that a growing cache seldom does it."""
+        if length > self.cos.shape[0]:
+            self._fill(max(length, self.cos.shape[0] * 3 // 2))
+
+    def apply_rotary_pos_emb(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(q', k') with tables that the caller brings, ``[P, R/2]`` or with repeated halves ``[P, D]``."""
+        backend = self._backend(q, k, cos, sin)
+        return ops.rope(q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids, backend=backend)
+
+    def _backend(self, *tensors: Tensor | None) -> str:
+        if self.use_triton is None:
+            return "auto"
+        if not self.use_triton:
+            return "torch"
+        return "triton" if triton_can_rotate(*tensors) else "auto"
+
+    def _fill(self, length: int) -> None:
+        table = ops.rope_table(length, self.dim, base=self.base, scaling=self.scaling, device=self.cos.device)
+        self.cos, self.sin = table
+
+    def _apply(self, fn, recurse=True):
+        """half() would round the table, to_empty() would lose it: what moves is computed anew where it went."""
+        before = self.cos
+        super()._apply(fn, recurse)
+        if self.cos is not before:
+            self._fill(self.cos.shape[0])
+        return self
+
+    def extra_repr(self) -> str:
+        shown = f"{self.dim}, max_position_embeddings={self.max_position_embeddings}, base={self.base}"
+        shown += ", interleaved=True" if self.interleaved else ""
+        shown += f", scaling={self.scaling}" if self.scaling else ""
+        return shown + (f", use_triton={self.use_triton}" if self.use_triton is not None else "")
+
+
+class FastALiBiPositionEmbedding(nn.Module):
+    """The bias that attention adds to its scores: ``bias = embedding(seq_len, batch_size)``; see ``trinix.ops.alibi_bias``.
+
+    Args:
+        num_heads: H.
+        max_seq_len: accepted for the sake of the seed documents' signature; not needed and not checked.
+        use_triton: None lets trinix choose, False means PyTorch, True means trinix's own kernels wherever they can run.
+        causal: -inf for keys after the query.
+        trainable: the slopes are a parameter, in the state_dict, with a gradient; otherwise a constant and in no state_dict.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        max_seq_len: int | None = None,
+        use_triton: bool | None = None,
+        *,
+        causal: bool = False,
+        trainable: bool = False,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.max_seq_len = max_seq_len
+        self.use_triton = use_triton
+        self.causal = causal
+        slopes = ops.alibi_slopes(num_heads)
+        if trainable:
+            self.slopes = nn.Parameter(slopes)
+        else:
+            self.register_buffer("slopes", slopes, persistent=False)
+
+    def forward(
+        self, seq_len: int, batch_size: int = 1, seq_k: int | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The bias ``[batch_size, H, seq_len, seq_k]`` (seq_len keys if None), the batch a view of stride 0.
+
+        With a cache ``seq_len`` counts the new queries and ``seq_k`` all keys.
+        """
+        backend = "auto"
+        if self.use_triton is not None:
+            wanted = self.use_triton and triton_can_bias(self.slopes, dtype)
+            backend = "triton" if wanted else "auto" if self.use_triton else "torch"
+        bias = ops.alibi_bias(self.slopes, seq_len, seq_k, causal=self.causal, dtype=dtype, backend=backend)
+        return bias.expand(batch_size, *bias.shape)
+
+    def _apply(self, fn, recurse=True):
+        """As FastRoPEPositionEmbedding's for constant slopes; trainable ones follow the model, as all parameters."""
+        before = self.slopes
+        super()._apply(fn, recurse)
+        if self.slopes is not before and not isinstance(self.slopes, nn.Parameter):
+            self.slopes = ops.alibi_slopes(self.num_heads, self.slopes.device)
+        return self
+
+    def extra_repr(self) -> str:
+        shown = {"causal": self.causal or None, "max_seq_len": self.max_seq_len, "use_triton": self.use_triton}
+        shown["trainable"] = isinstance(self.slopes, nn.Parameter) or None
+        return ", ".join([str(self.num_heads), *(f"{n}={v}" for n, v in shown.items() if v is not None)])

@@ -55,6 +55,28 @@ def test_without_triton_every_activation_runs_on_the_cpu_and_naming_triton_says_
     assert fresh_process(code) == "done"
 
 
+def test_without_triton_every_glu_runs_on_the_cpu_and_naming_triton_says_what_is_missing(fresh_process):
+    code = """
+        import sys
+        sys.modules["triton"] = None
+        import torch, trinix
+        from trinix.ops import glu
+        for kind in ("swiglu", "geglu", "geglu_tanh", "reglu", "quick_geglu", "bilinear", "glu"):
+            x = torch.linspace(-3, 3, 8, requires_grad=True)
+            (dx,) = torch.autograd.grad(glu(x, kind=kind).sum(), x)
+            assert dx.isfinite().all(), kind
+            try:
+                glu(x, x, kind, backend="triton")
+            except trinix.Unsupported as error:
+                assert "'triton'" in str(error) and "needs the package triton, which is not installed" in str(error)
+            else:
+                raise AssertionError(kind)
+            assert "triton" in str(trinix.explain("glu", x, x, kind))
+        print("done")
+    """
+    assert fresh_process(code) == "done"
+
+
 @pytest.mark.parametrize("modules", ["trinix.ops, trinix.layers.activation", "trinix.kernels.triton.activation"])
 def test_importing_leaves_torch_and_the_process_as_they_were(modules, fresh_process):
     code = f"""

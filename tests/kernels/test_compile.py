@@ -1,5 +1,6 @@
 """The compilers' verdict on every kernel, without a GPU; and kernels made badly on purpose, which it has to reject."""
 
+import dataclasses
 import os
 import re
 
@@ -13,13 +14,18 @@ import triton.language as tl  # noqa: E402
 
 from trinix.kernels.triton._compile import CompileCase  # noqa: E402
 
+# case -> bytes a thread that may spill: these reach 93% of a copy all the same (docs/perf/norm.md)
+SPILLS = {"norm/layer-12288/bwd/float32": 88, "norm/rms-16384/bwd/float32": 16}
+
 
 def fault(one: aot.Report) -> str | None:
+    if one.spills and one.spills <= SPILLS.get(one.case, 0):
+        one = dataclasses.replace(one, spills=0)
     if one.reason:
         return one.reason
-    if (
-        one.occupancy < 1 / 2 and "-mask/" not in one.case
-    ):  # eight rows of a mask's tile: registers full of loads in flight
+    # eight rows of a mask's tile, a norm's rows and column sums, all of a column: registers full on purpose
+    tiles = "-mask/" in one.case or re.match("norm/.*/bwd/|rope/norm-|softmax/columns-.*/bwd/", one.case)
+    if one.occupancy < 1 / 2 and not tiles:
         return f"{one.registers} registers leave an occupancy of {one.occupancy:.0%}"
     return None
 
@@ -36,7 +42,35 @@ def test_every_kind_pass_and_dtype_is_listed():
     dtypes = ("float16", "bfloat16", "float32")
     flat = {f"activation/{k}/{p}/{d}" for k in ops.KINDS if k != "none" for p in ("fwd", "bwd") for d in dtypes}
     special = ("relu/fwd-mask", "relu/bwd-mask", "silu/fwd-strided", "silu/bwd-strided", "relu/bwd-mask-strided")
-    assert set(aot.case_names()) == flat | {f"activation/{name}/{d}" for name in special for d in dtypes}
+    assert listed("activation") == flat | {f"activation/{name}/{d}" for name in special for d in dtypes}
+
+
+def listed(op: str) -> set[str]:
+    return {name for name in aot.case_names() if name.startswith(f"{op}/")}
+
+
+def test_every_norm_kernel_width_and_dtype_is_listed():
+    widths = (128, 768, 1024, 4096, 8192)
+    names = [f"layer-{n}/{way}" for n in widths for way in ("fwd", "bwd")] + [f"rms-{n}/bwd" for n in widths]
+    names += [f"{form}/{way}" for form in ("residual-4096", "wide-65536") for way in ("fwd", "bwd")]
+    names += ["layer-12288/bwd", "rms-16384/bwd", "wide-sums-65536/bwd", "add-partials/bwd"]
+    assert listed("norm") == {f"norm/{name}/{d}" for name in names for d in ("float16", "bfloat16", "float32")}
+
+
+def test_every_glu_kernel_and_dtype_is_listed():
+    kinds = ("swiglu", "geglu", "geglu_tanh", "reglu", "quick_geglu", "glu", "bilinear")
+    names = [f"{kind}/{way}" for kind in kinds for way in ("fwd", "bwd")] + ["swiglu/bwd-gate", "swiglu/bwd-up"]
+    ways = ("pairs", "rows", "rows-short", "rows-pairs", "strided")
+    names += [f"swiglu/{way}-{kernel}" for way in ("fwd", "bwd") for kernel in ways]
+    assert listed("glu") == {f"glu/{name}/{d}" for name in names for d in ("float16", "bfloat16", "float32")}
+
+
+def test_every_softmax_kernel_and_dtype_is_listed():
+    views = ("rows-128", "rows-1000", "rows-4096", "rows-131072", "columns-256", "columns-8192")
+    names = {f"softmax/{view}/{way}" for view in views for way in ("fwd", "bwd")} | {"softmax/rows-4096-mask/fwd"}
+    dtypes = ("float16", "bfloat16", "float32")
+    assert listed("softmax") == {f"{name}/{d}" for name in names for d in dtypes}
+    assert listed("log_softmax") == {f"log_softmax/rows-4096/{way}/{d}" for way in ("fwd", "bwd") for d in dtypes}
 
 
 # ---- bad on purpose; this module is a kernel module for ``aot.report``, so it needs compile_cases -----------------------

@@ -317,7 +317,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(gate, "inputs_of", lambda case, where: real(case, "cpu"))
     monkeypatch.setattr(device, "card", lambda index=0: H100)
     probes = {"copy": lambda: None, "add": lambda: None}
-    monkeypatch.setattr(roofline, "traffic_probes", lambda moved: (probes, 1.0))
+    monkeypatch.setattr(roofline, "traffic_probes", lambda moved, ceiling: (probes, 1.0))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(run.gc, "collect", lambda: 0)  # a tenth of a second each
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)

@@ -64,6 +64,8 @@ PACKED = {
     "expanded": lambda new: new(1, 48).expand(5, 48),
     "permuted 3-D": lambda new: new(3, 4, 20).permute(1, 0, 2),
     "permuted, packed in the middle": lambda new: new(3, 8, 5).transpose(1, 2),
+    "padded, transposed": lambda new: new(48, 7)[:, :5].t(),
+    "every second row, transposed": lambda new: new(48, 10)[:, ::2].t(),
     "6-D, nothing merges": lambda new: new(4, 4, 4, 4, 4, 12)[::2, ::2, ::2, ::2, ::2, ::2],
 }
 # name -> incoming gradient of a shape
@@ -159,7 +161,7 @@ def test_the_incoming_gradient_of_two_tensors_may_have_any_strides(memory, incom
 
 
 @pytest.mark.parametrize("incoming", [g for g in GRADIENTS if g != "contiguous"])
-@pytest.mark.parametrize("memory", ["contiguous", "slice of a wider one", "transposed", "1-D", "H = 1"])
+@pytest.mark.parametrize("memory", ["contiguous", "slice of a wider one", "transposed", "padded, transposed", "H = 1"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_incoming_gradient_of_a_packed_tensor_may_have_any_strides(layout, memory, incoming):
     oracle("swiglu", *make(memory, torch.float32, "cpu", incoming, PACKED), layout)

@@ -72,7 +72,9 @@ def _rotary_tables(case: Case) -> int:
 
 
 def _alibi_bias(case: Case, pass_: str) -> Work:
-    return _passes(pass_, case.shape["slopes"][0] * case.args["seq_q"] ** 2 * case.dtype.itemsize, 0)
+    """Nothing to read: the writes alone, which are faster than a copy."""
+    written = case.shape["slopes"][0] * case.args["seq_q"] ** 2 * case.dtype.itemsize
+    return Work(_passes(pass_, written, 0).bytes, 0, "write bandwidth")
 
 
 def _bytes(case: Case, name: str) -> int:
@@ -106,14 +108,18 @@ def work(case: Case, pass_: str) -> Work | None:
     return WORK[case.op](case, pass_) if case.op in WORK and "layers" not in case.args else None
 
 
-def traffic_probes(moved: int) -> tuple[dict[str, Callable], float]:
+def traffic_probes(moved: int, ceiling: str = "bandwidth") -> tuple[dict[str, Callable], float]:
     """(calls that move ``moved`` bytes at the card's best, what to multiply their times by).
 
-    A copy (one read, one write) is the ceiling that shares are of; a sum (two reads, one write) is up to 2% faster. Above
+    The first one is the ceiling that shares are of: a copy (one read, one write), or for "write bandwidth" a fill. A sum
+    (two reads, one write) is up to 2% faster than a copy. Above
     ``PROBE_BYTES`` the rate no longer changes: the probes move that much, and leave the memory to the case.
     """
     scale = max(1.0, moved / PROBE_BYTES)
     moved = min(moved, PROBE_BYTES)
+    if ceiling == "write bandwidth":
+        whole = torch.empty(moved // 2, dtype=torch.bfloat16, device="cuda")
+        return {"fill": lambda: whole.fill_(1.0)}, scale
     half, third = moved // 2 // 2, moved // 3 // 2
     a = torch.empty(half, dtype=torch.bfloat16, device="cuda").normal_()
     b = torch.empty_like(a)

@@ -141,11 +141,11 @@ def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
             calls.pop(subject.impl, None)
             torch.cuda.empty_cache()
     work = roofline.work(case, pass_)
-    probes, scale = roofline.traffic_probes(work.bytes) if work and work.bytes else ({}, 1.0)
+    probes, scale = roofline.traffic_probes(work.bytes, work.ceiling) if work and work.bytes else ({}, 1.0)
     times, fell = _clocked(clock, calls, probes)
     failed |= fell
     reached = {name: times.device_ms[name].p50 * scale for name in probes if name in times.device_ms}
-    copy_ms, ceiling_ms = reached.get("copy"), min(reached.values(), default=None)
+    copy_ms, ceiling_ms = next(iter(reached.values()), None), min(reached.values(), default=None)
     shared = inputs.dys if "bwd" in pass_ else ()
     inputs_mib = (inputs.nbytes + sum(t.untyped_storage().nbytes() for t in shared)) / 2**20
     lines = []

@@ -508,26 +508,39 @@ def choose_tile(n: int, c: int, along: int, itemsize: int, inputs: int, lanes: i
         cols = 1 if rows > lanes * vector else max(1, min(_power_of_two(c), 4 * lanes * a_thread // (2 * rows)))
         warps = 4 if rows <= lanes * vector else max(1, rows // (lanes * a_thread))
         return Tile(rows, cols, min(most_threads // lanes, warps))
-    # columns: 64 bytes are two sectors of DRAM, and neighbours read the rest of the line
-    cols = min(_power_of_two(c), max(64 // itemsize, 8192 // rows))
-    if rows * cols > most // 2:
+    # columns: neighbours read the rest of the 128-byte line at the same time. X-softmax-2-*: the best tried up to n = 2048
+    # forward, 1024 backward
+    cols = min(_power_of_two(c), max((64 if rows <= 512 else 32) // itemsize, 8192 // rows))
+    if rows * cols > 65536 // (itemsize * inputs):
         return None
-    return Tile(rows, cols, min(most_threads // lanes, max(1, rows * cols // (lanes * a_thread))))
+    return Tile(
+        rows,
+        cols,
+        min(
+            most_threads // lanes,
+            max(min(256 // lanes, rows * cols // (lanes * 16)), rows * cols * inputs // (lanes * 64), 1),
+        ),
+    )
 
 
 def choose_stream(view: View, itemsize: int, inputs: int, multiprocessors: int, lanes: int = LANES) -> Stream:
     """Steps, chunks and panels for an N that no tile holds; ``multiprocessors`` 0: programs cannot wait for each other.
 
-    A chunk is 32 KiB of the inputs: with 4 programs on each of 132 multiprocessors 17 MB are between their two passes.
+    A chunk of columns is 64 KiB of x or 32 of y and dy: with 4 programs on each of 132 multiprocessors 17 to 35 MB are
+    between their two passes. Rows enough for all multiprocessors are left whole in forward, one program each.
     """
     vector, threads = 16 // itemsize, 256
+    if view.along[0] == 0 and inputs == 1 and view.c * math.prod(view.outer) >= multiprocessors > 0:
+        threads = 1024
+        return Stream(2, threads * vector, 1, 1, -(-view.n // (2 * threads * vector)), 1, threads // lanes, 1)
     deep = 1 if itemsize == 4 and inputs == 2 else 2  # two of them spill on sm_100
     cols = 1 if view.along[0] == 0 else min(_power_of_two(view.c), 128 // itemsize)
     rows = threads * vector // cols
     blocks = -(-view.c // cols)
     panel = 1 if view.along[0] == 0 else min(2, _power_of_two(blocks))
     needed = -(-view.n // (deep * rows))  # steps of all of N
-    steps = max(1, (32 << 10) // (inputs * itemsize * deep * rows * cols))
+    chunk = (64 if inputs == 1 and view.along[0] != 0 else 32) << 10
+    steps = max(1, chunk // (inputs * itemsize * deep * rows * cols))
     # the chunks of a panel are waiting for each other: they are at most half of what is resident
     most_chunks = multiprocessors * PER_SM // (2 * panel)
     if most_chunks < 2 or needed <= steps:

@@ -281,10 +281,12 @@ def test_a_product_beyond_float16_is_cut_only_at_the_end(device):
 @pytest.mark.parametrize("memory", ["contiguous", "slices of one projection"])
 def test_backward_saves_the_inputs_themselves(memory, device):
     (gate, up), _ = make(memory, torch.float32, device)
-    saved = swiglu(gate.requires_grad_(), up, backend="triton").grad_fn.saved_tensors
+    y = swiglu(gate.requires_grad_(), up, backend="triton")
+    saved = y.grad_fn.saved_tensors
     assert [t.data_ptr() for t in saved] == [gate.data_ptr(), up.data_ptr()]
     x = normal((4, 10), torch.float32, seed=1, device=device).requires_grad_()
-    saved = swiglu(x, backend="triton").grad_fn.saved_tensors
+    y = swiglu(x, backend="triton")
+    saved = y.grad_fn.saved_tensors
     assert saved[0].data_ptr() == x.data_ptr()
     assert saved[1] is None
 

@@ -510,10 +510,12 @@ def test_nan_and_infinity_stay_in_their_row_and_are_pytorchs(form, value, width,
     clean = pull(FORMS[form][0]("triton", shape), inputs, gradients)
     inputs[0] = x.clone()
     inputs[0][3, 1] = value
-    ours, theirs = (pull(FORMS[form][0](backend, shape), inputs, gradients) for backend in ("triton", "torch"))
+    ours = pull(FORMS[form][0]("triton", shape), inputs, gradients)
+    # of the formula on a CPU: PyTorch's own CUDA kernels differ from it, and between versions
+    theirs = pull(FORMS[form][0]("torch", shape), [t.cpu() for t in inputs], [t.cpu() for t in gradients])
     others = [0, 1, 2, 4]
     for got, pytorchs, before in zip(ours, theirs, clean, strict=True):
-        assert torch.equal(got.isnan(), pytorchs.isnan())
+        assert torch.equal(got.isnan().cpu(), pytorchs.isnan())
         if got.ndim == 2:
             same(got[others], before[others])
 
@@ -1140,7 +1142,8 @@ def test_compile_with_dynamic_shapes_and_without_gradient(device):
     compiled = torch.compile(CALLS["layer_norm"], fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (3, 5, 9):
         x = normal((rows, 7), torch.float32, seed=rows, device=device)
-        same(compiled(x, "triton"), CALLS["layer_norm"](x, "triton"))
+        # the operator's forward saves statistics, this one does not: two binaries
+        torch.testing.assert_close(compiled(x, "triton"), CALLS["layer_norm"](x, "triton"), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["q of a packed qkv", "0 rows"])

@@ -549,10 +549,12 @@ def test_the_norms_gradients_are_those_wanted(wanted, device):
 def test_rope_saves_the_table_and_positions_and_the_norm_its_inputs(device):
     q, k, _, cos, sin = make("usual", torch.float32, device)
     ids = torch.tensor([1, 2], device=device)
-    saved = rope(q.requires_grad_(), k, cos, sin, position_ids=ids, backend="triton")[0].grad_fn.saved_tensors
+    y, _ = rope(q.requires_grad_(), k, cos, sin, position_ids=ids, backend="triton")
+    saved = y.grad_fn.saved_tensors
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (cos, sin, ids)]
     weight = torch.ones(16, device=device)
-    saved = qk_norm_rope(q, k, weight, weight, cos, sin, backend="triton")[0].grad_fn.saved_tensors
+    y, _ = qk_norm_rope(q, k, weight, weight, cos, sin, backend="triton")
+    saved = y.grad_fn.saved_tensors
     assert [t.data_ptr() for t in saved if t is not None] == [t.data_ptr() for t in (q, k, weight, weight, cos, sin)]
 
 

@@ -190,7 +190,7 @@ def _activation(x, kind, a, b, backend):
     grad = x.requires_grad and torch.is_grad_enabled()
     if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
-    least = _TRITON_FROM[kind][grad]
+    least = _TRITON_FROM[kind][1 if grad else 0]
     if least is _NEVER or torch.compiler.is_compiling() or not x.is_cuda or x.numel() < least:
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):
@@ -322,7 +322,7 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         return Explanation(name, backend, "named by the caller", module.describe(x, kind, grad))
     rejected = {}
     against = _against_triton(x)
-    least = _TRITON_FROM[kind][grad]
+    least = _TRITON_FROM[kind][1 if grad else 0]
     if not x.is_cuda:
         rejected["triton"] = f"needs a GPU tensor, got {x.device.type}"
     elif against:

@@ -141,7 +141,7 @@ def _glu(gate, up, kind, layout, backend):
     grad = (gate.requires_grad or (up is not None and up.requires_grad)) and torch.is_grad_enabled()
     if backend != "auto" or dispatch.forced is not None:
         return _named(gate, up, kind, layout, backend, grad)
-    least = _TRITON_FROM[kind][grad]
+    least = _TRITON_FROM[kind][1 if grad else 0]
     if least is _NEVER or torch.compiler.is_compiling() or not gate.is_cuda or _elements(gate, up) < least:
         return reference.forward(gate, up, kind, layout)
     plain = dispatch.plain(gate) if up is None else dispatch.plain(gate, up)
@@ -312,7 +312,7 @@ def explain(op, gate: Tensor, *args, **kwargs) -> Explanation:
         return Explanation(name, backend, "named by the caller", module.describe(gate, up, layout))
     rejected = {}
     against = _against_triton(gate, up)
-    least = _TRITON_FROM[kind][grad]
+    least = _TRITON_FROM[kind][1 if grad else 0]
     if not gate.is_cuda:
         rejected["triton"] = f"needs a GPU tensor, got {gate.device.type}"
     elif against:

@@ -96,13 +96,15 @@ class Launcher:
             scalars = [p for p in kernel.params if not p.is_constexpr][tensors:]
             self.specialized = tuple(i for i, p in enumerate(scalars) if not _is_pinned(p))
 
-    def bind(self, *, num_warps: int = 4, num_stages: int = 1, launch_pdl: bool = False, **constants) -> "Launch":
+    def bind(
+        self, *, num_warps: int = 4, num_stages: int = 1, fp_fusion: bool = True, launch_pdl: bool = False, **constants
+    ) -> "Launch":
         """Fix the constants (in the order of the signature) and options; returns the callable that is launched.
 
         ``launch_pdl``: the kernel may start before the one launched before it has ended (CUDA, from sm_90 on); it calls gdc_wait.
         """
         assert INTERPRETED or tuple(constants) == tuple(p.name for p in self.kernel.params if p.is_constexpr)
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
         if launch_pdl:  # other drivers do not know the option
             options["launch_pdl"] = True
         return Launch(self, constants, options)

@@ -85,7 +85,7 @@ def _forward(
 @triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "ri", "rs0", "rs1"])
 def _forward_residual(
     x, residual, weight, bias, y, h, stats, seed, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", ri: "i64", rs0: "i64",
-    rs1: "i64", eps: "fp32", offset: "fp32", p: "fp32",
+    rs1: "i64", eps: "fp32", offset: "fp32", p: "fp32", scale: "fp32",
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     SAVE: tl.constexpr, X_UNIT: tl.constexpr, R_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def _forward_residual(
     v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=some, other=0.0).to(tl.float32)
     r = tl.load(_tile(residual, row, col, ri, rs0, rs1, N, R_UNIT), mask=some, other=0.0).to(tl.float32)
     if DROPOUT:
-        v = tl.where(_keep(seed, row, col, p, N), v / (1.0 - p), 0.0)
+        v = tl.where(_keep(seed, row, col, p, N), v * scale, 0.0)
     total = (v + r).to(h.dtype.element_ty)
     tl.store(_tile(h, row, col, 1, 1, 1, N, 0), total, mask=some)
     # what is normalised is what is stored, rounding included: backward reads it
@@ -112,7 +112,7 @@ def _forward_residual(
 @triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "gi", "gs0", "gs1"])
 def _backward(
     x, dy, dh, weight, bias, stats, seed, dx, dr, partial, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", gi: "i64",
-    gs0: "i64", gs1: "i64", offset: "fp32", p: "fp32",
+    gs0: "i64", gs1: "i64", offset: "fp32", p: "fp32", scale: "fp32",
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, DEPENDENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -150,7 +150,7 @@ def _backward(
                 g += tl.load(_tile(dh, row, col, 1, 1, 1, N, 0), mask=some, other=0.0).to(tl.float32)
             if DROPOUT:
                 tl.store(_tile(dr, row, col, 1, 1, 1, N, 0), g.to(dr.dtype.element_ty), mask=some)
-                g = tl.where(_keep(seed, row, col, p, N), g / (1.0 - p), 0.0)
+                g = tl.where(_keep(seed, row, col, p, N), g * scale, 0.0)
             tl.store(_tile(dx, row, col, 1, 1, 1, N, 0), g.to(dx.dtype.element_ty), mask=some)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()  # the adding kernel may come in now; it waits for the end of this one
@@ -279,7 +279,7 @@ def _store_chunks(to, c0, c1, c2, c3, N: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "ri", "rs0", "rs1"])
 def _forward_wide(
     x, residual, weight, bias, y, h, stats, seed, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", ri: "i64", rs0: "i64",
-    rs1: "i64", eps: "fp32", offset: "fp32", p: "fp32",
+    rs1: "i64", eps: "fp32", offset: "fp32", p: "fp32", scale: "fp32",
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, X_UNIT: tl.constexpr, R_UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -294,7 +294,7 @@ def _forward_wide(
         if RESIDUAL:
             r = tl.load(_tile(residual, row, col, ri, rs0, rs1, N, R_UNIT), mask=live, other=0.0).to(tl.float32)
             if DROPOUT:
-                v = tl.where(_keep(seed, row, col, p, N), v / (1.0 - p), 0.0)
+                v = tl.where(_keep(seed, row, col, p, N), v * scale, 0.0)
             total = (v + r).to(h.dtype.element_ty)
             tl.store(_tile(h, row, col, 1, 1, 1, N, 0), total, mask=live)
             v = total.to(tl.float32)
@@ -369,7 +369,7 @@ def _backward_wide_sums(
 @triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1", "gi", "gs0", "gs1"])
 def _backward_wide(
     x, dy, dh, weight, bias, stats, sums, seed, dx, dr, partial, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64",
-    gi: "i64", gs0: "i64", gs1: "i64", offset: "fp32", p: "fp32",
+    gi: "i64", gs0: "i64", gs1: "i64", offset: "fp32", p: "fp32", scale: "fp32",
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -407,7 +407,7 @@ def _backward_wide(
                 g += tl.load(_tile(dh, row, col, 1, 1, 1, N, 0), mask=some, other=0.0).to(tl.float32)
             if DROPOUT:
                 tl.store(_tile(dr, row, col, 1, 1, 1, N, 0), g.to(dr.dtype.element_ty), mask=some)
-                g = tl.where(_keep(seed, row, col, p, N), g / (1.0 - p), 0.0)
+                g = tl.where(_keep(seed, row, col, p, N), g * scale, 0.0)
             tl.store(_tile(dx, row, col, 1, 1, 1, N, 0), g.to(dx.dtype.element_ty), mask=some)
     mine = partial + group.to(tl.int64) * N * (DW + DB)
     if DW:
@@ -626,6 +626,8 @@ class Wanted(NamedTuple):
 def backward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, residual: bool, dropout: bool,
                     wanted: Wanted, x_unit: int, g_unit: int, dependent: bool, lanes=LANES,
                     config: BackwardConfig | None = None) -> tuple[BackwardConfig, Launch] | None:  # fmt: skip
+    # a short row's g w - mean(g w) cancels, of one element to 0: both have to see the same rounded product, so no fused
+    # multiply-add there
     config = config or choose_backward(n, itemsize, lanes, residual)
     if config is None:
         return None
@@ -633,7 +635,7 @@ def backward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool,
     return config, _BACKWARD.bind(
         N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, ACT=derivative, RESIDUAL=residual, DROPOUT=dropout,
         DX=wanted.dx, DW=wanted.dw, DB=wanted.db, X_UNIT=x_unit, G_UNIT=g_unit, DEPENDENT=dependent,
-        ROWS=config.rows, BLOCK=_power_of_two(n), STAGES=config.num_stages, num_warps=config.num_warps,
+        ROWS=config.rows, BLOCK=_power_of_two(n), STAGES=config.num_stages, fp_fusion=n >= 32, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -701,7 +703,7 @@ def forward(x, weight, bias, n: int, norm: Norm, eps: float, offset: float, save
     else:
         launch = wide_launch(norm, n, weight is not None, bias is not None, False, False, save, unit, 0)
         tensors = (x, x, *tensors[1:4], x, tensors[4], x)
-        launch(rows, tensors, (rows, *view, 1, 1, 1, eps, offset, 0.0))
+        launch(rows, tensors, (rows, *view, 1, 1, 1, eps, offset, 0.0, 1.0))
     return y, stats
 
 
@@ -717,7 +719,7 @@ def forward_residual(x, residual, weight, bias, seed, n: int, norm: Norm, eps: f
     residual, r_unit, r_view = _rows_of(residual, n)
     w, b = x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous()
     tensors = (x, residual, w, b, y, h, x if stats is None else stats, x if seed is None else seed)
-    scalars = (rows, *x_view, *r_view, eps, offset, p)
+    scalars = (rows, *x_view, *r_view, eps, offset, p, 1 / (1 - p))  # the quotient in float64, rounded once
     flags = weight is not None, bias is not None
     if n <= 32768:
         per, launch = residual_launch(norm, n, x.element_size(), *flags, seed is not None, save, x_unit, r_unit)
@@ -744,7 +746,7 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
     flags = weight is not None, bias is not None, dh is not None, seed is not None
     dh, w, b, s = (x if t is None else t.contiguous() for t in (dh, weight, bias, seed))
     sums_wanted = wanted.dw + wanted.db
-    scalars = (rows, *x_view, *g_view, offset, p)
+    scalars = (rows, *x_view, *g_view, offset, p, 1 / (1 - p))
     out, out_r = x if dx is None else dx, x if dr is None else dr
     dependent = sums_wanted > 0 and x.is_cuda and _dependent_launch(x.get_device())
     chosen = backward_launch(norm, n, x.element_size(), *flags, wanted, x_unit, g_unit, dependent)
@@ -752,7 +754,7 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
         programs = min(rows, _sm_count(x.get_device()) if x.is_cuda else 3)
         partial = _partial(x, programs * n * sums_wanted)
         launch = chunks_launch(norm, n, flags[0], flags[2], wanted, x_unit, g_unit, dependent)
-        launch(programs, (x, dy, dh, w, stats, out, partial), scalars[:-1])
+        launch(programs, (x, dy, dh, w, stats, out, partial), scalars[:-2])
     elif chosen:
         config, launch = chosen
         programs = _programs(x, rows, config) if sums_wanted else -(-rows // config.rows)
@@ -763,7 +765,7 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
         sums = x.new_empty(2 * rows, dtype=torch.float32)
         first, second = wide_backward_launches(norm, n, *flags, wanted, x_unit, g_unit)
         if wanted.dx:
-            first(rows, (x, dy, w, b, stats, sums), scalars[:-1])
+            first(rows, (x, dy, w, b, stats, sums), scalars[:-2])
         blocks = -(-n // WIDE_TILE[1])
         programs = max(1, min(_sm_count(x.get_device()) * 4 // blocks if x.is_cuda else 3, -(-rows // WIDE_TILE[0])))
         partial = _partial(x, programs * n * sums_wanted)

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trinix
+from helpers import Tagged, Watch, captured, dense, right_or_refused, same, skip_below
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import activation as kernels
 from trinix.ops import KINDS, activation
@@ -87,11 +87,6 @@ def call(kind, backend, **parameters):
     return lambda x: activation(x, kind, backend=backend, **(parameters or PARAMETERS.get(kind, {})))
 
 
-def dense(t, dtype=None):
-    """A contiguous copy, so that the oracle knows nothing of layouts."""
-    return t.to(dtype or t.dtype).clone(memory_format=torch.contiguous_format)
-
-
 def oracle(kind, x, dy, backend="triton", **parameters):
     """THE test: y and dx of ``backend`` within the budget that float64 and PyTorch in the same dtype give, y and dx laid
     out as ``torch.empty_like(x)``."""
@@ -111,10 +106,6 @@ def oracle(kind, x, dy, backend="triton", **parameters):
 def gradient(kind, x, dy, backend):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(call(kind, backend)(x), x, dy)[0]
-
-
-def same(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- right numbers -----------------------------------------------------------------------------------------------------
@@ -647,18 +638,6 @@ def test_the_registered_ops_pass_opcheck(layout, device):
     torch.library.opcheck(torch.ops.trinix.activation_backward.default, (x, dy, "silu", 0.0, 0.0))
 
 
-class Watch(TorchDispatchMode):
-    """Keeps the names of the ops that it sees: what a FLOP counter or a checkpointing policy would see."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", ["relu", "gelu"])
 def test_a_dispatch_mode_sees_one_op_a_pass(kind, device):
     x, dy = make("contiguous", torch.float32, device)
@@ -697,15 +676,6 @@ def test_fake_tensors_pass_with_shape_strides_and_dtype_and_no_kernel(kind, back
         y.sum().backward()
     assert (y.shape, y.stride(), y.dtype) == (x.shape, x.stride(), x.dtype)
     assert x.grad.shape == x.shape
-
-
-def right_or_refused(compute, wanted):
-    """A backend may say no; it may not answer wrongly."""
-    try:
-        got = compute()
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -802,10 +772,6 @@ def test_saved_tensor_hooks_see_what_is_saved(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.dtype) or t, lambda t: t):
         trinix.ops.relu(x, backend="triton").sum().backward()
     assert packed == [torch.uint8]
-
-
-class Tagged(torch.Tensor):
-    """A subclass that only carries its type."""
 
 
 def test_a_tensor_subclass_keeps_its_type_and_meets_no_raw_launch(device):
@@ -962,13 +928,6 @@ GPU_LAYOUTS = {
 }
 
 
-def skip_below(gib):
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} GiB are free")
-
-
 @gpu
 @pytest.mark.parametrize("incoming", ["like y", "contiguous"])
 @pytest.mark.parametrize("layout", GPU_LAYOUTS)
@@ -1027,20 +986,6 @@ def test_a_view_whose_offsets_exceed_2_to_the_31_is_read_right(kind):
             view(t).copy_(new(*view(t).shape))
         oracle(kind, view(x), view(dy))
         oracle(kind, view(x), new(*view(x).shape))
-
-
-def captured(run):
-    """(graph, its result): ``run`` warmed up on a side stream, then captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 @gpu

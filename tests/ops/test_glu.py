@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trinix
+from helpers import Tagged, Watch, dense, right_or_refused, same, skip_below
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import glu as kernels
 from trinix.ops import geglu, glu, reglu, swiglu
@@ -93,11 +93,6 @@ def call(kind, backend, layout="gate_first"):
     return lambda *tensors: glu(*tensors, kind=kind, layout=layout, backend=backend)
 
 
-def dense(t, dtype=None):
-    """A contiguous copy, so that the oracle knows nothing of layouts."""
-    return t.to(dtype or t.dtype).clone(memory_format=torch.contiguous_format)
-
-
 def oracle(kind, inputs, dy, layout="gate_first"):
     """THE test: y and every gradient of backend "triton" within the budget that float64 and PyTorch in the same dtype give."""
     got = vjp(call(kind, "triton", layout), inputs, dy)
@@ -122,10 +117,6 @@ def make(inputs, dtype, device, incoming="contiguous", layouts=PAIRS):
     made = layouts[inputs](new)
     made = list(made) if isinstance(made, tuple) else [made]
     return made, GRADIENTS[incoming](new, out_shape(made))
-
-
-def same(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- right numbers -----------------------------------------------------------------------------------------------------
@@ -563,18 +554,6 @@ def test_the_registered_ops_pass_opcheck_with_a_packed_tensor(layout, memory, de
     torch.library.opcheck(torch.ops.trinix.glu_backward.default, (x, None, dy, "swiglu", layout, True, True))
 
 
-class Watch(TorchDispatchMode):
-    """Keeps the names of the ops that it sees: what a FLOP counter or a checkpointing policy would see."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def test_a_dispatch_mode_sees_one_op_a_pass_that_holds_the_budget(device):
     for layouts, memory in ((PAIRS, "contiguous"), (PACKED, "slice of a wider one")):
         tensors, dy = make(memory, torch.float32, device, layouts=layouts)
@@ -596,15 +575,6 @@ def test_fake_tensors_pass_with_shape_strides_and_dtype_and_no_kernel(backend, d
         y.sum().backward()
     assert y.shape == (3, 4)
     assert packed.grad.shape == packed.shape
-
-
-def right_or_refused(compute, wanted):
-    """A backend may say no; it may not answer wrongly."""
-    try:
-        got = compute()
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -650,10 +620,6 @@ def test_checkpointing_works(device):
     wanted = torch.autograd.grad(swiglu(x, backend="triton").sum(), x)[0]
     y = torch.utils.checkpoint.checkpoint(call("swiglu", "triton"), x, use_reentrant=False)
     same(torch.autograd.grad(y.sum(), x)[0], wanted)
-
-
-class Tagged(torch.Tensor):
-    """A subclass that only carries its type."""
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -732,13 +698,6 @@ GPU_PACKED = {
     "slice of a wider one": lambda new: new(700, 3000)[:, 8:2056],
     "transposed": lambda new: new(1030, 515).t(),
 }
-
-
-def skip_below(gib):
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} GiB are free")
 
 
 @gpu

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trinix
+from helpers import Tagged, Watch, captured, dense, right_or_refused, same, skip_below
 from trinix import device as cards
 from trinix import ops
 from trinix.kernels.triton import _launch
@@ -103,11 +103,6 @@ def inputs_of(form, new, x, shape):
     return [x, *([new(*x.shape)] if "residual" in form else []), *parameters]
 
 
-def dense(t, dtype=None):
-    """A contiguous copy, so that the oracle knows nothing of layouts."""
-    return t.to(dtype or t.dtype).clone(memory_format=torch.contiguous_format)
-
-
 def pull(function, inputs, gradients):
     """(every output, the gradient of every input); an output whose gradient is None takes none."""
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -144,10 +139,6 @@ def oracle(form, x, n, new, *gradients):
     inputs = inputs_of(form, new, x, shape)
     gradients = gradients or tuple(new(*x.shape) for _ in range(1 + ("residual" in form)))
     return compare(lambda backend: FORMS[form][0](backend, shape), inputs, gradients)
-
-
-def same(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- right numbers -----------------------------------------------------------------------------------------------------
@@ -1168,18 +1159,6 @@ def test_the_registered_ops_pass_opcheck(layout, device):
         check(names.norm_backward, x, dy, r, w, b, stats, seed, n, 0.0, True, "", 0.5, wanted)
 
 
-class Watch(TorchDispatchMode):
-    """Keeps the names of the ops that it sees: what a FLOP counter or a checkpointing policy would see."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("form", ["layer_norm", "rms_norm_residual"])
 def test_a_dispatch_mode_sees_one_op_a_pass(form, device):
     new = Numbers(torch.float32, device)
@@ -1247,15 +1226,6 @@ def test_fake_tensors_pass_with_shape_strides_and_dtype_and_no_kernel(form, back
     assert all((y.shape, y.dtype) == (x.shape, x.dtype) for y in out)
     assert backend == "auto" or all(y.is_contiguous() for y in out)
     assert all((t.grad.shape, t.grad.dtype) == (t.shape, t.dtype) for t in (x, *others))
-
-
-def right_or_refused(compute, wanted):
-    """A backend may say no; it may not answer wrongly."""
-    try:
-        got = compute()
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -1345,10 +1315,6 @@ def test_checkpointing_draws_the_same_dropout_again(device):
         same(torch.autograd.grad(function(x).square().sum(), x)[0], wanted)
 
 
-class Tagged(torch.Tensor):
-    """A subclass that only carries its type."""
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_a_tensor_subclass_keeps_its_type_and_meets_no_raw_launch(name, device):
     x = normal((4, 6), torch.float32, seed=1, device=device)
@@ -1434,13 +1400,6 @@ def test_a_mask_that_is_drawn_anew_fails(monkeypatch):
 gpu = pytest.mark.gpu
 
 
-def skip_below(gib):
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} GiB are free")
-
-
 @gpu
 @pytest.mark.parametrize("width", [1, 7, 64, 128, 130, 256, 768, 1001, 4096, 8192, 12289, 16385, 33000])
 @pytest.mark.parametrize(
@@ -1506,20 +1465,6 @@ def test_two_runs_give_the_same_bits(form):
         first = pull(FORMS[form][0]("triton", (width,)), inputs, gradients)
         for _ in range(5):
             same(pull(FORMS[form][0]("triton", (width,)), inputs, gradients), first)
-
-
-def captured(run):
-    """(graph, its result): ``run`` warmed up on a side stream, then captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 @gpu

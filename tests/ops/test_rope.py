@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trinix
+from helpers import Tagged, dense, right_or_refused, same
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import rope as kernels
 from trinix.ops import qk_norm_rope, rope, rope_table
@@ -77,11 +78,6 @@ def make(size, dtype, device, layout="contiguous", gradient="contiguous", scale=
     return q, k, gradients, *table(r, device)
 
 
-def dense(t, dtype=None):
-    """A contiguous copy, so that the oracle knows nothing of layouts."""
-    return t.to(dtype or t.dtype).clone(memory_format=torch.contiguous_format)
-
-
 def pull(function, inputs, gradients):
     """(results, gradients of the inputs)."""
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -119,10 +115,6 @@ def norm_oracle(q, k, gradients, cos, sin, backend="triton", weight_dtype=None, 
     weights = new(q.shape[-1]), new(q.shape[-1])
     function = lambda name, *inputs: qk_norm_rope(*inputs, cos, sin, backend=name, **options)  # noqa: E731
     return judged(function, (q, k, *weights), gradients, backend)
-
-
-def same(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- right numbers -----------------------------------------------------------------------------------------------------
@@ -941,15 +933,6 @@ def test_fake_tensors_pass_with_shape_and_dtype_and_no_kernel(backend, device, m
     assert weight.grad.shape == weight.shape
 
 
-def right_or_refused(compute, wanted):
-    """A backend may say no; it may not answer wrongly."""
-    try:
-        got = compute()
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, wanted)
-
-
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_transforms_and_lazily_negated_views_are_right_or_refused(backend, device):
     q, _, (gq, _), cos, sin = make("usual", torch.float32, device)
@@ -964,10 +947,6 @@ def test_transforms_and_lazily_negated_views_are_right_or_refused(backend, devic
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(q, gq)
         right_or_refused(lambda: torch.autograd.forward_ad.unpack_dual(function(dual)).tangent, formula(gq))
-
-
-class Tagged(torch.Tensor):
-    """A subclass that only carries its type."""
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trinix
+from helpers import Tagged, Watch, captured, dense, right_or_refused, same
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import softmax as kernels
 from trinix.kernels.triton.softmax import Stream, Tile
@@ -116,11 +116,6 @@ def call(function, dim, backend, **more):
     return lambda x: function(x, dim, backend=backend, **more)
 
 
-def dense(t, dtype=None):
-    """A contiguous copy, so that the oracle knows nothing of layouts."""
-    return t.to(dtype or t.dtype).clone(memory_format=torch.contiguous_format)
-
-
 def oracle(function, x, dim, dy, mask=None, **more):
     """THE test: y and dx of backend "triton" within the budget that float64 and PyTorch in the same dtype give, y and dx laid
     out as ``torch.empty_like(x)``."""
@@ -137,10 +132,6 @@ def oracle(function, x, dim, dy, mask=None, **more):
 def gradient(function, x, dim, dy, backend, **more):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(call(function, dim, backend, **more)(x), x, dy)[0]
-
-
-def same(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture
@@ -687,18 +678,6 @@ def test_the_registered_ops_pass_opcheck(layout, device):
     torch.library.opcheck(torch.ops.trinix.softmax_backward.default, (y, dy, dim, 0.5, False))
 
 
-class Watch(TorchDispatchMode):
-    """Keeps the names of the ops that it sees: what a FLOP counter or a checkpointing policy would see."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("function", OPS)
 def test_a_dispatch_mode_sees_one_op_a_pass_and_it_holds_the_budget(function, device):
     x, dim, dy = make("transposed", torch.float32, device)
@@ -720,15 +699,6 @@ def test_fake_tensors_pass_with_shape_strides_and_dtype_and_no_kernel(backend, d
         y.sum().backward()
     assert (y.shape, y.dtype, x.grad.shape) == (x.shape, x.dtype, x.shape)
     assert backend == "auto" or y.stride() == x.stride()
-
-
-def right_or_refused(compute, wanted):
-    """A backend may say no; it may not answer wrongly."""
-    try:
-        got = compute()
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -779,10 +749,6 @@ def test_a_negative_view_is_read_with_its_sign(backend, device):
     torch.testing.assert_close(call(softmax, dim, backend, mask=mask)(dy), call(softmax, dim, "torch", mask=-dy)(dy))
     got = gradient(softmax, x, dim, torch._neg_view(dy), backend)
     torch.testing.assert_close(got, gradient(softmax, resolved, dim, -dy, "torch"))
-
-
-class Tagged(torch.Tensor):
-    """A subclass that only carries its type."""
 
 
 def test_a_tensor_subclass_keeps_its_type_and_a_parameter_is_plain(device):
@@ -933,20 +899,6 @@ def test_split_kernels_on_two_streams_at_once_do_not_wait_for_each_other():
                 got.append(softmax(x, 1, backend="triton"))
         torch.cuda.synchronize()
         same(got, wanted)
-
-
-def captured(run):
-    """(graph, its result): ``run`` warmed up on a side stream, then captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 @gpu

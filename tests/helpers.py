@@ -1,0 +1,60 @@
+"""What the tests of several ops share."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def same(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def dense(t, dtype=None):
+    """A contiguous copy, so that the oracle knows nothing of layouts."""
+    return t.to(dtype or t.dtype).clone(memory_format=torch.contiguous_format)
+
+
+class Watch(TorchDispatchMode):
+    """Keeps the names of the ops that it sees: what a FLOP counter or a checkpointing policy would see."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def right_or_refused(compute, wanted):
+    """A backend may say no; it may not answer wrongly."""
+    try:
+        got = compute()
+    except RuntimeError:
+        return
+    torch.testing.assert_close(got, wanted)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that only carries its type."""
+
+
+def skip_below(gib):
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} GiB are free")
+
+
+def captured(run):
+    """(graph, its result): ``run`` warmed up on a side stream, then captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result

@@ -116,10 +116,10 @@ def call(function, dim, backend, **more):
     return lambda x: function(x, dim, backend=backend, **more)
 
 
-def oracle(function, x, dim, dy, mask=None, **more):
-    """THE test: y and dx of backend "triton" within the budget that float64 and PyTorch in the same dtype give, y and dx laid
+def oracle(function, x, dim, dy, mask=None, ours="triton", **more):
+    """THE test: y and dx of our backend within the budget that float64 and PyTorch in the same dtype give, y and dx laid
     out as ``torch.empty_like(x)``."""
-    got = vjp(call(function, dim, "triton", mask=mask, **more), [x], dy)
+    got = vjp(call(function, dim, ours, mask=mask, **more), [x], dy)
     low = vjp(call(function, dim, "torch", mask=mask, **more), [dense(x)], dense(dy))
     mask = mask if mask is None else dense(mask, torch.float64)
     true = vjp(call(function, dim, "torch", mask=mask, **more), [dense(x, torch.float64)], dense(dy, torch.float64))
@@ -343,11 +343,11 @@ def test_infinite_and_nan_rows_end_as_in_pytorch(function, dtype, kind, request)
         edges_end_as_in_pytorch(function, x.to(dtype), dim)
 
 
-def edges_end_as_in_pytorch(function, x, dim):
+def edges_end_as_in_pytorch(function, x, dim, ours="triton"):
     dy = normal(x.shape, x.dtype, seed=1, device=x.device)
     ours, theirs, true = (
         vjp(call(function, dim, backend), [x.to(precision)], dy.to(precision))
-        for backend, precision in (("triton", x.dtype), ("torch", x.dtype), ("torch", torch.float64))
+        for backend, precision in ((ours, x.dtype), ("torch", x.dtype), ("torch", torch.float64))
     )
     for got, pytorchs in zip(ours, theirs, strict=True):
         assert torch.equal(got.isnan(), pytorchs.isnan())
@@ -531,7 +531,7 @@ def test_arguments_that_make_no_sense_are_refused_with_the_cure(function, backen
 
 
 def test_an_unknown_backend_is_refused_with_the_list_of_backends():
-    with pytest.raises(ValueError, match=r"\['auto', 'triton', 'torch'\], got 'tritn'"):
+    with pytest.raises(ValueError, match=r"\['auto', 'hopper', 'triton', 'torch'\], got 'tritn'"):
         softmax(torch.ones(3), backend="tritn")
     with trinix.use_backend("tritn"), pytest.raises(ValueError, match=r"log_softmax.*got 'tritn'"):
         log_softmax(torch.ones(3))
@@ -556,7 +556,7 @@ def test_what_triton_cannot_run_is_unsupported_by_name_and_goes_through_auto():
 
 
 def backend_that_ran(y) -> str:
-    return "triton" if "_Softmax" in type(y.grad_fn).__name__ else "torch"
+    return getattr(y.grad_fn, "backend", "torch")
 
 
 def test_use_backend_stands_in_for_auto_only(device):
@@ -670,12 +670,13 @@ def test_compile_takes_triton_with_a_mask_and_follows_use_backend(device):
 def test_the_registered_ops_pass_opcheck(layout, device):
     x, dim, dy = make(layout, torch.float32, device, "contiguous")
     dim %= x.ndim
-    torch.library.opcheck(torch.ops.trinix.softmax.default, (x, None, dim, 0.5, False))
+    torch.library.opcheck(torch.ops.trinix.softmax.default, (x, None, dim, 0.5, False, "triton"))
     torch.library.opcheck(
-        torch.ops.trinix.softmax.default, (x, x[:1], dim, 0.5, True) if len(x) else (x, None, dim, 1.0, True)
+        torch.ops.trinix.softmax.default,
+        (x, x[:1], dim, 0.5, True, "triton") if len(x) else (x, None, dim, 1.0, True, "triton"),
     )
     y = torch.empty_like(x).copy_(x)
-    torch.library.opcheck(torch.ops.trinix.softmax_backward.default, (y, dy, dim, 0.5, False))
+    torch.library.opcheck(torch.ops.trinix.softmax_backward.default, (y, dy, dim, 0.5, False, "triton"))
 
 
 @pytest.mark.parametrize("function", OPS)
@@ -952,3 +953,88 @@ def test_auto_reaches_triton_on_the_card():
 def test_inductor_compiles_it_whole(function, backend):
     x = normal((64, 130), torch.float32, seed=1, device="cuda")
     compiled_matches_eager(function, backend, "inductor", x, 0)
+
+
+# ---- on the card, Hopper ------------------------------------------------------------------------------------------------
+
+HOPPER_SHAPES = [
+    (144, 512, 128), (12, 1024, 128), (3, 1000, 120), (2, 4097, 8), (5, 1, 64), (7, 129, 1000), (1, 100_000, 64), (1, 130, 24),
+    (2, 3, 2049, 5, 16), (1, 257, 70_000), (40_000, 3, 8),
+]  # fmt: skip
+
+
+@pytest.fixture
+def hopper():
+    from trinix.kernels.hopper import softmax as module
+
+    return module
+
+
+@gpu
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", OPS)
+def test_hopper_holds_the_float64_budget(function, dtype, shape):
+    new, dim = Numbers(dtype, "cuda"), 2 if len(shape) == 5 else 1
+    for scale in (1.0, 0.3):
+        oracle(function, new(*shape), dim, new(*shape), ours="hopper", scale=scale)
+    oracle(function, new(*shape), dim, new(*shape).transpose(0, 1).contiguous().transpose(0, 1), ours="hopper")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", OPS)
+def test_hopper_infinite_and_nan_columns_end_as_in_pytorch(function, dtype):
+    edges = EDGES.t().contiguous()
+    pad = torch.zeros(edges.shape[0], -edges.shape[1] % 8)
+    long = torch.full((9000, 16), -INF)
+    long[4000::900, : edges.shape[1]] = edges[0]
+    for x in (torch.cat([edges, pad], 1), long):
+        edges_end_as_in_pytorch(function, x.to("cuda", dtype), 0, "hopper")
+
+
+@gpu
+def test_hopper_gives_the_same_bits_every_time_on_every_stream():
+    new = Numbers(torch.bfloat16, "cuda")
+    x, dy = new(20, 8192, 128), new(20, 8192, 128)
+    first = vjp(call(softmax, 1, "hopper"), [x], dy)
+    for _ in range(50):
+        same(vjp(call(softmax, 1, "hopper"), [x], dy), first)
+    torch.cuda.synchronize()
+    results = []
+    for stream in [torch.cuda.Stream() for _ in range(4)]:
+        with torch.cuda.stream(stream):
+            results += [vjp(call(softmax, 1, "hopper"), [x], dy) for _ in range(3)]
+    torch.cuda.synchronize()
+    for got in results:
+        same(got, first)
+
+
+@gpu
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_hopper_replays_in_a_cuda_graph(n):
+    new = Numbers(torch.bfloat16, "cuda")
+    x, dy = new(12, n, 128), new(12, n, 128)
+    graph, results = captured(lambda: vjp(call(softmax, 1, "hopper"), [x], dy))
+    for _ in range(3):
+        x.copy_(new(*x.shape))
+        dy.copy_(new(*x.shape))
+        graph.replay()
+        same(results, vjp(call(softmax, 1, "hopper"), [x], dy))
+
+
+@gpu
+def test_auto_reaches_hopper_on_the_card(hopper):
+    if not hopper._is_hopper(0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    x = torch.ones(144, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for dim in (1, 2, 0):
+        assert backend_that_ran(softmax(x, dim)) == ("hopper" if dim == 1 else "triton")
+        assert trinix.explain("softmax", x, dim).backend == backend_that_ran(softmax(x, dim))
+
+
+@gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_inductor_compiles_hopper_whole():
+    x = normal((64, 130, 8), torch.float32, seed=1, device="cuda")
+    compiled_matches_eager(softmax, "hopper", "inductor", x, 1)

@@ -17,7 +17,8 @@ It runs in one kernel; a second derivative (``create_graph=True``) goes through 
 The kernels give no gradient to the mask: "auto" hands a mask that requires one to the PyTorch formula, a named "triton"
 raises ``Unsupported``.
 
-A copy of x (of dy in backward) is made only where more than four of the other dimensions do not merge into fewer.
+A copy of x (of dy in backward) is made only where more than four of the other dimensions do not merge into fewer; "hopper"
+copies a dy that is not contiguous.
 
 Under ``torch.compile`` "auto" hands the compiler the plain formula. Source: the running maximum and sum of long rows are
 Milakov and Gimelshein, arXiv:1805.02867.
@@ -34,7 +35,16 @@ from trinix import dispatch
 from trinix.dispatch import Explanation
 from trinix.kernels.torch import softmax as reference
 
-_triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
+_hopper_module = _triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
+
+
+def _hopper():
+    global _hopper_module
+    if _hopper_module is None:
+        from trinix.kernels.hopper import softmax
+
+        _hopper_module = softmax
+    return _hopper_module
 
 
 def _triton():
@@ -50,7 +60,7 @@ def _torch():
     return reference
 
 
-BACKENDS = {"triton": _triton, "torch": _torch}
+BACKENDS = {"hopper": _hopper, "triton": _triton, "torch": _torch}
 
 # From how many elements on "auto" runs the Triton kernels on a GPU where PyTorch has one kernel too and its dimension is
 # contiguous: S-1, the smallest row of the documents. Elsewhere always: PyTorch walks other dimensions column by column,
@@ -68,7 +78,7 @@ def softmax(
         dim: the dimension that sums to 1, from -x.ndim to x.ndim - 1.
         scale: a number; None is 1.
         mask: added to scale x; floating point, broadcasts to ``x.shape``, on x's device.
-        backend: "auto", "triton" or "torch". A named backend never falls back.
+        backend: "auto", "hopper", "triton" or "torch". A named backend never falls back.
 
     Returns:
         ``[..., N, ...]`` in ``x.dtype``.
@@ -107,9 +117,16 @@ def _softmax(x, dim, scale, mask, backend, log):
         or _against_triton(x, mask)
     ):
         return reference.forward(x, mask, dim, scale, log)
+    backend = "hopper" if _hopper_wins(x, mask, dim, scale) else "triton"
     if grad:
-        return _apply(x, mask, dim, scale, log)
-    return _triton().forward(x, mask, dim, scale, log)
+        return _apply(x, mask, dim, scale, log, backend)
+    return BACKENDS[backend]().forward(x, mask, dim, scale, log)
+
+
+def _hopper_wins(x, mask, dim, scale) -> bool:
+    if not x.ndim or x.stride(dim) == 1 or _hopper_missing():
+        return False
+    return not _hopper().unsupported(x, mask, dim, scale) and _hopper().wins(x, dim)
 
 
 def _small(x, mask, dim, scale) -> bool:
@@ -155,20 +172,25 @@ def _refuse(op, name, got, cure):
 
 def _named(x, mask, dim, scale, backend, log, grad):
     backend = dispatch.resolve(backend)
-    module = dispatch.load_named("log_softmax" if log else "softmax", BACKENDS, backend, x, mask)
+    module = dispatch.load_named("log_softmax" if log else "softmax", BACKENDS, backend, x, mask, dim, scale)
     if backend == "torch":
         return reference.forward(x, mask, dim, scale, log)
     if torch.compiler.is_compiling() or not (dispatch.plain(x) if mask is None else dispatch.plain(x, mask)):
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         if grad:
-            return _RegisteredSoftmax.apply(x, mask, dim, scale, log)
-        return _forward_op(x, mask, dim, scale, log)
-    return _apply(x, mask, dim, scale, log) if grad else module.forward(x, mask, dim, scale, log)
+            return _RegisteredSoftmax.apply(x, mask, dim, scale, log, backend)
+        return _forward_op(x, mask, dim, scale, log, backend)
+    return _apply(x, mask, dim, scale, log, backend) if grad else module.forward(x, mask, dim, scale, log)
 
 
 def _against_triton(x: Tensor, mask: Tensor | None) -> str | None:
-    return _triton_missing() or _triton().unsupported(x, mask)
+    return _triton_missing() or _triton().unsupported(x, mask, 0, 1.0)
+
+
+@functools.cache
+def _hopper_missing() -> str | None:
+    return dispatch.missing(_hopper)
 
 
 @functools.cache
@@ -177,13 +199,13 @@ def _triton_missing() -> str | None:
 
 
 class _Softmax(torch.autograd.Function):
-    """The Triton kernels under autograd."""
+    """The kernels of one backend under autograd."""
 
     @staticmethod
-    def forward(ctx, x, mask, dim, scale, log):
-        y = _triton().forward(x, mask, dim, scale, log)
+    def forward(ctx, x, mask, dim, scale, log, backend):
+        y = BACKENDS[backend]().forward(x, mask, dim, scale, log)
         ctx.save_for_backward(y)
-        ctx.call = dim, scale, log
+        ctx.call, ctx.backend = (dim, scale, log), backend
         return y
 
     @staticmethod
@@ -191,8 +213,8 @@ class _Softmax(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         again = torch.is_grad_enabled()  # create_graph=True: y carries the graph to x
         if not again and dispatch.plain(y, dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
-            return _triton().backward(y, dy, *ctx.call), None, None, None, None
-        return reference.backward(y, dy, *ctx.call), None, None, None, None
+            return BACKENDS[ctx.backend]().backward(y, dy, *ctx.call), None, None, None, None, None
+        return reference.backward(y, dy, *ctx.call), None, None, None, None, None
 
 
 _apply = dispatch.apply_of(_Softmax)
@@ -202,30 +224,30 @@ _apply = dispatch.apply_of(_Softmax)
 # modes, subclasses.
 
 _forward_op = dispatch.register(
-    "softmax(Tensor x, Tensor? mask, int dim, float scale, bool log) -> Tensor",
-    lambda x, mask, dim, scale, log: _triton().forward(x, mask, dim, scale, log),
-    lambda x, mask, dim, scale, log: torch.empty_like(x),
+    "softmax(Tensor x, Tensor? mask, int dim, float scale, bool log, str backend) -> Tensor",
+    lambda x, mask, dim, scale, log, backend: BACKENDS[backend]().forward(x, mask, dim, scale, log),
+    lambda x, mask, dim, scale, log, backend: torch.empty_like(x),
 )
 _backward_op = dispatch.register(
-    "softmax_backward(Tensor y, Tensor dy, int dim, float scale, bool log) -> Tensor",
-    lambda y, dy, dim, scale, log: _triton().backward(y, dy, dim, scale, log),
-    lambda y, dy, dim, scale, log: torch.empty_like(y),
+    "softmax_backward(Tensor y, Tensor dy, int dim, float scale, bool log, str backend) -> Tensor",
+    lambda y, dy, dim, scale, log, backend: BACKENDS[backend]().backward(y, dy, dim, scale, log),
+    lambda y, dy, dim, scale, log, backend: torch.empty_like(y),
 )
 
 
 class _RegisteredSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mask, dim, scale, log):
-        y = _forward_op(x, mask, dim, scale, log)
+    def forward(ctx, x, mask, dim, scale, log, backend):
+        y = _forward_op(x, mask, dim, scale, log, backend)
         ctx.save_for_backward(y)
-        ctx.call = dim, scale, log
+        ctx.call = dim, scale, log, backend
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        return _backward_op(y, dy, *ctx.call), None, None, None, None
+        return _backward_op(y, dy, *ctx.call), None, None, None, None, None
 
 
 def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
@@ -240,7 +262,7 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     if backend == "torch":
         return Explanation(name, "torch", "named by the caller")
     if backend != "auto":
-        module = dispatch.load_named(name, BACKENDS, backend, x, mask)
+        module = dispatch.load_named(name, BACKENDS, backend, x, mask, dim, scale)
         return Explanation(name, backend, "named by the caller", module.describe(x, mask, dim, log))
     against = _against_triton(x, mask)
     if not x.is_cuda:
@@ -252,6 +274,10 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     if against:
         why = "the first backend that is right and fastest here"
         return Explanation(name, "torch", why, rejected={"triton": against})
+    if _hopper_wins(x, mask, dim, scale):
+        return Explanation(
+            name, "hopper", "one read and one write of whole columns", _hopper().describe(x, mask, dim, log)
+        )
     return Explanation(
         name, "triton", "one read and one write, over any dimension", _triton().describe(x, mask, dim, log)
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def unsupported(x: Tensor, mask: Tensor | None) -> str | None:
+def unsupported(x: torch.Tensor, mask: torch.Tensor | None, dim: int, scale: float) -> str | None:
     return None
 
 

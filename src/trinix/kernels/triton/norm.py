@@ -51,13 +51,28 @@ def _statistics(v, live, eps, N: tl.constexpr, CENTER: tl.constexpr, FULL: tl.co
 
 
 @triton.jit
-def _affine(v, weight, bias, col, live, offset, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+def _parameter(t, col, live, GIVEN: tl.constexpr):
     # loaded as [1, BLOCK]: w[None, :] of a vector would change its layout through shared memory
+    p = 0.0
+    if GIVEN:
+        p = tl.load(t + col[None, :], mask=live, other=0.0)
+    return p
+
+
+@triton.jit
+def _scaled(v, w, b, offset, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
     if WEIGHT:
-        v = v * (tl.load(weight + col[None, :], mask=live, other=0.0).to(tl.float32) + offset)
+        v = v * (w.to(tl.float32) + offset)
     if BIAS:
-        v = v + tl.load(bias + col[None, :], mask=live, other=0.0).to(tl.float32)
+        v = v + b.to(tl.float32)
     return v
+
+
+@triton.jit
+def _affine(v, weight, bias, col, live, offset, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+    w = _parameter(weight, col, live, WEIGHT)
+    b = _parameter(bias, col, live, BIAS)
+    return _scaled(v, w, b, offset, WEIGHT, BIAS)
 
 
 @triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1"])
@@ -66,17 +81,24 @@ def _forward(
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
     SAVE: tl.constexpr, X_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    EARLY: tl.constexpr = BLOCK <= 8192  # in wider rows weight and bias would take registers that the row needs
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     live = (col < N)[None, :]
     some = live & (row < rows)[:, None]
     v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=some, other=0.0).to(tl.float32)
+    if EARLY:  # under way while the threads meet for the statistics
+        w = _parameter(weight, col, live, WEIGHT)
+        b = _parameter(bias, col, live, BIAS)
     v, mean, rstd = _statistics(v, live, eps, N, CENTER, x.dtype.element_ty == tl.float32)
     if SAVE:
         tl.store(stats + row, rstd, mask=row < rows)
         if CENTER:
             tl.store(stats + rows + row, mean, mask=row < rows)
-    v = _affine(v * rstd[:, None], weight, bias, col, live, offset, WEIGHT, BIAS)
+    if not EARLY:
+        w = _parameter(weight, col, live, WEIGHT)
+        b = _parameter(bias, col, live, BIAS)
+    v = _scaled(v * rstd[:, None], w, b, offset, WEIGHT, BIAS)
     if ACT is not None:
         v = ACT(v, 0.0, 0.0)
     tl.store(_tile(y, row, col, 1, 1, 1, N, 0), v.to(y.dtype.element_ty), mask=some)
@@ -472,6 +494,8 @@ def choose_forward(n: int, itemsize: int, lanes: int) -> ForwardConfig | None:
         512: (4, 2),
         1024: (2, 4),
         2048: (2, 8),
+        4096: (1, 16) if itemsize == 4 else (1, 8),
+        8192: (1, 16) if itemsize == 4 else (1, 8),
         32768: (1, 32),
     }.get(block, (max(1, 1024 // block), 4) if block < 256 else (1, 16))
     return ForwardConfig(rows, max(1, warps * 32 // lanes))

@@ -632,7 +632,7 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def unsupported(x: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+def unsupported(x: torch.Tensor, mask: torch.Tensor | None, dim: int, scale: float) -> str | None:  # any dim, any scale
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return f"needs a GPU tensor, got {x.device.type}"
     for t in (x,) if mask is None else (x, mask):

@@ -1,0 +1,130 @@
+"""Launches of Hopper kernels with tensor descriptors, without Triton's Python on the way.
+
+``kernel[grid](...)`` binds and specialises its arguments on every call, and makes every tensor descriptor anew: far more host
+time than a short attention takes on the card. Here a ``Binary`` is compiled once; a call passes it plain numbers and
+descriptors out of a cache, straight to the launcher that Triton built for this binary. Where a Triton hides that launcher,
+its own path runs, and descriptors are made anew.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from triton.backends.nvidia import driver
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_MOST = 256  # descriptors kept for one place in one plan: as many addresses as its tensors take in turn
+
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
+
+
+class Box:
+    """What a kernel reads or writes at a time of tensors of one shape: ``at(address)`` is the descriptor."""
+
+    def __init__(self, shape, strides, block, dtype):
+        # no step is ever taken along a dimension of 1, but the strides of all must be multiples of 16 bytes
+        unit = 16 // dtype.itemsize
+        self.shape = [int(n) for n in shape]
+        self.strides = [s if n > 1 else unit for n, s in zip(shape[:-1], strides[:-1], strict=True)] + [1]
+        self.block = list(block)
+        bits = 8 * dtype.itemsize
+        swizzle = min(128, block[-1] * dtype.itemsize) if len(block) > 1 else 0
+        self.layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(block))
+        self.dtype = dtype
+        self.metadata = None  # how this binary's descriptor looks; set by Binary
+        self.kept = {}
+
+    def example(self, tensor) -> TensorDescriptor:
+        return TensorDescriptor(tensor, self.shape, self.strides, self.block, self.layout)
+
+    def at(self, address: int) -> tuple:
+        found = self.kept.get(address)
+        if found is None:
+            if len(self.kept) >= _MOST:
+                self.kept.clear()
+            found = self.kept[address] = tuple(driver.make_tensordesc_arg(self._described(address), self.metadata))
+        return found
+
+    def shaped(self, address: int) -> tuple:
+        """For Triton's own path."""
+        return (self._described(address),)
+
+    def _described(self, address):
+        base = SimpleNamespace(data_ptr=lambda: address)
+        return SimpleNamespace(
+            base=base, shape=self.shape, strides=self.strides, padding="zero", round_f32_to_tf32=False
+        )
+
+
+class Binary:
+    """A kernel compiled for one device: ``binary(blocks, stream, arguments)``, arguments without the constants.
+
+    ``examples`` are arguments as Triton would bind them; only their types count. A ``Box`` among them is a descriptor of the
+    tensor that stands beside it: (box, tensor).
+    """
+
+    def __init__(self, kernel, device: int, examples: tuple, constants: dict, **options):
+        boxes = [a[0] for a in examples if isinstance(a, tuple)]
+        bound = [a[0].example(a[1]) if isinstance(a, tuple) else a for a in examples]
+        with torch.cuda.device(device):
+            self.compiled = kernel.run(*bound, grid=(1,), warmup=True, **constants, **options)
+            run = self.compiled.run  # loads it
+        self.device = device
+        self.alone = torch.cuda.device_count() == 1
+        self.boxes = tuple(boxes)
+        self.constants = tuple(constants.values())
+        self.launch = _direct(self.compiled, run, self.constants)
+        for box, facts in zip(boxes, getattr(self.compiled.metadata, "tensordesc_meta", None) or (), strict=True):
+            box.metadata = facts
+        if self.launch is None:
+            for box in boxes:
+                box.at = box.shaped
+            self.launch = self._slow
+
+    def __call__(self, blocks: int, stream: int, arguments: tuple) -> None:
+        if self.alone or torch._C._cuda_getDevice() == self.device:
+            self.launch(blocks, stream, arguments)
+        else:
+            with torch.cuda.device(self.device):
+                self.launch(blocks, stream, arguments)
+
+    def _slow(self, blocks, stream, arguments):
+        compiled = self.compiled
+        compiled.run(
+            blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments,
+            *self.constants,
+        )  # fmt: skip
+
+
+def _direct(compiled, run, constants):
+    """(blocks, stream, arguments) -> launch, descriptors being among the arguments as the binary takes them; or None."""
+    facts = compiled.metadata
+    if facts.global_scratch_size or getattr(facts, "profile_scratch_size", 0):
+        return None
+    launch = getattr(run, "launch", None)
+    if getattr(facts, "tensordesc_meta", None):  # behind a function that makes descriptors of all such arguments
+        names = launch.__code__.co_freevars if hasattr(launch, "__code__") else ()
+        if "launcher" not in names:
+            return None
+        launch = launch.__closure__[names.index("launcher")].cell_contents
+    if launch is None:
+        return None
+    function, packed = compiled.function, compiled.packed_metadata
+    cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+    if hasattr(run, "arg_annotations"):  # Triton 3.7
+        annotations, signature = run.arg_annotations, run.kernel_signature
+
+        def direct(blocks, stream, arguments):
+            launch(
+                blocks, 1, 1, stream, function, cooperative, pdl, packed, None, None, None, None, None, annotations, signature,
+                arguments + constants,
+            )  # fmt: skip
+
+    else:  # Triton 3.6
+
+        def direct(blocks, stream, arguments):
+            launch(
+                blocks, 1, 1, stream, function, cooperative, pdl, None, None, packed, None, None, None, *arguments, *constants
+            )
+
+    return direct

@@ -18,7 +18,7 @@ The kernels give no gradient to the mask: "auto" hands a mask that requires one 
 raises ``Unsupported``.
 
 A copy of x (of dy in backward) is made only where more than four of the other dimensions do not merge into fewer; "hopper"
-copies a dy that is not contiguous.
+copies a dy that is not contiguous, and what does not start at a multiple of 16 bytes.
 
 Under ``torch.compile`` "auto" hands the compiler the plain formula. Source: the running maximum and sum of long rows are
 Milakov and Gimelshein, arXiv:1805.02867.
@@ -172,7 +172,8 @@ def _refuse(op, name, got, cure):
 
 def _named(x, mask, dim, scale, backend, log, grad):
     backend = dispatch.resolve(backend)
-    module = dispatch.load_named("log_softmax" if log else "softmax", BACKENDS, backend, x, mask, dim, scale)
+    if not (backend == "hopper" and torch.compiler.is_compiling()):  # there the operator asks, when it has a tensor
+        module = _load(x, mask, dim, scale, log, backend)
     if backend == "torch":
         return reference.forward(x, mask, dim, scale, log)
     if torch.compiler.is_compiling() or not (dispatch.plain(x) if mask is None else dispatch.plain(x, mask)):
@@ -182,6 +183,10 @@ def _named(x, mask, dim, scale, backend, log, grad):
             return _RegisteredSoftmax.apply(x, mask, dim, scale, log, backend)
         return _forward_op(x, mask, dim, scale, log, backend)
     return _apply(x, mask, dim, scale, log, backend) if grad else module.forward(x, mask, dim, scale, log)
+
+
+def _load(x, mask, dim, scale, log, backend):
+    return dispatch.load_named("log_softmax" if log else "softmax", BACKENDS, backend, x, mask, dim, scale)
 
 
 def _against_triton(x: Tensor, mask: Tensor | None) -> str | None:
@@ -225,7 +230,9 @@ _apply = dispatch.apply_of(_Softmax)
 
 _forward_op = dispatch.register(
     "softmax(Tensor x, Tensor? mask, int dim, float scale, bool log, str backend) -> Tensor",
-    lambda x, mask, dim, scale, log, backend: BACKENDS[backend]().forward(x, mask, dim, scale, log),
+    lambda x, mask, dim, scale, log, backend: _load(x, mask, dim, scale, log, backend).forward(
+        x, mask, dim, scale, log
+    ),
     lambda x, mask, dim, scale, log, backend: torch.empty_like(x),
 )
 _backward_op = dispatch.register(

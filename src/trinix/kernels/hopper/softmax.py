@@ -114,16 +114,18 @@ def _consume_forward(
                     if not EVEN:
                         v = gl.where(row + k * CHUNK + u * SPAN + i[:, None] < n, v, float("-inf"))
                     new = gl.maximum(new, v)
-                shift = _finite(new) * factor
-                total *= _exp2(top * factor - shift)
+                least = _finite(
+                    new
+                )  # what is subtracted first can neither overflow nor leave the largest value's exponent off 0
+                total *= _exp2((top - least) * factor)
                 for u in gl.static_range(TILES):
                     v = chunk.slice(u * SPAN, SPAN).load(layout).to(gl.float32)
                     if not EVEN:
                         v = gl.where(row + k * CHUNK + u * SPAN + i[:, None] < n, v, float("-inf"))
-                    total += _exp2(v * factor - shift)
+                    total += _exp2((v - least) * factor)
                 top = new
             most = gl.max(top, 0)
-            sums = gl.sum(total * _exp2(top * factor - (_finite(most) * factor)[None, :]), 0)
+            sums = gl.sum(total * _exp2((top - _finite(most)[None, :]) * factor), 0)
             if SPLIT:
                 line = partial + panel * (2 * parts * COLS)
                 gl.store(line + part * (2 * COLS) + j, most)
@@ -136,27 +138,28 @@ def _consume_forward(
                     peak = gl.load(at_q, mask=q + i[:, None] < parts, other=float("-inf"), cache_modifier=".cg")
                     some = gl.load(at_q + COLS, mask=q + i[:, None] < parts, other=0.0, cache_modifier=".cg")
                     new = gl.maximum(top, peak)
-                    shift = _finite(new) * factor
-                    total = total * _exp2(top * factor - shift) + some * _exp2(peak * factor - shift)
+                    least = _finite(new)
+                    total = total * _exp2((top - least) * factor) + some * _exp2((peak - least) * factor)
                     top = new
                 most = gl.max(top, 0)
-                sums = gl.sum(total * _exp2(top * factor - (_finite(most) * factor)[None, :]), 0)
+                sums = gl.sum(total * _exp2((top - _finite(most)[None, :]) * factor), 0)
             if LOG:
-                first = most[None, :]
-                second = gl.log(sums)[None, :]
-            else:
-                first = (most * factor)[None, :]
-                second = (1.0 / sums)[None, :]
+                sums = gl.log(sums)
+            elif y.dtype.element_ty != gl.float32:  # a half type does not show the reciprocal's error
+                sums = 1.0 / sums
             out = y + (o.to(gl.int64) * n + row) * c + column
             for k in range(chunks):
                 slot = (step + k) % SLOTS
                 chunk = ring.index(slot).reshape([CHUNK, COLS])
                 for u in gl.static_range(TILES):
                     v = chunk.slice(u * SPAN, SPAN).load(layout).to(gl.float32)
+                    v -= most[None, :]
                     if LOG:
-                        v = (v - first) * scale - second
+                        v = v * scale - sums[None, :]
+                    elif y.dtype.element_ty == gl.float32:
+                        v = gl.div_rn(_exp2(v * factor), gl.broadcast(sums[None, :], v)[0])
                     else:
-                        v = _exp2(v * factor - first) * second
+                        v = _exp2(v * factor) * sums[None, :]
                     first_row = k * CHUNK + u * SPAN
                     _store(
                         out + first_row * c, at, v.to(y.dtype.element_ty), row + first_row, i, j, n, c - column, EVEN
@@ -311,7 +314,6 @@ def choose_config(n: int, backward: bool) -> Config:
 _MOST_PARTS = 64  # with more, items grow to what the ring holds
 
 
-@functools.cache
 def plan(n: int, c: int, itemsize: int, backward: bool, config: Config | None = None) -> Plan:
     config = config or choose_config(n, backward)
     chunk_bytes = config.chunk * config.columns_bytes * (1 + backward)
@@ -339,16 +341,21 @@ def unsupported(x: Tensor, mask: Tensor | None, dim: int, scale: float) -> str |
         return "takes no mask"
     if not scale > 0.0:
         return f"takes a scale above 0, got {scale}"
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        return "needs a contiguous tensor at a multiple of 16 bytes"
+    if not x.is_contiguous():
+        return "needs a contiguous tensor"
     n, c = x.shape[dim], math.prod(x.shape[dim + 1 :])
     if not x.numel() or c * x.element_size() % 16 or c == 1:
         return "needs rows of a multiple of 16 bytes behind the dimension"
-    plans = [plan(n, c, x.element_size(), backward) for backward in (False, True)]
-    if any(p.panels * p.parts * (x.numel() // (n * c)) >= 2**31 or n + p.rows >= 2**31 for p in plans):
+    return _too_large(x.numel() // (n * c), n, c, x.element_size(), _multiprocessors(x.device.index))
+
+
+@functools.lru_cache(4096)
+def _too_large(outer: int, n: int, c: int, itemsize: int, multiprocessors: int) -> str | None:
+    plans = [plan(n, c, itemsize, backward) for backward in (False, True)]
+    if any(p.panels * p.parts * outer >= 2**31 or n + p.rows >= 2**31 for p in plans):
         return "numbers its work in 32 bits"
-    if max(p.parts for p in plans) > _multiprocessors(x.device.index):
-        return f"keeps a column on the card's {_multiprocessors(x.device.index)} multiprocessors, {n} rows are too many"
+    if max(p.parts for p in plans) > multiprocessors:
+        return f"keeps a column on the card's {multiprocessors} multiprocessors, {n} rows are too many"
     return None
 
 
@@ -359,7 +366,7 @@ _BYTES_FROM = 144 * 512 * 128 * 2
 
 def wins(x: Tensor, dim: int) -> bool:
     """Whether a call that these kernels support is faster here than in the portable kernels."""
-    return x.shape[dim] >= _ROWS_FROM and x.numel() * x.element_size() >= _BYTES_FROM
+    return x.shape[dim] >= _ROWS_FROM and x.numel() * x.element_size() >= _BYTES_FROM and not x.data_ptr() % 16
 
 
 def describe(x: Tensor, mask: None, dim: int, log: bool) -> str:
@@ -378,18 +385,21 @@ def _multiprocessors(index: int) -> int:
 
 
 def forward(x: Tensor, mask: None, dim: int, scale: float, log: bool) -> Tensor:
+    x = _aligned(x)
     y = torch.empty_like(x)
     _run(x, x, y, dim, scale, log, False)
     return y
 
 
 def backward(y: Tensor, dy: Tensor, dim: int, scale: float, log: bool) -> Tensor:
+    y, dy = _aligned(y), _aligned(dy.contiguous())
     dx = torch.empty_like(y)
-    dy = dy.contiguous()
-    if dy.data_ptr() % 16:
-        dy = dy.clone()
     _run(y, dy, dx, dim, scale, log, True)
     return dx
+
+
+def _aligned(t: Tensor) -> Tensor:
+    return t.clone() if t.data_ptr() % 16 else t
 
 
 def _run(a: Tensor, b: Tensor, out: Tensor, dim: int, scale: float, log: bool, backward: bool, config=None) -> None:

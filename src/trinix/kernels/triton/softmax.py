@@ -551,9 +551,20 @@ def choose_stream(view: View, itemsize: int, inputs: int, multiprocessors: int, 
 
 def choose(view: View, itemsize: int, inputs: int, multiprocessors: int, lanes: int = LANES) -> Tile | Stream:
     tile = choose_tile(view.n, view.c, view.along[0], itemsize, inputs, lanes)
+    if tile and tile.cols == 1 and view.along[0] == 0 and inputs == 1 and _unit(view, itemsize) == 1:
+        # single elements instead of vectors: spread over more warps, a thread has 8 in flight rather than 32 (K-softmax-16384x1001)
+        return tile._replace(num_warps=min(1024 // lanes, max(tile.num_warps, tile.rows // (lanes * 8))))
     if tile and len(set(view.along)) > 1 and tile.rows * tile.cols > 8192:
         tile = None  # a tile in two orders is turned in shared memory, which on some cards is 64 KiB
     return tile or choose_stream(view, itemsize, inputs, multiprocessors, lanes)
+
+
+def _unit(view: View, itemsize: int) -> int:
+    """Elements that every stride and the contiguous length are multiples of, up to 16 bytes."""
+    divisors = [16 // itemsize, (view.n, view.c)[view.along[0]]]
+    for a, strides in zip(view.along, view.strides, strict=True):
+        divisors += strides[:3] + tuple(s for side, s in enumerate(strides[3:]) if side != a)
+    return math.gcd(*divisors)
 
 
 def plan(
@@ -565,10 +576,7 @@ def plan(
     config = config or choose(view, itemsize, 1 + backward, multiprocessors, lanes)
     along = view.along[0]
     lengths = [view.n, view.c]
-    divisors = [16 // itemsize, lengths[along]]
-    for a, strides in zip(view.along, view.strides, strict=True):
-        divisors += strides[:3] + tuple(s for side, s in enumerate(strides[3:]) if side != a)
-    unit = math.gcd(*divisors)
+    unit = _unit(view, itemsize)
     lengths[along] //= unit
     strides = [
         tuple(s // unit for s in s3[:3]) + tuple(0 if side == a else s // unit for side, s in enumerate(s3[3:]))

@@ -81,7 +81,7 @@ def _forward(
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
     SAVE: tl.constexpr, X_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    EARLY: tl.constexpr = BLOCK <= 8192  # in wider rows weight and bias would take registers that the row needs
+    EARLY: tl.constexpr = BLOCK <= 4096  # in wider rows weight and bias would take registers that the row needs
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     live = (col < N)[None, :]
@@ -495,7 +495,6 @@ def choose_forward(n: int, itemsize: int, lanes: int) -> ForwardConfig | None:
         1024: (2, 4),
         2048: (2, 8),
         4096: (1, 16) if itemsize == 4 else (1, 8),
-        8192: (1, 16) if itemsize == 4 else (1, 8),
         32768: (1, 32),
     }.get(block, (max(1, 1024 // block), 4) if block < 256 else (1, 16))
     return ForwardConfig(rows, max(1, warps * 32 // lanes))

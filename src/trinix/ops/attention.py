@@ -1,0 +1,638 @@
+"""Attention  out = softmax(z) v,  z = scale q k^T and what is added to it or hidden from it; forward and backward.
+
+For batch b, query head h (key head h // (H / Hk)), query i of Sq, key j of Sk::
+
+    z[i, j] = scale q[i] . k[j]
+    z       = softcap tanh(z / softcap)                    if softcap > 0                       Gemma 2, arXiv:2408.00118
+    z      -= alibi_slopes[h] |i + Sk - Sq - j|            ALiBi                                arXiv:2108.12409
+    z      += bias[b, h, i, j]
+    z       = -inf                                         where mask[b, h, i, j] is False, or j lies outside the window
+    lse[i]  = log(sum_j exp(z[i, j]) + exp(sink[h]))       the last term only with a sink       gpt-oss, arXiv:2508.10925
+    out[i]  = sum_j keep[i, j] exp(z[i, j] - lse[i]) v[j]  keep: 1, or dropout's mask over 1 - dropout_p
+
+Query i stands at key i + Sk - Sq: aligned at the bottom right, as cached decoding needs it (the same as flash-attn from 2.1 on;
+``torch.nn.functional.scaled_dot_product_attention`` aligns at the top left). ``window=(left, right)`` shows it the keys from
+i + Sk - Sq - left to i + Sk - Sq + right, None for no bound; ``causal=True`` means right = 0. A row that sees no key has
+out 0 and lse -inf (with a sink: lse = sink).
+
+Shapes: q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], H a multiple of Hk (grouped heads are read in place, never copied);
+out [B, Sq, H, Dv], lse [B, H, Sq]. Variable lengths: q [T, H, D], k [Tk, Hk, D], v [Tk, Hk, Dv], sequence b being the rows
+cu_seqlens[b] to cu_seqlens[b + 1]; out [T, H, Dv], lse [H, T]; rows behind the last sequence give 0 and -inf.
+
+dtypes: q, k, v, out of one floating dtype; lse float32 (float64 for float64), the natural logarithm. Scores, softmax and sums
+are float32 inside the kernels, probabilities and dz are rounded to the inputs' dtype before they are multiplied; float32
+inputs are multiplied as float32, not as TF32. Differentiable in q, k, v, bias and sink, and through lse.
+
+Backward saves q, k, v, out and lse, and makes z again: memory grows with S, not with S x S. The gradient of a bias has the
+bias's own shape. Dropout draws its mask again from a seed; the mask is a function of (seed, b, h, i, j), the same in every
+backend of ours. Without ``deterministic=True`` dq may differ in its last bits from run to run. A second derivative
+(``create_graph=True``) goes through the PyTorch formula, which holds Sq x Sk scores.
+
+Strides are taken as they are where the last dimension is dense; otherwise that tensor is copied. Under ``torch.compile`` a call
+on a GPU stays one operator.
+"""
+
+import functools
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from trinix import dispatch
+from trinix.dispatch import Explanation
+from trinix.kernels.torch import attention as reference
+
+
+class Options(NamedTuple):
+    """Everything about a call but q, k and v, checked and in one form: what every kernel module takes."""
+
+    causal: bool = False  # window_right is 0
+    window_left: int = -1  # -1: no bound
+    window_right: int = -1
+    scale: float = 1.0
+    softcap: float = 0.0
+    bias: Tensor | None = None  # [B|1, H|1, Sq|1, Sk]
+    mask: Tensor | None = None  # bool, [B|1, H|1, Sq|1, Sk|1], True where a key is seen
+    alibi_slopes: Tensor | None = None  # [H] or [B, H]
+    sink: Tensor | None = None  # [H]
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # int64 [1] on the device, with dropout
+    cu_seqlens_q: Tensor | None = None  # int32 [sequences + 1]
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0  # with cu_seqlens
+    max_seqlen_k: int = 0
+    deterministic: bool = False
+
+
+_triton_module = None
+_hopper_module = None
+_cudnn_module = None
+_flash_attn_module = None
+
+
+def _triton():
+    global _triton_module
+    if _triton_module is None:
+        from trinix.kernels.triton import attention
+
+        _triton_module = attention
+    return _triton_module
+
+
+def _hopper():
+    global _hopper_module
+    if _hopper_module is None:
+        from trinix.kernels.hopper import attention
+
+        _hopper_module = attention
+    return _hopper_module
+
+
+def _cudnn():
+    global _cudnn_module
+    if _cudnn_module is None:
+        from trinix.kernels.cudnn import attention
+
+        _cudnn_module = attention
+    return _cudnn_module
+
+
+def _flash_attn():
+    global _flash_attn_module
+    if _flash_attn_module is None:
+        from trinix.kernels.flash_attn import attention
+
+        _flash_attn_module = attention
+    return _flash_attn_module
+
+
+def _torch():
+    return reference
+
+
+BACKENDS = {
+    "hopper": _hopper, "cudnn": _cudnn, "flash_attn": _flash_attn, "triton": _triton, "torch": _torch,
+}  # fmt: skip
+
+
+def order(capability: tuple[int, int], head_dim: int, causal: bool, backward: bool) -> tuple[str, ...]:
+    """Which backends "auto" asks on a card, the fastest first."""
+    if capability[0] == 9:
+        return "hopper", "cudnn", "flash_attn", "triton"
+    return "flash_attn", "cudnn", "triton"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + ...) v; differentiable in q, k, v, bias and sink. The formula is at the top of this file.
+
+    Args:
+        q: ``[B, Sq, H, D]``; with ``cu_seqlens_q`` ``[T, H, D]``.
+        k: ``[B, Sk, Hk, D]`` or ``[Tk, Hk, D]``, Hk a divisor of H.
+        v: ``[B, Sk, Hk, Dv]`` or ``[Tk, Hk, Dv]``.
+        causal: a query sees no key after it; with Sq != Sk the last query stands at the last key.
+        window: (left, right), how many keys before and after its own place a query sees; None: no bound.
+        scale: of q k^T; 1 / sqrt(D) if None.
+        softcap: the bound that tanh gives to scores; 0 for none.
+        bias: added to the scores, floating point, broadcastable to ``[B, H, Sq, Sk]`` but for Sk, which it must have; gets a
+            gradient of its own shape.
+        mask: bool, broadcastable to ``[B, H, Sq, Sk]``, True where a key is seen; ``[B, 1, 1, Sk]`` hides padding.
+        alibi_slopes: ``[H]`` or ``[B, H]``; no gradient.
+        sink: ``[H]``, a logit of each head that joins the normaliser.
+        dropout_p: probability that a softmax weight is dropped; the others are divided by 1 - dropout_p. 0 in evaluation.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[sequences + 1]``, from 0 on, not falling, on q's device; cu_seqlens_k is
+            cu_seqlens_q if None. Not with bias or mask.
+        max_seqlen_q, max_seqlen_k: the greatest lengths; if None they are read from the device, which waits for it.
+        return_lse: return (out, lse).
+        deterministic: the same bits on every run, in backward too; also after ``torch.use_deterministic_algorithms(True)``.
+        backend: "auto", "hopper", "cudnn", "flash_attn", "triton" or "torch". A named backend never falls back.
+
+    Returns:
+        out ``[B, Sq, H, Dv]`` or ``[T, H, Dv]`` in q's dtype; with ``return_lse`` also lse ``[B, H, Sq]`` or ``[H, T]``.
+
+    Raises:
+        TypeError: a tensor is missing or of a wrong dtype.
+        ValueError: shapes, devices or options that do not fit.
+        Unsupported: the named backend cannot run this call.
+
+    >>> q = torch.zeros(1, 2, 1, 4)
+    >>> v = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> trinix.ops.attention(q, q, v, causal=True).flatten().tolist()
+    [1.0, 2.0]
+    """
+    options = checked(
+        q, k, v, causal, window, scale, softcap, bias, mask, alibi_slopes, sink, dropout_p, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, deterministic,
+    )  # fmt: skip
+    grad = torch.is_grad_enabled() and _wants_gradient(q, k, v, options)
+    named = dispatch.resolve(backend)
+    if named != "auto":
+        for backward in (False, True) if grad else (False,):
+            dispatch.load_named("attention", BACKENDS, named, q, k, v, options, backward)
+    elif not q.is_cuda:
+        named = "torch"
+    if named == "torch" or not q.numel() or not k.numel() or not v.numel():
+        out, lse = reference.forward(q, k, v, options)
+        return (out, lse) if return_lse else out
+    if torch.compiler.is_compiling() or not dispatch.plain(*_tensors(q, k, v, options)):
+        out, lse = _registered(q, k, v, options, named, grad)
+        return (out, lse) if return_lse else out
+    pair = (named, named) if named != "auto" else pick(q, k, v, options, grad)
+    if grad and pair != _FORMULA:
+        return _apply(q, k, v, options.bias, options.sink, options, pair, return_lse)
+    out, lse = BACKENDS[pair[0]]().forward(q, k, v, options)
+    return (out, lse) if return_lse else out
+
+
+def _wants_gradient(q, k, v, options) -> bool:
+    return (
+        q.requires_grad or k.requires_grad or v.requires_grad
+        or (options.bias is not None and options.bias.requires_grad)
+        or (options.sink is not None and options.sink.requires_grad)
+    )  # fmt: skip
+
+
+def _tensors(q, k, v, options) -> list[Tensor]:
+    more = (
+        options.bias, options.mask, options.alibi_slopes, options.sink, options.cu_seqlens_q, options.cu_seqlens_k,
+    )  # fmt: skip
+    return [q, k, v, *(t for t in more if t is not None)]
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------------
+
+
+def checked(
+    q, k, v, causal, window, scale, softcap, bias, mask, alibi_slopes, sink, dropout_p, cu_seqlens_q, cu_seqlens_k,
+    max_seqlen_q, max_seqlen_k, deterministic,
+) -> Options:  # fmt: skip
+    """The call's options in one form. On the path of every eager call: options that are not there cost nothing."""
+    if (
+        not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.is_floating_point())
+        or not q.dtype == k.dtype == v.dtype
+        or not q.device == k.device == v.device
+    ):
+        _refuse_tensors(q, k, v)
+    if cu_seqlens_q is None and (cu_seqlens_k is not None or max_seqlen_q is not None or max_seqlen_k is not None):
+        raise ValueError("attention: cu_seqlens_k, max_seqlen_q and max_seqlen_k need cu_seqlens_q; pass it as well")
+    dims = 4 if cu_seqlens_q is None else 3
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if (
+        not len(q_shape) == len(k_shape) == len(v_shape) == dims
+        or k_shape[:-1] != v_shape[:-1]
+        or q_shape[-1] != k_shape[-1]
+        or not q_shape[-1]
+        or (dims == 4 and q_shape[0] != k_shape[0])
+    ):
+        _refuse_shapes(q_shape, k_shape, v_shape, dims)
+    heads, key_heads = q_shape[-2], k_shape[-2]
+    if heads and (not key_heads or heads % key_heads):
+        raise ValueError(f"attention: the {heads} heads of q must be a multiple of k's {key_heads} heads")
+    left, right = (-1, -1) if window is None else _window(window)
+    if causal:
+        right = 0
+    if softcap < 0:
+        raise ValueError(f"attention: softcap must be at least 0 (0 for none), got {softcap}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if bias is not None:
+        bias = _broadcastable("bias", bias, q, k, dims)
+    if mask is not None:
+        mask = _broadcastable("mask", mask, q, k, dims)
+    if alibi_slopes is not None:
+        _check_slopes(alibi_slopes, q, heads, dims, cu_seqlens_q)
+    if sink is not None:
+        _check_vector("sink", sink, q)
+        if sink.shape != (heads,):
+            raise ValueError(f"attention: sink must be [H] = [{heads}], got shape {list(sink.shape)}; reshape it")
+    if cu_seqlens_q is not None:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        _check_ends(cu_seqlens_q, cu_seqlens_k, q)
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+        max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
+    return Options(
+        right == 0, left, right, q.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap), bias, mask,
+        alibi_slopes, sink, float(dropout_p), seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0,
+        bool(deterministic) or (not torch.compiler.is_compiling() and _pytorch_wants_the_same_bits()),
+    )  # fmt: skip
+
+
+def _pytorch_wants_the_same_bits() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _name(value) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_device(name, t, q):
+    if t.device != q.device:
+        raise ValueError(
+            f"attention: {name} must be on q's device {q.device}, got {t.device}; move it with {name}.to(q.device)"
+        )
+
+
+def _refuse_tensors(q, k, v):
+    if not isinstance(q, Tensor) or not q.is_floating_point():
+        raise TypeError(f"attention: q must be a floating-point tensor, got {_name(q)}; convert it with q.float()")
+    for name, t in (("k", k), ("v", v)):
+        if not isinstance(t, Tensor) or t.dtype != q.dtype:
+            raise TypeError(f"attention: {name} must be a tensor of q's dtype {q.dtype}, got {_name(t)}; convert it")
+        _check_device(name, t, q)
+
+
+def _refuse_shapes(q, k, v, dims):
+    wanted = "[B, S, heads, D]" if dims == 4 else "[T, heads, D] with cu_seqlens_q"
+    for name, shape in (("q", q), ("k", k), ("v", v)):
+        if len(shape) != dims:
+            raise ValueError(f"attention: {name} must be {wanted}, got shape {list(shape)}; unflatten or transpose it")
+    if k[:-1] != v[:-1]:
+        raise ValueError(f"attention: k and v must agree in all but their last dimension, got {list(k)} and {list(v)}")
+    if q[-1] != k[-1] or not q[-1]:
+        raise ValueError(f"attention: q and k must have one head dimension D > 0, got {q[-1]} and {k[-1]}")
+    raise ValueError(f"attention: q and k must have one batch size, got {q[0]} and {k[0]}; expand the smaller one")
+
+
+def _window(window) -> tuple[int, int]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"attention: window must be (left, right) or None, got {window!r}; None in it means no bound")
+    for side in window:
+        if side is not None and (not isinstance(side, (int, torch.SymInt)) or side < 0):
+            raise ValueError(f"attention: window must hold ints from 0 on or None, got {window!r}; None means no bound")
+    # a bound beyond any length is none: kernels add it to 32-bit positions
+    return tuple(-1 if side is None or side >= 2**30 else side for side in window)
+
+
+def _broadcastable(name, t, q, k, dims):
+    """``t`` in four dimensions."""
+    if dims == 3:
+        raise ValueError(f"attention: {name} does not go with cu_seqlens_q; use causal, window or alibi_slopes")
+    if name == "bias":
+        _check_vector(name, t, q)
+    elif not isinstance(t, Tensor) or t.dtype != torch.bool:
+        raise TypeError(
+            f"attention: mask must be a bool tensor, True where a key is seen, got {_name(t)}; "
+            "numbers to add to the scores are passed as bias"
+        )
+    _check_device(name, t, q)
+    full = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    if t.ndim > 4 or any(n not in (1, m) for n, m in zip(reversed(t.shape), reversed(full), strict=False)):
+        raise ValueError(
+            f"attention: {name} must be broadcastable to [B, H, Sq, Sk] = {list(full)}, got shape {list(t.shape)}"
+        )
+    if name == "bias" and (not t.ndim or t.shape[-1] != full[-1]):
+        raise ValueError(
+            f"attention: the last dimension of bias must be Sk = {full[-1]}, got shape {list(t.shape)}; a bias that all keys "
+            "share changes nothing but lse"
+        )
+    return t.reshape((1,) * (4 - t.ndim) + t.shape) if t.ndim < 4 else t
+
+
+def _check_vector(name, t, q):
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"attention: {name} must be a floating-point tensor, got {_name(t)}; convert it with .float()")
+    _check_device(name, t, q)
+
+
+def _check_slopes(slopes, q, heads, dims, ends):
+    _check_vector("alibi_slopes", slopes, q)
+    batch = q.shape[0] if dims == 4 else ends.shape[0] - 1
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"attention: alibi_slopes must be [H] = [{heads}] or [B, H] = [{batch}, {heads}], got {list(slopes.shape)}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "attention: alibi_slopes gets no gradient; pass bias=alibi_bias(alibi_slopes, Sq, Sk), or detach it"
+        )
+
+
+def _check_ends(ends_q, ends_k, q):
+    for name, t in (("cu_seqlens_q", ends_q), ("cu_seqlens_k", ends_k)):
+        if not isinstance(t, Tensor) or t.dtype != torch.int32:
+            raise TypeError(f"attention: {name} must be an int32 tensor, got {_name(t)}; convert it with .int()")
+        _check_device(name, t, q)
+        if t.ndim != 1 or not t.shape[0] or t.shape != ends_q.shape:
+            raise ValueError(
+                f"attention: cu_seqlens_q and cu_seqlens_k must both be [sequences + 1], got {list(ends_q.shape)} and "
+                f"{list(ends_k.shape)}"
+            )
+
+
+def _longest(name, given, ends) -> int:
+    if given is not None:
+        return given
+    if torch.compiler.is_compiling():
+        raise ValueError(f"attention: pass {name} under torch.compile, which cannot read it from cu_seqlens")
+    return int(ends.diff().max()) if ends.shape[0] > 1 else 0
+
+
+# ---- which backend -----------------------------------------------------------------------------------------------------
+
+_FORMULA = "torch", "torch"
+_picked = {}  # key -> pair; emptied when it has grown
+
+
+def pick(q: Tensor, k: Tensor, v: Tensor, options: Options, grad: bool) -> tuple[str, str]:
+    """The backends of "auto" (forward, backward); ``_FORMULA`` where no kernel can run."""
+    key = (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.get_device(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, grad, options.window_left, options.window_right,
+        options.scale, options.softcap, options.dropout_p, options.deterministic,
+    )  # fmt: skip
+    more = options.bias, options.mask, options.alibi_slopes, options.sink, options.cu_seqlens_q
+    if any(t is not None for t in more):
+        key += options.max_seqlen_q, options.max_seqlen_k
+        key += tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.requires_grad) for t in more)
+    pair = _picked.get(key)
+    if pair is None:
+        if len(_picked) > 10_000:
+            _picked.clear()
+        forward = _first(q, k, v, options, False, {})
+        backward = _first(q, k, v, options, True, {}) if grad and forward else forward
+        pair = _picked[key] = (forward, backward) if forward and backward else _FORMULA
+    return pair
+
+
+def _first(q, k, v, options, backward, rejected) -> str | None:
+    """The first backend in ``order`` that can run; the reasons of those before it go into ``rejected``."""
+    for name in order(torch.cuda.get_device_capability(q.device), q.shape[-1], options.causal, backward):
+        reason = _missing(name) or BACKENDS[name]().unsupported(q, k, v, options, backward)
+        if reason is None:
+            return name
+        rejected[name] = reason
+    return None
+
+
+@functools.cache
+def _missing(name: str) -> str | None:
+    return dispatch.missing(BACKENDS[name])
+
+
+def triton_can_run(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether ``backend="triton"`` takes these tensors."""
+    options = Options(scale=1.0)
+    return _missing("triton") is None and _triton().unsupported(q, k, v, options, True) is None
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """Kernels under autograd: forward and backward may be of different backends."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, sink, options, pair, with_lse):
+        out, lse = BACKENDS[pair[0]]().forward(q, k, v, options)
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse)
+        ctx.call = options._replace(bias=None, sink=None), pair[1]
+        ctx.set_materialize_grads(False)
+        return (out, lse) if with_lse else out
+
+    @staticmethod
+    def backward(ctx, dout, dlse=None):
+        q, k, v, bias, sink, out, lse = ctx.saved_tensors
+        options, backend = ctx.call
+        options = options._replace(bias=bias, sink=sink)
+        needs = ctx.needs_input_grad[:5]
+        again = torch.is_grad_enabled()
+        given = [t for t in (dout, dlse) if t is not None]
+        if not given:
+            return (None,) * 8
+        batched = torch._C._functorch.is_legacy_batchedtensor
+        if again or backend == "torch" or not dispatch.plain(*given) or any(batched(t) for t in given):
+            return *_formula_gradients(q, k, v, options, dout, dlse, needs, again), None, None, None
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = BACKENDS[backend]().backward(dout, dlse, q, k, v, out, lse, options, needs)
+        return *grads, None, None, None
+
+
+_apply = dispatch.apply_of(_Attention)
+
+
+def _formula_gradients(q, k, v, options, dout, dlse, needs, again):
+    """The same derivatives from PyTorch's operations: they can be differentiated again, and take any kind of gradient."""
+    inputs = q, k, v, options.bias, options.sink
+    with torch.enable_grad():
+        # aliases: one of q, k, v may be computed from another
+        inputs = [
+            t if t is None else t.view_as(t) if again else t.detach().requires_grad_(need)
+            for t, need in zip(inputs, needs, strict=True)
+        ]
+        q, k, v, bias, sink = inputs
+        results = reference.forward(q, k, v, options._replace(bias=bias, sink=sink))
+    pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None and y.requires_grad]
+    leaves = [t for t, need in zip(inputs, needs, strict=True) if need]
+    outputs, given = zip(*pairs, strict=True)
+    grads = iter(torch.autograd.grad(outputs, leaves, given, create_graph=again, allow_unused=True))
+    return [next(grads) if need else None for need in needs]
+
+
+# The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch
+# modes. Subclasses and functorch take the formula under "auto".
+
+_ARGUMENTS = (
+    "Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, Tensor? seed, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, SymInt window_left, SymInt window_right, float scale, float softcap, float dropout_p, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool deterministic, str backend"
+)
+
+
+def _flat(options: Options, backend: str) -> tuple:
+    return (
+        options.bias, options.mask, options.alibi_slopes, options.sink, options.seed, options.cu_seqlens_q,
+        options.cu_seqlens_k, options.window_left, options.window_right, options.scale, options.softcap,
+        options.dropout_p, options.max_seqlen_q, options.max_seqlen_k, options.deterministic, backend,
+    )  # fmt: skip
+
+
+def _unflat(
+    bias, mask, slopes, sink, seed, ends_q, ends_k, left, right, scale, softcap, p, max_q, max_k, deterministic, backend
+) -> Options:  # fmt: skip
+    return Options(
+        right == 0, left, right, scale, softcap, bias, mask, slopes, sink, p, seed, ends_q, ends_k, max_q, max_k,
+        deterministic or _pytorch_wants_the_same_bits(),
+    )  # fmt: skip
+
+
+def _run_forward(q, k, v, *flat):
+    options, backend = _unflat(*flat), flat[-1]
+    backend = pick(q, k, v, options, False)[0] if backend == "auto" else backend
+    out, lse = BACKENDS[backend]().forward(q, k, v, options)
+    return out.contiguous(), lse.contiguous()
+
+
+def _fake_forward(q, k, v, *flat):
+    lse = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=reference.wide_dtype(q))
+
+
+def _run_backward(dout, dlse, q, k, v, out, lse, *rest):
+    *flat, needs = rest
+    options, backend = _unflat(*flat), flat[-1]
+    backend = pick(q, k, v, options, True)[1] if backend == "auto" else backend
+    if backend == "torch":
+        grads = _formula_gradients(q, k, v, options, dout, dlse, needs, False)
+    else:
+        grads = BACKENDS[backend]().backward(dout, dlse, q, k, v, out, lse, options, tuple(needs))
+    return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
+
+
+def _fake_backward(dout, dlse, q, k, v, out, lse, bias, mask, slopes, sink, *rest):
+    return [t.new_empty(t.shape) for t, need in zip((q, k, v, bias, sink), rest[-1], strict=True) if need]
+
+
+_forward_op = dispatch.register(
+    f"attention(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)", _run_forward, _fake_forward
+)
+_backward_op = dispatch.register(
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS}, "
+    "bool[] needs) -> Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
+
+
+def _registered(q, k, v, options, backend, grad):
+    if backend == "auto" and not torch.compiler.is_compiling() and not _operator_sees(_tensors(q, k, v, options)):
+        return reference.forward(q, k, v, options)
+    # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
+    if grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
+        return _RegisteredAttention.apply(q, k, v, options.bias, options.sink, *_flat(options, backend))
+    return _forward_op(q, k, v, *_flat(options, backend))
+
+
+def _operator_sees(tensors) -> bool:
+    """Whether only a dispatch mode or fake tensors stand between the call and the kernels."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and all(type(t) in (Tensor, Parameter, FakeTensor) and not t.is_neg() for t in tensors)
+    )
+
+
+class _RegisteredAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, sink, *flat):
+        out, lse = _forward_op(q, k, v, *flat)
+        ctx.save_for_backward(q, k, v, out, lse, *flat[:7])
+        ctx.call = flat[7:]
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
+        grads = iter(_backward_op(dout, dlse, q, k, v, out, lse, *tensors, *ctx.call, needs))
+        return *[next(grads) if need else None for need in needs], *(None,) * 16
+
+
+def explain(op, q: Tensor, *args, **kwargs) -> Explanation:
+    """Which backends ``op(q, *args, **kwargs)`` would run on, why, and with which configuration; runs nothing."""
+    call = inspect.signature(op).bind(q, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    backend, _ = given.pop("backend"), given.pop("return_lse")
+    options = checked(*given.values())
+    k, v = given["k"], given["v"]
+    backend = dispatch.resolve(backend)
+    dispatch.check_name("attention", BACKENDS, backend)
+    grad = torch.is_grad_enabled() and _wants_gradient(q, k, v, options)
+    passes = (False, True) if grad else (False,)
+    if backend == "torch":
+        return Explanation("attention", "torch", "named by the caller")
+    if backend != "auto":
+        for backward in passes:
+            module = dispatch.load_named("attention", BACKENDS, backend, q, k, v, options, backward)
+        return Explanation("attention", backend, "named by the caller", _described(module, q, k, v, options, grad))
+    if not q.is_cuda:
+        rejected = {name: f"needs a GPU tensor, got {q.device.type}" for name in BACKENDS if name != "torch"}
+    elif not (q.numel() and k.numel() and v.numel()):
+        rejected = {name: "no elements" for name in BACKENDS if name != "torch"}
+    elif not dispatch.plain(*_tensors(q, k, v, options)) and not _operator_sees(_tensors(q, k, v, options)):
+        against = f"a raw launch does not see through {type(q).__name__} or an active mode"
+        rejected = {name: against for name in BACKENDS if name != "torch"}
+    else:
+        rejected = {}
+        forward = _first(q, k, v, options, False, rejected)
+        reasons = {}
+        backward = _first(q, k, v, options, True, reasons) if grad and forward else forward
+        rejected |= {f"{name} (backward)": reason for name, reason in reasons.items() if reasons is not rejected}
+        if forward and backward:
+            why = "the fastest measured that can run this" + (
+                f"; backward on {backward}" if backward != forward else ""
+            )
+            config = _described(BACKENDS[forward](), q, k, v, options, grad and forward == backward)
+            return Explanation("attention", forward, why, config, rejected)
+    return Explanation("attention", "torch", "the first backend that can run here", rejected=rejected)
+
+
+def _described(module, q, k, v, options, grad) -> str:
+    return module.describe(q, k, v, options, grad) if hasattr(module, "describe") else ""

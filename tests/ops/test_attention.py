@@ -1,0 +1,647 @@
+"""Attention: every option and backend against float64, both passes; what is refused; what the dispatcher does."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import trinix
+from helpers import Watch, captured, right_or_refused, same, skip_below
+from trinix.kernels.torch import attention as reference
+from trinix.ops import alibi_bias, alibi_slopes, attention
+from trinix.testing import judge, normal
+
+triton = pytest.importorskip("triton")
+import importlib  # noqa: E402
+
+from trinix.kernels.triton import attention as kernels  # noqa: E402
+from trinix.kernels.triton._launch import INTERPRETED  # noqa: E402
+
+contract = importlib.import_module("trinix.ops.attention")
+gpu = pytest.mark.gpu
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """A test may change what plans are made with."""
+    kernels.forget_plans()
+    yield
+    kernels.forget_plans()
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch, fresh_plans):
+    """In the interpreter: tiles so small that short sequences have several, and edges of every kind."""
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "choose_forward", lambda *_: kernels.Config(32, 16, 4, 1))
+        monkeypatch.setattr(kernels, "choose_keys", lambda *_: kernels.Config(16, 32, 4, 1))
+        monkeypatch.setattr(kernels, "choose_queries", lambda *_: kernels.Config(32, 32, 4, 1))
+        monkeypatch.setattr(kernels, "choose_bias", lambda *_: kernels.Config(16, 16, 4, 1))
+
+
+@pytest.fixture(params=[False, True], ids=["dq apart", "dq by atomics"])
+def fused(request, monkeypatch):
+    monkeypatch.setattr(kernels, "choose_fused", lambda *_: request.param)
+    return request.param
+
+
+class Case:
+    """Tensors and options of a call; ``run`` gives (out, lse, gradients of q, k, v, bias, sink) for any backend and dtype."""
+
+    def __init__(self, q, k, v, seed=1, **options):
+        self.inputs, self.options, self.seed = (q, k, v), options, seed
+
+    def leaf(self, t, dtype):
+        if dtype is None:
+            return t.detach().requires_grad_()
+        return t.detach().to(dtype).requires_grad_()
+
+    def run(self, backend, dtype=None):
+        q, k, v = (self.leaf(t, dtype) for t in self.inputs)
+        options, leaves = dict(self.options), [q, k, v]
+        for name in ("bias", "sink"):
+            if options.get(name) is not None:
+                options[name] = self.leaf(options[name], dtype)
+                leaves.append(options[name])
+        torch.manual_seed(self.seed)  # of dropout
+        out, lse = attention(q, k, v, return_lse=True, backend=backend, **options)
+        dout = normal(out.shape, q.dtype, seed=self.seed + 1, device=q.device.type)
+        if dtype is not None:
+            dout = normal(out.shape, self.inputs[0].dtype, seed=self.seed + 1, device=q.device.type).to(dtype)
+        dlse = normal(lse.shape, torch.float32, seed=self.seed + 2, device=q.device.type).to(lse.dtype)
+        return [t.detach() for t in (out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse)))]
+
+    def names(self):
+        return ["out", "lse", "dq", "dk", "dv", *(f"d{n}" for n in ("bias", "sink") if self.options.get(n) is not None)]
+
+    def results(self, backend):
+        """(name, of the backend, of PyTorch in the same dtype, true) of every output and gradient."""
+        runs = self.run(backend), self.run("torch"), self.run("torch", torch.float64)
+        return list(zip(self.names(), *runs, strict=True))
+
+    def faults(self, backend):
+        return [str(v) for v in (judge(*four) for four in self.results(backend)) if not v.ok]
+
+
+def make(b, sq, sk, h, hk, d, dv=None, dtype=torch.float32, device="cpu", seed=3, **options):
+    q = normal((b, sq, h, d), dtype, seed=seed, device=device)
+    k = normal((b, sk, hk, d), dtype, seed=seed + 1, device=device)
+    v = normal((b, sk, hk, dv or d), dtype, seed=seed + 2, device=device)
+    return Case(q, k, v, **options)
+
+
+def flat(case):
+    """A batch of one as rows for cu_seqlens."""
+    case.inputs = tuple(t[0] for t in case.inputs)
+    return case
+
+
+def ends(*n, device="cpu"):
+    return torch.tensor(n, dtype=torch.int32, device=device)
+
+
+def number(*shape, device="cpu"):
+    return normal(shape, torch.float32, seed=77, device=device)
+
+
+def seen(*shape, device="cpu"):
+    mask = number(*shape, device=device) > -0.3
+    mask[0] = mask[0] & (torch.arange(shape[-1], device=device) < shape[-1] - 3)
+    return mask
+
+
+CASES = {
+    "plain": lambda **w: make(2, 20, 50, 2, 1, 16, **w),
+    "one query": lambda **w: make(2, 1, 37, 2, 1, 16, causal=True, **w),
+    # dz is the difference of two equal sums there: float32's last places are not of the result's size
+    "one key": lambda **w: make(1, 19, 1, 2, 2, 16, dtype=torch.bfloat16, **w),
+    "one past the tile": lambda **w: make(1, 33, 33, 1, 1, 16, causal=True, **w),
+    "whole tiles": lambda **w: make(1, 64, 64, 1, 1, 16, causal=True, **w),
+    "causal, more keys": lambda **w: make(1, 30, 70, 2, 1, 16, causal=True, **w),
+    "causal, more queries": lambda **w: make(1, 70, 30, 2, 1, 16, causal=True, **w),
+    "window": lambda **w: make(1, 75, 70, 1, 1, 16, window=(10, 5), **w),
+    "window to the left": lambda **w: make(1, 40, 90, 1, 1, 16, causal=True, window=(20, None), **w),
+    "window to the right": lambda **w: make(1, 90, 40, 1, 1, 16, window=(None, 3), **w),
+    "window of one": lambda **w: make(1, 40, 40, 1, 1, 16, dtype=torch.bfloat16, window=(0, 0), **w),
+    "odd head dims": lambda **w: make(1, 20, 35, 2, 1, 20, 24, **w),
+    "wide head dims": lambda **w: make(1, 20, 35, 1, 1, 192, 128, causal=True, **w),
+    "tiny head dims": lambda **w: make(1, 20, 35, 1, 1, 3, 1, dtype=torch.bfloat16, **w),
+    "negative scale": lambda **w: make(1, 20, 35, 1, 1, 16, scale=-0.3, causal=True, **w),
+    "scale 0": lambda **w: make(1, 20, 35, 1, 1, 16, scale=0.0, causal=True, **w),
+    "softcap": lambda **w: make(1, 40, 50, 2, 1, 16, softcap=2.0, causal=True, **w),
+    "bias of heads": lambda **w: make(2, 20, 35, 2, 1, 16, bias=number(2, 20, 35), **w),
+    "bias of keys": lambda **w: make(2, 20, 50, 2, 1, 16, bias=number(2, 1, 1, 50), causal=True, **w),
+    "one bias": lambda **w: make(2, 20, 35, 2, 1, 16, bias=number(20, 35), window=(9, 9), **w),
+    "bias of everything": lambda **w: make(2, 20, 35, 2, 1, 16, bias=number(2, 2, 20, 35), softcap=3.0, **w),
+    "padded keys": lambda **w: make(2, 20, 35, 2, 1, 16, mask=seen(2, 1, 1, 35), **w),
+    "mask": lambda **w: make(1, 40, 50, 2, 1, 16, mask=seen(40, 50), causal=True, **w),
+    "nothing is seen": lambda **w: make(1, 20, 35, 2, 1, 16, mask=torch.zeros(1, 1, 1, 35, dtype=torch.bool), **w),
+    "alibi": lambda **w: make(1, 40, 50, 2, 1, 16, alibi_slopes=alibi_slopes(2), causal=True, **w),
+    "alibi of a batch": lambda **w: make(2, 20, 30, 2, 1, 16, alibi_slopes=number(2, 2).abs(), **w),
+    "sink": lambda **w: make(1, 30, 20, 4, 2, 16, sink=number(4), causal=True, **w),
+    "dropout": lambda **w: make(2, 20, 40, 2, 1, 16, dropout_p=0.3, causal=True, **w),
+    "variable lengths": lambda **w: flat(
+        make(1, 60, 75, 2, 1, 16, cu_seqlens_q=ends(0, 7, 7, 55), cu_seqlens_k=ends(0, 20, 25, 71), causal=True, **w)
+    ),
+    "variable lengths, options": lambda **w: flat(
+        make(1, 60, 60, 2, 1, 16, cu_seqlens_q=ends(0, 33, 60), max_seqlen_q=33, max_seqlen_k=33, dropout_p=0.2,
+             alibi_slopes=number(2, 2).abs(), softcap=4.0, sink=number(2), window=(7, 3), **w)
+    ),
+    "everything": lambda **w: make(
+        2, 20, 40, 2, 1, 16, softcap=3.0, bias=number(2, 1, 20, 40), mask=seen(2, 1, 1, 40), alibi_slopes=alibi_slopes(2),
+        sink=number(2), dropout_p=0.2, window=(25, 11), scale=0.4, **w
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_triton_holds_the_float64_budget(name):
+    assert not CASES[name]().faults("triton")
+
+
+@pytest.mark.parametrize(
+    "name", ["causal, more queries", "window", "odd head dims", "softcap", "mask", "sink", "dropout"]
+)
+def test_dq_by_atomics_holds_the_float64_budget(name, monkeypatch):
+    monkeypatch.setattr(kernels, "choose_fused", lambda *_: True)
+    assert not CASES[name]().faults("triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal, more keys", "softcap", "variable lengths"])
+def test_triton_holds_the_float64_budget_in_half_types(name, dtype, fused):
+    assert not CASES[name](dtype=dtype).faults("triton")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_group_may_be_split_into_parts(parts, monkeypatch):
+    monkeypatch.setattr(kernels, "choose_parts", lambda *_: parts)
+    assert not make(1, 17, 20, 8, 2, 16, causal=True).faults("triton")
+
+
+@pytest.mark.parametrize("processors", [3, 1000])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 20), (2, 1, 17, 20), (1, 2, 1, 20), (1, 1, 17, 20)])
+def test_a_bias_gradient_may_be_summed_in_parts(shape, processors, monkeypatch):
+    monkeypatch.setattr(kernels, "_processors", lambda _: processors)
+    assert not make(2, 17, 20, 2, 1, 16, bias=number(*shape)).faults("triton")
+
+
+LAYOUTS = {
+    "heads before rows": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "slice of a wider one": lambda t: F.pad(t, (3, 5))[..., 3:-5],
+    "rows first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "transposed": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_are_taken_as_they_are(layout):
+    case = make(2, 17, 20, 2, 1, 16, causal=True)
+    case.inputs = tuple(LAYOUTS[layout](t) for t in case.inputs)
+    assert not case.faults("triton")
+
+
+def test_views_of_a_packed_projection_and_expanded_gradients(fused):
+    x = normal((2, 30, 3, 2, 16), torch.float32, seed=1)
+    q, k, v = x.unbind(2)
+    wanted, got = [], []
+    for backend, results in (("torch", wanted), ("triton", got)):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        results += torch.autograd.grad(attention(*leaves, causal=True, backend=backend).sum(), leaves)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (3,), (4,)])
+def test_only_wanted_gradients_are_made_and_they_are_the_same(wanted):
+    tensors = [*make(1, 17, 20, 2, 1, 16).inputs, number(2, 17, 20), number(2)]
+    results = []
+    for grads in (range(5), wanted):
+        leaves = [t.detach().requires_grad_(i in grads) for i, t in enumerate(tensors)]
+        out = attention(*leaves[:3], bias=leaves[3], sink=leaves[4], backend="triton")
+        found = torch.autograd.grad(out.square().sum(), [leaves[i] for i in wanted])
+        results.append(found)
+    same(*results)
+
+
+def test_a_gradient_of_lse_alone():
+    case = make(1, 20, 35, 2, 1, 16)
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [t.detach().requires_grad_() for t in case.inputs]
+        _, lse = attention(*leaves, return_lse=True, backend=backend)
+        results.append(torch.autograd.grad(lse.sum(), leaves[:2]))
+    torch.testing.assert_close(*results)
+
+
+def test_a_second_derivative_is_the_formulas():
+    case = make(1, 6, 7, 2, 1, 4, dropout_p=0.2)
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [t.detach().requires_grad_() for t in case.inputs]
+        torch.manual_seed(0)
+        out = attention(*leaves, backend=backend)
+        (dq,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+        results.append(torch.autograd.grad(dq.square().sum(), leaves))
+    torch.testing.assert_close(*results)
+
+
+def test_the_formula_is_pytorchs():
+    q, k, v = make(2, 20, 20, 4, 2, 16, dtype=torch.float64).inputs
+    swapped = [t.transpose(1, 2) for t in (q, k, v)]
+    wanted = F.scaled_dot_product_attention(*swapped, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(attention(q, k, v, causal=True), wanted)
+    slopes = alibi_slopes(4)
+    with_bias = attention(q, k, v, bias=alibi_bias(slopes, 20, dtype=torch.float64))
+    torch.testing.assert_close(attention(q, k, v, alibi_slopes=slopes), with_bias)
+
+
+def test_the_formula_passes_gradcheck():
+    q, k, v = (t.double().requires_grad_() for t in make(1, 4, 5, 2, 1, 3).inputs)
+    bias, sink = number(2, 1, 5).double().requires_grad_(), number(2).double().requires_grad_()
+
+    def call(q, k, v, bias, sink):
+        return attention(q, k, v, bias=bias, sink=sink, softcap=2.0, window=(2, 1), return_lse=True)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, bias, sink))
+
+
+def test_dropout_keeps_the_share_that_it_says_and_follows_the_seed():
+    seed = torch.tensor([2**61 + 12345])
+    for p in (0.0, 0.1, 0.5, 0.9):
+        share = reference.keep_mask(seed, 2, 3, 100, 101, p).double().mean().item()
+        assert share == pytest.approx(1 - p, abs=0.01)
+    q, k, v = make(1, 8, 9, 2, 1, 16).inputs
+    outs = []
+    for s in (1, 1, 2):
+        torch.manual_seed(s)
+        outs.append(attention(q, k, v, dropout_p=0.5, backend="triton"))
+    same(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (1, 0, 5), (1, 5, 0)])
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+def test_no_rows(shape, backend):
+    b, sq, sk = shape
+    leaves = [t.requires_grad_() for t in make(b, sq, sk, 2, 1, 16).inputs]
+    out, lse = attention(*leaves, return_lse=True, backend=backend)
+    assert out.shape == (b, sq, 2, 16)
+    assert lse.shape == (b, 2, sq)
+    if not sk:
+        assert not out.any()
+        assert (lse == float("-inf")).all()
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert [g.shape for g in grads] == [t.shape for t in leaves]
+
+
+def test_the_same_bits_every_time_when_asked(monkeypatch):
+    monkeypatch.setattr(kernels, "choose_fused", lambda *_: True)
+    monkeypatch.setattr(kernels, "keys_launch", deterministic_only(kernels.keys_launch))
+    case = make(1, 20, 35, 2, 1, 16, deterministic=True)
+    same(case.run("triton"), case.run("triton"))
+
+
+def deterministic_only(launch):
+    def watched(form, fused, *rest):
+        assert not fused
+        return launch(form, fused, *rest)
+
+    return watched
+
+
+def test_float64_and_wide_heads_go_to_the_formula_and_triton_says_why():
+    q, k, v = make(1, 4, 5, 2, 1, 300).inputs
+    attention(q, k, v)
+    with pytest.raises(trinix.Unsupported, match="head dimensions up to 256, got 300 and 300"):
+        attention(q, k, v, backend="triton")
+    with pytest.raises(trinix.Unsupported, match="float64"):
+        attention(*(t.double() for t in make(1, 4, 5, 2, 1, 16).inputs), backend="triton")
+
+
+WRONG = {
+    "q": ({"q": 1}, TypeError, "q must be a floating-point tensor, got int"),
+    "dtype": ({"k": torch.zeros(1, 4, 1, 8).half()}, TypeError, "k must be a tensor of q's dtype"),
+    "dims": ({"q": torch.zeros(4, 2, 8)}, ValueError, r"q must be \[B, S, heads, D\]"),
+    "k and v": ({"v": torch.zeros(1, 5, 1, 8)}, ValueError, "k and v must agree"),
+    "head dim": ({"q": torch.zeros(1, 3, 2, 7)}, ValueError, "one head dimension"),
+    "batch": ({"q": torch.zeros(2, 3, 2, 8)}, ValueError, "one batch size"),
+    "heads": ({"q": torch.zeros(1, 3, 3, 8), "k": torch.zeros(1, 4, 2, 8), "v": torch.zeros(1, 4, 2, 8)}, ValueError, "multiple"),
+    "window": ({"window": (1, -1)}, ValueError, "window must hold ints from 0 on or None"),
+    "window's form": ({"window": 3}, ValueError, r"window must be \(left, right\)"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap"),
+    "dropout": ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+    "bias": ({"bias": torch.zeros(3, 3)}, ValueError, r"bias must be broadcastable to \[B, H, Sq, Sk\] = \[1, 2, 3, 4\]"),
+    "bias's dtype": ({"bias": torch.zeros(3, 4, dtype=torch.bool)}, TypeError, "bias must be a floating-point tensor"),
+    "mask": ({"mask": torch.zeros(3, 4)}, TypeError, "passed as bias"),
+    "slopes": ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes must be"),
+    "slopes' gradient": ({"alibi_slopes": torch.zeros(2, requires_grad=True)}, ValueError, "no gradient"),
+    "sink": ({"sink": torch.zeros(3)}, ValueError, "sink must be"),
+    "lengths without ends": ({"max_seqlen_q": 3}, ValueError, "need cu_seqlens_q"),
+    "ends of k alone": ({"cu_seqlens_k": ends(0, 3)}, ValueError, "need cu_seqlens_q"),
+    "ends with a batch": ({"cu_seqlens_q": ends(0, 3)}, ValueError, r"\[T, heads, D\]"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused_with_a_reason(name):
+    changes, error, words = WRONG[name]
+    call = {"q": torch.zeros(1, 3, 2, 8), "k": torch.zeros(1, 4, 1, 8), "v": torch.zeros(1, 4, 1, 8)} | changes
+    with pytest.raises(error, match=words):
+        attention(**call)
+
+
+def test_wrong_ends_are_refused():
+    q = torch.zeros(6, 2, 8)
+    for wrong, error in ((ends(0, 6).long(), TypeError), (ends(0, 6)[None], ValueError)):
+        with pytest.raises(error, match="cu_seqlens"):
+            attention(q, q, q, cu_seqlens_q=wrong)
+    with pytest.raises(ValueError, match="bias does not go with cu_seqlens_q"):
+        attention(q, q, q, cu_seqlens_q=ends(0, 6), bias=torch.zeros(6, 6))
+
+
+def test_explain_names_backends_and_reasons():
+    q = torch.zeros(1, 3, 2, 8)
+    told = trinix.explain("attention", q, q, q)
+    assert told.backend == "torch"
+    assert "needs a GPU tensor, got cpu" in told.rejected["triton"]
+    told = trinix.explain("attention", q.requires_grad_(), q, q, backend="triton")
+    assert told.backend == "triton"
+    assert "queries x" in told.config
+
+
+def test_choices_hold_for_every_card():
+    for card in ("sm_90", "nvidia", "amd"):
+        for d in (16, 40, 64, 96, 128, 192, 256):
+            for size in (2, 4):
+                for choose in (
+                    kernels.choose_forward,
+                    kernels.choose_keys,
+                    kernels.choose_queries,
+                    kernels.choose_bias,
+                ):
+                    config = choose(d, d, size, card)
+                    assert all(n & (n - 1) == 0 for n in config[:3])
+    assert kernels.choose_parts(1, 8, 4) == 8
+    assert kernels.choose_parts(4, 8, 4) == 2
+    assert kernels.choose_parts(8, 8, 4) == 1
+
+
+# ---- what a raw launch must not see ------------------------------------------------------------------------------------
+
+
+def loss_of(backend, **options):
+    def run(q, k, v):
+        return attention(q, k, v, causal=True, backend=backend, **options)
+
+    return run
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_torch_compile_keeps_it_whole(backend):
+    leaves = [t.requires_grad_() for t in make(1, 8, 9, 2, 1, 16).inputs]
+    run = loss_of(backend)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    got, wanted = compiled(*leaves), run(*leaves)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)
+    )
+
+
+def test_a_dispatch_mode_sees_one_operator_a_pass():
+    leaves = [t.requires_grad_() for t in make(1, 8, 9, 2, 1, 16).inputs]
+    with Watch() as watch:
+        loss_of("triton", sink=number(2))(*leaves).sum().backward()
+    assert [n for n in watch.seen if "trinix" in n] == ["trinix.attention.default", "trinix.attention_backward.default"]
+
+
+def test_the_operators_pass_opcheck():
+    q, k, v = make(1, 8, 9, 2, 1, 16).inputs
+    options = contract.Options(True, -1, 0, 0.25)
+    flat_options = contract._flat(options, "triton")
+    torch.library.opcheck(torch.ops.trinix.attention.default, (q, k, v, *flat_options))
+    out, lse = attention(q, k, v, causal=True, scale=0.25, return_lse=True)
+    call = (out, None, q, k, v, out, lse, *flat_options, [True, False, True, False, False])
+    torch.library.opcheck(torch.ops.trinix.attention_backward.default, call)
+
+
+def test_fake_tensors_run_no_kernel(monkeypatch):
+    with FakeTensorMode():
+        q = torch.empty(2, 8, 4, 16, dtype=torch.bfloat16, requires_grad=True)
+        k = torch.empty(2, 9, 2, 16, dtype=torch.bfloat16)
+        out, lse = attention(q, k, k, return_lse=True, backend="triton")
+        out.sum().backward()
+    assert (out.shape, lse.shape, lse.dtype, q.grad.shape) == (q.shape, (2, 4, 8), torch.float32, q.shape)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_function_transforms_are_right_or_refused(backend):
+    q, k, v = make(1, 5, 6, 2, 1, 8).inputs
+    ours, theirs = loss_of(backend), loss_of("torch")
+    wanted = torch.func.grad(lambda t: theirs(t, k, v).sum())(q)
+    right_or_refused(lambda: torch.func.grad(lambda t: ours(t, k, v).sum())(q), wanted)
+    many = torch.stack([q, 2 * q])
+    right_or_refused(
+        lambda: torch.func.vmap(lambda t: ours(t, k, v))(many), torch.stack([theirs(t, k, v) for t in many])
+    )
+    tangent = torch.func.jvp(lambda t: theirs(t, k, v), (q,), (k[:, :5].expand_as(q),))[1]
+    right_or_refused(lambda: torch.func.jvp(lambda t: ours(t, k, v), (q,), (k[:, :5].expand_as(q),))[1], tangent)
+    negative = torch._neg_view(q)
+    torch.testing.assert_close(ours(negative, k, v), theirs(negative.resolve_neg(), k, v))
+
+
+# ---- the tests can fail ------------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_leaves_out_its_last_tile_fails(monkeypatch):
+    run = kernels.Launch.__call__
+    monkeypatch.setattr(kernels.Launch, "__call__", lambda self, blocks, *rest: run(self, blocks - 1, *rest))
+    assert any(fault.startswith("out: error nan") or "NaN" in fault for fault in CASES["plain"]().faults("triton"))
+
+
+def test_a_wrong_delta_fails(monkeypatch):
+    run = kernels.Launch.__call__
+
+    def without_dlse(self, blocks, tensors, scalars):
+        if self.kernel is kernels._prepare and self.constants["DLSE"]:
+            tensors[3].zero_()
+        run(self, blocks, tensors, scalars)
+
+    monkeypatch.setattr(kernels.Launch, "__call__", without_dlse)
+    assert any(fault.startswith("dq") for fault in CASES["plain"]().faults("triton"))
+
+
+# ---- on the card -------------------------------------------------------------------------------------------------------
+
+
+def draw(seed, device="cuda"):
+    """A random call: shapes, layouts, dtype and any mixture of options."""
+    rng = random.Random(seed)
+
+    def coin(p):
+        return rng.random() < p
+
+    dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float16, torch.float32])
+    d = rng.choice([16, 20, 32, 40, 64, 64, 64, 72, 80, 96, 128, 128, 128, 192, 256])
+    dv = 128 if d == 192 else rng.choice([d, d, d, d, 64])
+    hk, group, b = rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 3, 8]), rng.choice([1, 2, 3])
+    lengths = [1, 2, 17, 63, 64, 65, 127, 128, 129, 200, 257, 333, 512, 700]
+    # float32: enough keys that dz is not the difference of two equal sums, enough numbers that a largest error means something
+    whole = dtype is torch.float32
+    sq, sk = (rng.choice(lengths[6:] if whole else n) for n in (lengths, lengths[2:]))
+    if coin(0.3):
+        sk = sq
+    h = hk * group
+    options = {}
+    if coin(0.4):
+        options["causal"] = True
+    if coin(0.3):
+        left, right = rng.choice([None, 0, 5, 64, 150]), rng.choice([None, 0, 7, 64])
+        options["window"] = (64 if whole and left is not None else left, right)
+    if coin(0.2):
+        options["softcap"] = rng.choice([2.0, 20.0])
+    if coin(0.2):
+        options["scale"] = rng.choice([0.05, 0.3, -0.1])
+    if coin(0.2):
+        options["alibi_slopes"] = number(*rng.choice([(h,), (b, h)]), device=device).abs()
+    if coin(0.2):
+        options["sink"] = number(h, device=device)
+    if coin(0.15):
+        options["dropout_p"] = rng.choice([0.1, 0.5])
+    if coin(0.3):
+        options["deterministic"] = True
+    if coin(0.25):  # variable lengths
+        q, k, v = (normal((n, heads, w), dtype, seed=seed + i, device=device)
+                   for i, (n, heads, w) in enumerate(((b * sq, h, d), (b * sk, hk, d), (b * sk, hk, dv))))  # fmt: skip
+        cuts = [sorted(rng.randint(0, n) for _ in range(b - 1)) for n in (b * sq, b * sk)]
+        options["cu_seqlens_q"] = ends(0, *cuts[0], b * sq, device=device)
+        options["cu_seqlens_k"] = ends(0, *cuts[1], b * sk - rng.choice([0, 0, 1]) * (b * sk - (cuts[1] or [0])[-1]) // 2,
+                                       device=device)  # fmt: skip
+        return Case(q, k, v, seed=seed, **options)
+    full = b, h, sq, sk
+    if coin(0.25):
+        shape = [rng.choice([1, n]) for n in full[:3]] + [sk]
+        options["bias"] = normal(shape, rng.choice([dtype, torch.float32]), seed=seed + 9, device=device)
+    if coin(0.25):
+        shape = [rng.choice([1, n]) for n in full[:3]] + [sk]
+        options["mask"] = normal(shape, torch.float32, seed=seed + 8, device=device) > rng.choice([-1.0, 0.5])
+    case = make(b, sq, sk, h, hk, d, dv, dtype, device, seed=seed, **options)
+    layout = rng.choice([None, None, *LAYOUTS.values()])
+    if layout:
+        case.inputs = tuple(layout(t) for t in case.inputs)
+    case.seed = seed
+    return case
+
+
+def pooled(few):
+    """Verdicts on tensors of a few numbers (the gradients of sinks), all calls of a dtype together: one call's say little."""
+    for dtype in {t.dtype for _, t, _, _ in few}:
+        parts = [four[1:] for four in few if four[1].dtype == dtype]
+        powers = [2.0 ** true.abs().max().clamp_min(1e-6).log2().floor() for _, _, true in parts]  # exact to divide by
+        yield judge(
+            "few", *(torch.cat([t / p for t, p in zip(row, powers, strict=True)]) for row in zip(*parts, strict=True))
+        )
+
+
+BATCHES, EACH = 11, 30
+
+
+@gpu
+@pytest.mark.parametrize("backend", [name for name in contract.BACKENDS if name != "torch"])
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_on_the_card_random_calls_hold_the_float64_budget(batch, backend):
+    bad, few, ran = {}, [], 0
+    for seed in range(batch * EACH, batch * EACH + EACH):
+        case = draw(seed)
+        try:
+            results = case.results(backend)
+        except trinix.Unsupported:
+            continue
+        ran += 1
+        few += [four for four in results if four[0] == "dsink"]
+        verdicts = [judge(*four) for four in results if four[0] != "dsink"]
+        if faults := [str(v) for v in verdicts if not v.ok]:
+            bad[seed] = faults, describe(case)
+    if not ran:
+        pytest.skip(f"{backend} takes none of these calls")
+    assert not bad
+    assert not [str(v) for v in pooled(few) if not v.ok]
+
+
+def describe(case) -> str:
+    shown = {n: tuple(o.shape) if isinstance(o, torch.Tensor) else o for n, o in case.options.items()}
+    return f"{[tuple(t.shape) for t in case.inputs]} {case.inputs[0].dtype} {shown}"
+
+
+@gpu
+@pytest.mark.parametrize(("d", "fused_dq"), [(64, False), (64, True), (128, False), (128, True), (256, False)])
+def test_on_the_card_both_forms_of_the_backward_hold_the_budget(d, fused_dq, monkeypatch):
+    monkeypatch.setattr(kernels, "choose_fused", lambda *_: fused_dq)
+    for dtype in DTYPES:
+        for causal in (False, True):
+            assert not make(2, 513, 640, 4, 2, d, dtype=dtype, device="cuda", causal=causal).faults("triton")
+
+
+@gpu
+def test_on_the_card_two_hundred_runs_give_the_same_bits():
+    case = make(2, 400, 500, 4, 2, 64, dtype=torch.bfloat16, device="cuda", causal=True, deterministic=True)
+    first = case.run("triton")
+    for _ in range(200):
+        same(case.run("triton"), first)
+
+
+@gpu
+def test_on_the_card_a_graph_replays_both_passes_on_new_data():
+    case = make(2, 100, 130, 4, 2, 64, dtype=torch.bfloat16, device="cuda", causal=True, deterministic=True)
+    graph, result = captured(lambda: run_plain(case))
+    for i, t in enumerate(case.inputs):
+        t.copy_(normal(t.shape, t.dtype, seed=50 + i, device="cuda"))
+    graph.replay()
+    same(result, run_plain(case))
+
+
+def run_plain(case):
+    leaves = [t.detach().requires_grad_() for t in case.inputs]
+    out = attention(*leaves, backend="triton", **case.options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+@gpu
+def test_on_the_card_more_than_2_to_the_31_elements():
+    skip_below(40)
+    b, s, h, d = 2, 2**17 + 8, 68, 128  # b * s * h * d > 2**31
+    x = normal((1, s, 1, d), torch.bfloat16, seed=1, device="cuda")
+    q = torch.empty((b, s, h, d), dtype=torch.bfloat16, device="cuda")
+    q[:] = x
+    out = attention(q, q[:, :, :1], q[:, :, :1], window=(64, 0), backend="triton")
+    wanted = attention(q[:1, :, :1], q[:1, :, :1], q[:1, :, :1], window=(64, 0), backend="triton")
+    for head in (0, h - 1):
+        same(out[-1, :, head], wanted[0, :, 0])
+
+
+@gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_inductor_compiles_it_whole(backend):
+    leaves = [t.requires_grad_() for t in make(2, 100, 130, 4, 2, 64, dtype=torch.bfloat16, device="cuda").inputs]
+    run = loss_of(backend, deterministic=True)
+    compiled = torch.compile(run, fullgraph=True)
+    got, wanted = compiled(*leaves), run(*leaves)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)
+    )
+
+
+@gpu
+def test_auto_runs_kernels_on_the_card_and_explain_says_which():
+    q, k, v = (t.requires_grad_() for t in make(2, 300, 300, 4, 2, 64, dtype=torch.bfloat16, device="cuda").inputs)
+    told = trinix.explain("attention", q, k, v, causal=True)
+    assert told.backend != "torch"
+    pair = contract.pick(q, k, v, contract.Options(True, -1, 0, 0.125), True)
+    assert told.backend == pair[0]

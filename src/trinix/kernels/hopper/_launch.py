@@ -9,6 +9,7 @@ its own path runs, and descriptors are made anew.
 from types import SimpleNamespace
 
 import torch
+import triton
 from triton.backends.nvidia import driver
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -98,6 +99,8 @@ class Binary:
 
 def _direct(compiled, run, constants):
     """(blocks, stream, arguments) -> launch, descriptors being among the arguments as the binary takes them; or None."""
+    if not triton.__version__.startswith(("3.6.", "3.7.")):  # whose launchers were read
+        return None
     facts = compiled.metadata
     if facts.global_scratch_size or getattr(facts, "profile_scratch_size", 0):
         return None
@@ -109,14 +112,13 @@ def _direct(compiled, run, constants):
         launch = launch.__closure__[names.index("launcher")].cell_contents
     if launch is None:
         return None
-    function, packed = compiled.function, compiled.packed_metadata
-    cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+    function, packed, pdl = compiled.function, compiled.packed_metadata, run.launch_pdl
     if hasattr(run, "arg_annotations"):  # Triton 3.7
         annotations, signature = run.arg_annotations, run.kernel_signature
 
         def direct(blocks, stream, arguments):
             launch(
-                blocks, 1, 1, stream, function, cooperative, pdl, packed, None, None, None, None, None, annotations, signature,
+                blocks, 1, 1, stream, function, False, pdl, packed, None, None, None, None, None, annotations, signature,
                 arguments + constants,
             )  # fmt: skip
 
@@ -124,7 +126,7 @@ def _direct(compiled, run, constants):
 
         def direct(blocks, stream, arguments):
             launch(
-                blocks, 1, 1, stream, function, cooperative, pdl, None, None, packed, None, None, None, *arguments, *constants
+                blocks, 1, 1, stream, function, False, pdl, None, None, packed, None, None, None, *arguments, *constants
             )
 
     return direct

@@ -1,0 +1,570 @@
+"""Attention on Hopper (sm_90): configurations, plans and launches of the kernels beside this file.
+
+A plan holds everything of a call that its tensors' addresses do not decide: binaries, descriptors' shapes, grids, scalars. It
+is made at the first call of its kind; a later call looks it up, allocates its outputs and launches.
+
+Floor: forward 4 Sq Sk D operations a head (half under a causal mask), backward 2.5 times that; docs/perf/attention.md.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trinix.kernels.hopper import attention_backward as backward_kernels
+from trinix.kernels.hopper import attention_backward_wide as wide_kernels
+from trinix.kernels.hopper import attention_forward as forward_kernels
+from trinix.kernels.hopper._launch import Binary, Box, raw_stream
+
+WIDE_BACKWARD = False  # the kernel for head dimensions above 128 is right on the CPU, but has not run on a card yet
+LOG2E = math.log2(math.e)
+_ROWS_LIMIT = 2**31 - 2**12  # coordinates of the copy engine are 32 bits wide
+
+
+# ---- what runs here ----------------------------------------------------------------------------------------------------
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str | None:
+    if not q.is_cuda:
+        return f"needs a GPU tensor, got {q.device.type}"
+    if _capability(q.device) != (9, 0):
+        return f"needs a card of compute capability 9.0 (H100, H200), got {_capability(q.device)}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16, got {q.dtype}"
+    for name in ("bias", "mask"):
+        if getattr(options, name) is not None:
+            return f"has no {name}"
+    if options.dropout_p:
+        return "has no dropout"
+    if not options.scale > 0:
+        return f"needs a scale above 0, got {options.scale}"
+    d, dv = q.shape[-1], v.shape[-1]
+    if padded(d) is None or padded(dv) is None:
+        return f"needs head dimensions up to 256, multiples of 8, got {d} and {dv}"
+    if backward and max(d, dv) > 128 and not WIDE_BACKWARD:
+        return f"has no backward for head dimensions above 128, got {d} and {dv}"
+    if not q.numel() or not k.numel() or not v.numel():
+        return "needs at least one element"
+    rows = q.shape[0] * (1 if q.ndim == 3 else q.shape[1])
+    if (rows + 128 * q.shape[0]) * q.shape[-2] > _ROWS_LIMIT or k.shape[0] * k.shape[-3] > _ROWS_LIMIT:
+        return "counts rows of all heads in 32 bits"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not copy_engine_reads(t):
+            return f"needs {name} at a multiple of 16 bytes, its last dimension dense and its other strides too"
+    return None
+
+
+def copy_engine_reads(t: Tensor) -> bool:
+    """Whether a descriptor can describe the tensor."""
+    return not t.data_ptr() & 15 and t.stride(-1) == 1 and all(
+        n == 1 or (s > 0 and s * t.element_size() % 16 == 0) for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True)
+    )  # fmt: skip
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# ---- configurations ----------------------------------------------------------------------------------------------------
+
+
+class ForwardConfig(NamedTuple):
+    """rows of a warpgroup, keys of a tile, widths of the tiles of Q and V (powers of two), the part of Q's that is used"""
+
+    m: int
+    n: int
+    d: int
+    d_qk: int
+    dv: int
+    stages: int
+    consumers: int
+    registers: int
+    q_buffers: int
+    scores_first: bool
+    pingpong: bool
+    lazy: bool = False
+
+
+class BackwardConfig(NamedTuple):
+    m: int
+    n: int
+    d: int
+    stages: int
+    dq_way: int
+    copy_sums: bool = False  # whether the copy engine adds dQ up
+    dv: int = 0  # the width of the tiles of V where it is not Q's
+
+
+def padded(d: int) -> int | None:
+    """The width of the tile that holds a head dimension: what lies behind it reads as zeros."""
+    return next((width for width in (64, 128, 256) if d <= width), None) if d % 8 == 0 else None
+
+
+def choose_forward(d: int, dv: int, causal: bool, keys: int) -> ForwardConfig | None:
+    width, out = padded(d), padded(dv)
+    if width is None or out is None:
+        return None
+    if width == out == 64:
+        if causal and keys < 4096:  # blocks of 128 rows: less of the diagonal is computed for nothing
+            return ForwardConfig(64, 128, 64, 64, 64, 4, 2, 240, 2, True, False, True)
+        return ForwardConfig(64, 128, 64, 64, 64, 3, 3, 160, 2, False, False, True)
+    if max(width, out) <= 128:
+        return ForwardConfig(64, 128, 128, 128, 128, 2, 2, 240, 2, True, True, True)
+    used = 192 if 128 < d <= 192 else width
+    if out <= 128:
+        return ForwardConfig(64, 64, 256, used, 128, 2, 2, 240, 1, True, False, False)
+    return ForwardConfig(64, 64, 256, max(used, 192), 256, 2, 2, 240, 1, True, False, False)
+
+
+def choose_backward(d: int, dv: int, causal: bool, keys: int, plain: bool) -> BackwardConfig | None:
+    """``plain``: neither softcap nor ALiBi, which take registers, nor ``deterministic``."""
+    width, out = padded(d), padded(dv)
+    if width is None or out is None:
+        return None
+    if max(width, out) > 128:
+        return BackwardConfig(64, 64, 256, 2, backward_kernels.WIDE.value, dv=max(out, 128))
+    if width == out == 64:
+        if plain and causal and keys >= 4096:
+            return BackwardConfig(128, 128, 64, 2, backward_kernels.ROWS.value)
+        return BackwardConfig(64, 128, 64, 3, backward_kernels.TURNS.value)
+    if plain and not causal:
+        return BackwardConfig(64, 128, 128, 2, backward_kernels.TURNS.value, copy_sums=True)
+    return BackwardConfig(64, 128, 128, 2, backward_kernels.COLUMNS.value)
+
+
+def _chosen_forward(d, dv, options, keys):
+    return choose_forward(d, dv, options.window_right >= 0, options.max_seqlen_k or keys)
+
+
+def _chosen_backward(d, dv, options, keys):
+    plain = not (options.softcap or options.alibi_slopes is not None or options.deterministic)
+    return choose_backward(d, dv, options.window_right >= 0, options.max_seqlen_k or keys, plain)
+
+
+def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
+    sizes = q.shape[-1], v.shape[-1], options, k.shape[-3]
+    text = f"forward {_chosen_forward(*sizes)}"
+    return f"{text}; backward {_chosen_backward(*sizes)}" if grad else text
+
+
+def forward_constants(
+    c: ForwardConfig, *, left=False, right=False, tail=False, one_mask=True, softcap=False, alibi=False, sink=False,
+    varlen=False,
+) -> dict:  # fmt: skip
+    """The constants of the forward kernel, in its order."""
+    return {
+        "M": c.m, "N": c.n, "D": c.d, "D_QK": c.d_qk, "DV": c.dv, "STAGES": c.stages, "CONSUMERS": c.consumers,
+        "REGISTERS": c.registers, "Q_BUFFERS": c.q_buffers, "LEFT": left, "RIGHT": right, "TAIL": tail,
+        "ONE_MASK": one_mask, "SOFTCAP": softcap, "ALIBI": alibi, "SINK": sink, "VARLEN": varlen,
+        "SCORES_FIRST": c.scores_first, "PINGPONG": c.pingpong, "LAZY": c.lazy,
+    }  # fmt: skip
+
+
+def backward_constants(
+    c: BackwardConfig, *, left=False, right=False, tail=False, softcap=False, alibi=False, varlen=False,
+    deterministic=False,
+) -> dict:  # fmt: skip
+    """The constants of the backward kernel, in its order."""
+    wide = c.dq_way == backward_kernels.WIDE.value
+    sums = {"COPY_SUMS": c.copy_sums and not deterministic}
+    return {
+        "M": c.m, "N": c.n, "D": c.d, **({"DV": c.dv} if wide else {}), "STAGES": c.stages,
+        **({} if wide else {"DQ_WAY": c.dq_way}), "BLOCK": backward_kernels.BLOCK, "LEFT": left, "RIGHT": right,
+        "TAIL": tail, "SOFTCAP": softcap, "ALIBI": alibi, "VARLEN": varlen, "DETERMINISTIC": deterministic,
+        **({} if wide else sums),
+    }  # fmt: skip
+
+
+# ---- plans -------------------------------------------------------------------------------------------------------------
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class _Shape:
+    """Sizes that both passes need. A tensor of a call with lengths of its own stands as one batch of T rows."""
+
+    def __init__(self, q, k, v, options):
+        self.varlen = options.cu_seqlens_q is not None
+        self.heads, self.d = q.shape[-2:]
+        self.key_heads, self.dv = v.shape[-2:]
+        self.dtype, self.device = q.dtype, q.get_device()
+        if self.varlen:
+            self.batch = options.cu_seqlens_q.numel() - 1
+            self.seq_q, self.seq_k = max(options.max_seqlen_q, 1), max(options.max_seqlen_k, 1)
+            self.rows = q.shape[0]
+        else:
+            self.batch, self.seq_q = q.shape[:2]
+            self.seq_k = k.shape[1]
+            self.rows = self.batch * self.seq_q
+        # a bound that hides nothing is none
+        left, right = options.window_left, options.window_right
+        self.left = left if 0 <= left < max(self.seq_q, self.seq_k) else -1
+        self.right = right if 0 <= right < max(self.seq_q, self.seq_k) else -1
+        self.slopes_batch = 0
+        if options.alibi_slopes is not None and options.alibi_slopes.ndim == 2:
+            self.slopes_batch = self.heads
+        self.softcap, self.alibi = options.softcap > 0, options.alibi_slopes is not None
+        # the kernels work in powers of two; tanh x is 1 - 2 / (2^(2 x log2 e) + 1)
+        self.scale = options.scale * LOG2E * (2 / options.softcap if self.softcap else 1)
+        self.cap = options.softcap * LOG2E
+
+    def box(self, t, block, width):
+        shape, strides = t.shape, t.stride()
+        if self.varlen:
+            shape, strides = (1, *shape), (8, *strides)
+        return Box(shape, strides, (1, block, 1, width), t.dtype)
+
+
+class _ForwardPlan:
+    def __init__(self, q, k, v, options, out, lse, counter, ends_q, ends_k, slopes, sink):
+        self.shape = s = _Shape(q, k, v, options)
+        bounded = s.right >= 0
+        c = _chosen_forward(s.d, s.dv, options, s.seq_k)
+        rows = c.m * c.consumers
+        row_blocks = _cdiv(s.seq_q, rows)
+        heads = s.batch * s.heads
+        self.items = heads * row_blocks
+        self.blocks = min(_multiprocessors(s.device), self.items)
+        section = choose_section(heads, 2 * s.seq_k * (s.d + s.dv), 40 << 20) if bounded else 1
+        # with square tiles and lengths that go together only the first visited key tile needs a mask
+        one_mask = s.left < 0 and (
+            not bounded or (not s.varlen and s.right == 0 and rows <= c.n and s.seq_k >= s.seq_q
+                            and (s.seq_k - s.seq_q) % c.n == 0)
+        )  # fmt: skip
+        constants = forward_constants(
+            c, left=s.left >= 0, right=bounded, tail=s.varlen or s.seq_k % c.n != 0, one_mask=one_mask, softcap=s.softcap,
+            alibi=s.alibi, sink=options.sink is not None, varlen=s.varlen,
+        )  # fmt: skip
+        self.q, self.k, self.v = s.box(q, c.m, c.d), s.box(k, c.n, c.d), s.box(v, c.n, c.dv)
+        self.out = s.box(out, c.m, c.dv)
+        self.scalars = (
+            self.items, heads, s.heads, s.heads // s.key_heads, row_blocks, section, s.seq_q, s.seq_k, s.rows,
+            max(s.left, 0), max(s.right, 0), s.slopes_batch, s.dv, s.scale, s.cap,
+        )  # fmt: skip
+        examples = (
+            (self.q, q), (self.k, k), (self.v, v), (self.out, out), out, lse, counter, ends_q, ends_k, slopes, sink,
+            *self.scalars,
+        )  # fmt: skip
+        self.binary = _binary(forward_kernels.attention_forward, s.device, examples, constants)
+
+
+_binaries = {}
+
+
+def _binary(kernel, device, examples, constants, **options) -> Binary:
+    """One binary for all plans that want the same; the boxes of a further plan learn from it how descriptors look."""
+    types = tuple(a[0].dtype if isinstance(a, tuple) else getattr(a, "dtype", None) for a in examples)
+    key = kernel, device, types, tuple(constants.values()), tuple(options.values())
+    found = _binaries.get(key)
+    if found is None:
+        found = _binaries[key] = Binary(
+            kernel, device, examples, constants, **{"num_warps": 4, "enable_fp_fusion": True} | options
+        )
+    else:
+        for box, like in zip((a[0] for a in examples if isinstance(a, tuple)), found.boxes, strict=True):
+            box.metadata = like.metadata
+            if "at" in vars(like):
+                box.at = box.shaped
+    return found
+
+
+_plans = {}
+_MOST_PLANS = 4096
+
+
+def _key(q, k, v, options) -> tuple:
+    slopes = options.alibi_slopes
+    ends = options.cu_seqlens_q
+    return (
+        q.shape, k.shape, v.shape[-1], q.stride(), k.stride(), v.stride(), q.dtype, q.get_device(), options.window_left,
+        options.window_right, options.scale, options.softcap,
+        None if slopes is None else (slopes.ndim, slopes.dtype),
+        None if options.sink is None else options.sink.dtype,
+        None if ends is None else (ends.shape, options.max_seqlen_q, options.max_seqlen_k),
+    )  # fmt: skip
+
+
+def _keep(key, plan):
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+_counters = {}
+
+
+def _counter(device: int, stream: int) -> Tensor:
+    """Two zeros that the forward kernel leaves as zeros: which item is next, and how many programs are done.
+
+    Kernels of one stream run one after the other and share them. A captured graph may run beside its stream: it gets its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+    found = _counters.get((device, stream))
+    if found is None:
+        found = torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+        _counters[device, stream] = found
+    return found
+
+
+# ---- forward -----------------------------------------------------------------------------------------------------------
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
+    """(out, lse); ``options`` is ``trinix.ops.attention.Options``."""
+    device = q.get_device()
+    stream = raw_stream(device)
+    key = _key(q, k, v, options)
+    plan = _plans.get(key)
+    counter = _counter(device, stream)
+    out_shape = q.shape[:-1] + v.shape[-1:]
+    if options.cu_seqlens_q is None:
+        out = torch.empty(out_shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    else:  # rows behind the last sequence are nobody's
+        out = torch.zeros(out_shape, dtype=q.dtype, device=q.device)
+        lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
+    more = _vectors(options, counter)
+    if plan is None:
+        plan = _keep(key, _ForwardPlan(q, k, v, options, out, lse, counter, *more))
+    out_at = out.data_ptr()
+    plan.binary(
+        plan.blocks,
+        stream,
+        plan.q.at(q.data_ptr()) + plan.k.at(k.data_ptr()) + plan.v.at(v.data_ptr()) + plan.out.at(out_at)
+        + (out_at, lse.data_ptr(), counter.data_ptr(), *[t.data_ptr() for t in more])
+        + plan.scalars,
+    )  # fmt: skip
+    return out, lse
+
+
+def _vectors(options, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ends of queries and of keys, slopes, sink; ``stand_in``, which nobody reads, for what is not there."""
+    if options.cu_seqlens_q is None and options.alibi_slopes is None and options.sink is None:
+        return stand_in, stand_in, stand_in, stand_in
+    given = options.cu_seqlens_q, options.cu_seqlens_k, options.alibi_slopes, options.sink
+    return tuple(stand_in if t is None else t.contiguous() for t in given)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------------
+
+
+class _BackwardPlan:
+    def __init__(self, tensors, options, needs_dlse, ends_q, ends_k, slopes, sink):
+        q, k, v, out, dout, lse, dlse = tensors
+        self.shape = s = _Shape(q, k, v, options)
+        bounded = s.right >= 0
+        c = _chosen_backward(s.d, s.dv, options, s.seq_k)
+        block = backward_kernels.BLOCK
+        group = s.heads // s.key_heads
+        self.key_blocks = key_blocks = _cdiv(s.seq_k, c.n)
+        self.parts = parts = choose_parts(key_blocks * s.batch * s.key_heads, group, _multiprocessors(s.device))
+        if s.varlen:
+            self.padded = _cdiv(s.rows + s.batch * block, block) * block
+            self.padded_rows = s.heads * self.padded
+        else:
+            self.padded = _cdiv(s.seq_q, block) * block
+            self.padded_rows = s.batch * s.heads * self.padded
+        wide = c.dq_way == backward_kernels.WIDE.value
+        width = c.d // 2 if wide or c.dq_way == backward_kernels.COLUMNS.value else c.d
+        keys, dv_width = (c.n, c.dv) if wide else (c.n // 2, c.d)  # rows of K's tiles, columns of V's
+        self.small = _cdiv(s.seq_q, block) * s.batch * s.heads
+        self.deterministic = options.deterministic
+        blocks = _cdiv(s.seq_q, block)
+        out_heads = s.batch * s.key_heads * parts
+        self.grid = key_blocks * out_heads
+        section = choose_section(out_heads, s.seq_q * c.d * 8 * group, 34 << 20) if bounded else 1
+        device = q.device
+        self.dk_shape = (*k.shape[:-2], s.key_heads * parts, s.d)
+        self.dv_shape = (*v.shape[:-2], s.key_heads * parts, s.dv)
+        dk = torch.empty(self.dk_shape, dtype=q.dtype, device=device)
+        dv = torch.empty(self.dv_shape, dtype=q.dtype, device=device)
+        line = torch.empty(4, dtype=torch.float32, device=device)
+        turns = torch.empty(4, dtype=torch.int32, device=device)
+        self.q, self.dout = s.box(q, c.m, c.d), s.box(dout, c.m, dv_width)
+        self.k, self.v = s.box(k, keys, c.d), s.box(v, keys, dv_width)
+        self.dk, self.dv = s.box(dk, keys, c.d), s.box(dv, keys, dv_width)
+        square = torch.empty(4, width, dtype=torch.float32, device=device)
+        self.dq = Box((self.padded_rows * (c.d // width), width), (width, 1), (64, width), torch.float32)
+        self.lse, self.delta = (Box((self.padded_rows,), (1,), (c.m,), torch.float32) for _ in range(2))
+
+        def steps(t):  # batch, row, head, in units of 8 elements: so the compiler knows how they are aligned
+            strides = (0, *t.stride()) if s.varlen else t.stride()
+            return [n // 8 for n in strides[:-1]]
+
+        self.before_scalars = (
+            s.heads, s.seq_q, self.padded, s.rows, blocks, *steps(out), *steps(dout), s.dv // 8,
+        )  # fmt: skip
+        self.before = _binary(
+            backward_kernels.before, s.device,
+            (out, dout, lse, dlse, line, line, line, turns, sink, line, ends_q, *self.before_scalars),
+            {
+                "D": c.d, "DV_PADDED": padded(s.dv), "BLOCK": block, "VARLEN": s.varlen, "DLSE": needs_dlse,
+                "SINK": options.sink is not None, "DETERMINISTIC": self.deterministic,
+            },
+            num_warps=16 if max(c.d, dv_width) == 256 else 4,
+        )  # fmt: skip
+        self.scalars = (
+            key_blocks, out_heads, section, s.key_heads, parts, group // parts, s.seq_q, s.seq_k, self.padded,
+            max(s.left, 0), max(s.right, 0), s.slopes_batch, s.d, s.dv, s.scale, s.cap, options.scale,
+        )  # fmt: skip
+        constants = backward_constants(
+            c, left=s.left >= 0, right=bounded, tail=not bounded and (s.varlen or s.seq_k % c.n != 0), softcap=s.softcap,
+            alibi=s.alibi, varlen=s.varlen, deterministic=self.deterministic,
+        )  # fmt: skip
+        self.wide = wide
+        self.binary = _binary(
+            wide_kernels.attention_backward_wide if wide else backward_kernels.attention_backward, s.device,
+            (
+                (self.q, q), (self.dout, dout), (self.k, k), (self.v, v), (self.dk, dk), (self.dv, dv),
+                *([] if wide else [(self.dq, square)]), (self.lse, line), (self.delta, line), dk, dv, line, turns, ends_q,
+                ends_k, slopes, *self.scalars,
+            ),
+            constants,
+        )  # fmt: skip
+        dq = torch.empty(q.shape, dtype=q.dtype, device="meta")
+        in_order = c.copy_sums and not self.deterministic
+        self.after_scalars = (s.heads, s.seq_q, self.padded, 2 * blocks, *steps(dq), s.d // 8, options.scale)
+        self.after = _binary(
+            backward_kernels.after, s.device, (line, dk, ends_q, *self.after_scalars),
+            {"D": c.d, "WIDTH": width, "BLOCK": block, "VARLEN": s.varlen, "IN_ORDER": in_order},
+        )  # fmt: skip
+        self.after_blocks = 2 * self.small * (c.d // width)
+        self.sums = self.padded_rows * c.d
+
+
+def choose_section(heads: int, head_bytes: int, most: int) -> int:
+    """How many heads go side by side, longest blocks first: about as many as the L2 cache holds, in sections of nearly equal
+    size (a small last section would start its longest blocks last)."""
+    sections = min(heads, max(1, _cdiv(heads * head_bytes, most)))
+    while 4 * (_cdiv(heads, sections) * sections - heads) > _cdiv(heads, sections):
+        sections += 1
+    return _cdiv(heads, sections)
+
+
+def choose_parts(programs: int, group: int, multiprocessors: int) -> int:
+    """Into how many parts to split the query heads of a key head, so that few key heads still fill the card."""
+    parts = 1
+    while programs * parts < 2 * multiprocessors and group % (2 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, needs) -> tuple:
+    """(dq, dk, dv, None, dsink); those of q, k and v come out of one pass over the tiles."""
+    device = q.get_device()
+    stream = raw_stream(device)
+    lse = lse.contiguous()
+    given_dlse = lse if dlse is None else dlse.contiguous()
+    more = ends_q, ends_k, slopes, sink = _vectors(options, lse)
+    key = _key(q, k, v, options), dout.stride(), out.stride(), dlse is None, options.deterministic
+    plan = _plans.get(key)
+    if plan is None or (dout.data_ptr() | out.data_ptr()) & 15:
+        dout, out = (t if copy_engine_reads(t) else t.contiguous() for t in (dout, out))
+        key = key[0], dout.stride(), out.stride(), *key[3:]
+        plan = _plans.get(key)
+        if plan is None:
+            tensors = q, k, v, out, dout, lse, given_dlse
+            plan = _keep(key, _BackwardPlan(tensors, options, dlse is not None, *more))
+    make = torch.empty if options.cu_seqlens_q is None else torch.zeros  # rows behind the last sequence are nobody's
+    dq = make(q.shape, dtype=q.dtype, device=q.device)
+    dk = make(plan.dk_shape, dtype=q.dtype, device=q.device)
+    dv = make(plan.dv_shape, dtype=q.dtype, device=q.device)
+    # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation
+    rows = plan.padded_rows
+    space = torch.empty(plan.sums + 3 * rows + plan.small, dtype=torch.float32, device=q.device)
+    sums = space.data_ptr()
+    lse2 = sums + 4 * plan.sums
+    delta, turns, d_sinks = lse2 + 4 * rows, lse2 + 8 * rows, lse2 + 12 * rows
+    dout_at, dk_at, dv_at, end_q = dout.data_ptr(), dk.data_ptr(), dv.data_ptr(), ends_q.data_ptr()
+    plan.before(
+        plan.small,
+        stream,
+        (
+            out.data_ptr(), dout_at, lse.data_ptr(), given_dlse.data_ptr(), lse2, delta, sums, turns, sink.data_ptr(),
+            d_sinks, end_q, *plan.before_scalars,
+        ),
+    )  # fmt: skip
+    plan.binary(
+        plan.grid,
+        stream,
+        plan.q.at(q.data_ptr()) + plan.dout.at(dout_at) + plan.k.at(k.data_ptr()) + plan.v.at(v.data_ptr())
+        + plan.dk.at(dk_at) + plan.dv.at(dv_at) + (() if plan.wide else plan.dq.at(sums))
+        + plan.lse.at(lse2) + plan.delta.at(delta)
+        + (dk_at, dv_at, sums, turns, end_q, ends_k.data_ptr(), slopes.data_ptr())
+        + plan.scalars,
+    )  # fmt: skip
+    plan.after(plan.after_blocks, stream, (sums, dq.data_ptr(), end_q, *plan.after_scalars))
+    if plan.parts > 1:
+        dk, dv = (t.unflatten(-2, (-1, plan.parts)).sum(-2) for t in (dk, dv))
+    dsink = None
+    if options.sink is not None and needs[4]:
+        dsink = space[-plan.small :].view(plan.shape.batch, plan.shape.heads, -1).sum((0, 2)).to(options.sink.dtype)
+    return dq, dk, dv, None, dsink
+
+
+# ---- for the compiler's test -------------------------------------------------------------------------------------------
+
+
+class CompileCase(NamedTuple):
+    """A binary that the library launches, as it can be compiled without a GPU."""
+
+    name: str
+    kernel: object
+    signature: dict  # of what is no constant; missing: i32
+    constants: dict
+
+
+def compile_cases() -> list[CompileCase]:
+    """The main kernels in bfloat16, with every option once."""
+    causal = {"right": True}
+    both = {
+        "full": {}, "causal": causal, "window": causal | {"left": True}, "alibi": causal | {"alibi": True},
+        "softcap-varlen": causal | {"softcap": True, "varlen": True},
+    }  # fmt: skip
+    few = {name: both[name] for name in ("full", "causal")}
+    cases = []
+    for d, dv, ways in ((64, 64, both), (128, 128, both), (192, 128, few), (256, 256, few)):
+        for name, options in ways.items():
+            c = choose_forward(d, dv, "right" in options, 4096)
+            given = options | {"tail": "varlen" in options}
+            given["one_mask"] = "right" not in options or (name == "causal" and c.m * c.consumers <= c.n)
+            boxes = {"q_desc": (c.m, c.d), "k_desc": (c.n, c.d), "v_desc": (c.n, c.dv), "o_desc": (c.m, c.dv)}
+            pointers = {"o_ptr": "*bf16", "lse_ptr": "*fp32", "slopes": "*fp32", "sinks": "*fp32"}
+            signature = _descriptors(boxes) | pointers | dict.fromkeys(("counter", "cu_q", "cu_k"), "*i32")
+            constants = forward_constants(c, **given)
+            cases.append(CompileCase(f"forward/{d}/{name}", forward_kernels.attention_forward, signature, constants))
+    for d, ways in ((64, both), (128, both | {"deterministic": {"deterministic": True}}), (256, few)):
+        for name, options in ways.items():
+            plain = name in ("full", "causal", "window")
+            c = choose_backward(d, d, "right" in options, 4096, plain)
+            wide = c.dq_way == backward_kernels.WIDE.value
+            keys = c.n if wide else c.n // 2
+            width = c.d if c.dq_way in (backward_kernels.TURNS.value, backward_kernels.ROWS.value) else c.d // 2
+            boxes = dict.fromkeys(("q_desc", "do_desc"), (c.m, c.d))
+            boxes |= dict.fromkeys(("k_desc", "v_desc", "dk_desc", "dv_desc"), (keys, c.d))
+            line = f"tensordesc<fp32[{c.m}],NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)>"
+            square = (
+                f"tensordesc<fp32[64, {width}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)>"
+            )
+            signature = _descriptors(boxes) | {"dq_desc": square, "lse_desc": line, "delta_desc": line}
+            signature |= {"dk_ptr": "*bf16", "dv_ptr": "*bf16", "sums": "*fp32", "slopes": "*fp32"}
+            signature |= dict.fromkeys(("turns", "cu_q", "cu_k"), "*i32")
+            kernel = wide_kernels.attention_backward_wide if wide else backward_kernels.attention_backward
+            cases.append(CompileCase(f"backward/{d}/{name}", kernel, signature, backward_constants(c, **options)))
+    return cases
+
+
+def _descriptors(boxes: dict) -> dict:
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+    return {name: f"tensordesc<bf16[1, {rows}, 1, {width}],{layout}>" for name, (rows, width) in boxes.items()}

@@ -1,0 +1,525 @@
+"""The kernels of Hopper attention's backward: ``before`` and ``after`` in Triton, the work between them in Gluon.
+
+``before`` makes delta = rowsum(dO * O) - dlse and the logsumexp in base 2, and clears dQ's sums. A program of the main kernel
+owns 128 keys of one key head, two consumer warpgroups 64 keys each, and walks over the query tiles of every query head of
+the group, so that grouped heads need no reduction of dK and dV. Per query tile, in each warpgroup::
+
+    S^T = K Q^T,  dP^T = V dO^T           both operands in shared memory, transposed: keys are the rows
+    P^T = exp2(S^T scale - lse),  dS^T = P^T (dP^T - delta)
+    dV += P^T dO,  dK += dS^T Q           P^T and dS^T straight from registers as the left operand
+    dQ  = dS K                            needs both warpgroups' dS: exchanged through shared memory
+
+dQ is added up in float32 by reductions into global memory; its last bits depend on the order of arrival unless
+DETERMINISTIC makes every program wait for its turn. dK and dV are the same on every run. The sums lie in the order in which
+the threads of a warpgroup hold them (``_in_thread_order``), so that every reduction is 16 bytes a thread and 512 in a row;
+``after`` puts them in order, scales and rounds.
+
+Three ways to share the work on dQ between the warpgroups: TURNS (one makes a whole tile, then the other: wide products, and
+the other one runs ahead), COLUMNS (each makes half of the columns), ROWS (each makes half of 128 rows).
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from trinix.kernels.hopper._compat import tma_load, tma_reduce_add, tma_store
+from trinix.kernels.hopper.attention_scores import keep_columns, sequence, tanh_over_2
+
+TURNS, COLUMNS, ROWS, WIDE = (gl.constexpr(i) for i in range(4))
+BLOCK = 128  # rows of a program of ``before``; every sequence's padded rows start and end at multiples of it
+
+_BEFORE = (
+    "lse", "dlse", "cu_q", "turns", "sinks", "d_sinks", "H", "seq_q", "padded", "rows_all", "blocks", "out_b", "out_s", "out_h", "dout_b", "dout_s",
+    "dout_h", "DV",
+)  # fmt: skip
+
+
+@triton.jit
+def _rows_of(cu_q, b, bh, H, seq_q, padded, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
+    """Sequence b and head -> (first row in the tensors, rows, first padded row). Padded rows are counted over all heads."""
+    row0, rows, base = 0, seq_q, bh.to(tl.int64) * padded
+    if VARLEN:
+        row0 = tl.load(cu_q + b)
+        rows = tl.load(cu_q + b + 1) - row0
+        base = (bh % H).to(tl.int64) * padded + (row0 + b * BLOCK) // BLOCK * BLOCK
+    return row0, rows, base
+
+
+@triton.jit(do_not_specialize=_BEFORE)
+def before(
+    out, dout, lse, dlse, lse2, delta, sums, turns, sinks, d_sinks, cu_q, H, seq_q, padded, rows_all, blocks, out_b: "i64", out_s: "i64",
+    out_h: "i64", dout_b: "i64", dout_s: "i64", dout_h: "i64", DV, D: tl.constexpr, DV_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, VARLEN: tl.constexpr, DLSE: tl.constexpr, SINK: tl.constexpr, DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(0) // blocks
+    m = tl.program_id(0) % blocks * BLOCK
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    row0, rows, base = _rows_of(cu_q, b, bh, H, seq_q, padded, BLOCK, VARLEN)
+    if SINK and m >= rows:
+        tl.store(d_sinks + tl.program_id(0), 0.0)
+    if m >= rows:
+        return
+    i = m + tl.arange(0, BLOCK)
+    d = tl.arange(0, DV_PADDED)
+    live = i < rows
+    if VARLEN:
+        b = b * 0
+        at_lse = h * rows_all + row0 + i
+    else:
+        at_lse = bh.to(tl.int64) * seq_q + i
+    at = (row0 + i).to(tl.int64)[:, None]
+    inside = live[:, None] & (d < DV * 8)[None, :]
+    o = tl.load(out + (b * out_b + h * out_h + at * out_s) * 8 + d[None, :], mask=inside, other=0.0)
+    do = tl.load(dout + (b * dout_b + h * dout_h + at * dout_s) * 8 + d[None, :], mask=inside, other=0.0)
+    sum_o_do = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if DLSE:
+        sum_o_do -= tl.load(dlse + at_lse, mask=live, other=0.0)
+    total = tl.load(lse + at_lse, mask=live, other=float("-inf"))
+    # +inf makes P zero: for rows past the end and for rows that saw no key
+    tl.store(lse2 + base + i, tl.where(total == float("-inf"), float("inf"), total * 1.4426950408889634))
+    tl.store(delta + base + i, sum_o_do)
+    if SINK:  # this block's part of the sink's gradient: the sink is a key whose value is 0
+        p = tl.where(live, tl.exp2((tl.load(sinks + h).to(tl.float32) - total) * 1.4426950408889634), 0.0)
+        tl.store(d_sinks + tl.program_id(0), -tl.sum(p * sum_o_do, 0))
+    clear = sums + (base + m) * D + tl.arange(0, BLOCK * D)
+    tl.store(clear, tl.zeros([BLOCK * D], tl.float32))
+    if DETERMINISTIC:
+        tl.store(turns + (base + m) // 64 + tl.arange(0, BLOCK // 64), tl.zeros([BLOCK // 64], tl.int32))
+
+
+@triton.jit(do_not_specialize=("cu_q", "H", "seq_q", "padded", "blocks", "dq_b", "dq_s", "dq_h", "DQ"))
+def after(
+    sums, dq, cu_q, H, seq_q, padded, blocks, dq_b: "i64", dq_s: "i64", dq_h: "i64", DQ, scale: "fp32", D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, IN_ORDER: tl.constexpr,
+):  # fmt: skip
+    """64 rows and WIDTH columns of dQ. Strides and DQ count 8 elements: so the compiler knows how they are aligned."""
+    PARTS: tl.constexpr = D // WIDTH
+    bh = tl.program_id(0) // (blocks * PARTS)
+    m = tl.program_id(0) % (blocks * PARTS) // PARTS * 64
+    part = tl.program_id(0) % PARTS
+    b = (bh // H).to(tl.int64)
+    row0, rows, base = _rows_of(cu_q, b, bh, H, seq_q, padded, BLOCK, VARLEN)
+    if m >= rows:
+        return
+    if VARLEN:
+        b = b * 0
+    flat = tl.load(sums + (base + m) * D + part * (64 * WIDTH) + tl.arange(0, 64 * WIDTH))
+    if IN_ORDER:
+        x = tl.reshape(flat * scale, (64, WIDTH)).to(dq.dtype.element_ty)
+    else:
+        x = tl.reshape(flat * scale, (4, WIDTH // 8, 8, 4, 2, 2))  # as _in_thread_order left it
+        x = tl.reshape(tl.permute(x, (0, 4, 2, 1, 3, 5)), (64, WIDTH)).to(dq.dtype.element_ty)
+    i = m + tl.arange(0, 64)
+    d = part * WIDTH + tl.arange(0, WIDTH)
+    to = dq + (b * dq_b + (bh % H).to(tl.int64) * dq_h + (row0 + i).to(tl.int64)[:, None] * dq_s) * 8 + d[None, :]
+    tl.store(to, x, mask=(i < rows)[:, None] & (d < DQ * 8)[None, :])
+
+
+# ---- barriers between the two consumers: hardware barriers 8, 9, 10 (Triton itself uses the low ids) --------------------
+# ``_both`` has an id of its own: a warpgroup that has only arrived at 8 must not go on to wait at 8, or it would complete
+# the barrier by itself while the other one is still on its way there (and that one would wait for ever).
+
+
+@gluon.jit
+def _both():
+    gl.inline_asm_elementwise("bar.sync 10, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _wait_for_other(ME: gl.constexpr):
+    if ME == 0:
+        gl.inline_asm_elementwise("bar.sync 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _tell_other(ME: gl.constexpr):
+    if ME == 0:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# ---- work --------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _place(key_blocks, out_heads, section):
+    """Program -> (key block, batch * heads of dK + head). The first key blocks, which most queries see under a causal mask,
+    go first, within sections of heads that share the L2 cache."""
+    idx = gl.program_id(0)
+    sec = idx // (section * key_blocks)
+    r = idx - sec * section * key_blocks
+    width = gl.minimum(section, out_heads - sec * section)
+    return r // width, sec * section + r % width
+
+
+@gluon.jit
+def _query_tiles(
+    n,
+    sq,
+    sk,
+    left,
+    right,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """Key block n -> query tiles: (the first that sees it, the first and the end of those that see all of it, the end)."""
+    tiles = gl.cdiv(sq, M)
+    key = n * N + sq - sk  # the query that stands at the block's first key
+    first = 0
+    whole_from = 0
+    if RIGHT:
+        first = gl.minimum(gl.maximum(key - right, 0) // M, tiles)
+        whole_from = gl.cdiv(gl.maximum(key + N - 1 - right, 0), M)
+    end = tiles
+    whole_to = tiles
+    if LEFT:
+        end = gl.minimum(gl.cdiv(gl.maximum(key + N + left, 0), M), tiles)
+        whole_to = gl.maximum(key + left + 1, 0) // M
+    if TAIL:
+        whole_from = gl.where(n * N + N > sk, tiles, whole_from)
+    if n * N >= sk:  # behind the end of a short sequence
+        end = 0
+    end = gl.maximum(end, first)
+    whole_from = gl.minimum(gl.maximum(whole_from, first), end)
+    return first, whole_from, gl.minimum(gl.maximum(whole_to, whole_from), end), end
+
+
+@gluon.jit
+def _padded_row(b, h, row0, H, padded, BLOCK: gl.constexpr, VARLEN: gl.constexpr):
+    row = (b * H + h) * padded
+    if VARLEN:
+        row = h * padded + (row0 + b * BLOCK) // BLOCK * BLOCK
+    return row
+
+
+@gluon.jit
+def _producer(
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, q_full,
+    q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
+    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, VARLEN: gl.constexpr,
+):  # fmt: skip
+    n, bh = _place(key_blocks, out_heads, section)
+    b = bh // (Hk * parts)
+    out_head = bh - b * Hk * parts
+    batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
+    first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
+    mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+    for g in gl.static_range(2):
+        tma_load(k_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full, k_s.index(g))
+        tma_load(v_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full, v_s.index(g))
+    it = 0
+    for g in range(group):
+        h = out_head * group + g
+        row = _padded_row(b, h, row0, Hk * parts * group, padded, BLOCK, VARLEN)
+        for m in range(first, end):
+            slot = it % STAGES
+            phase = (it // STAGES) & 1
+            it += 1
+            mbarrier.wait(q_empty.index(slot), phase ^ 1)
+            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, row0 + m * M, h, 0], q_full.index(slot), q_s.index(slot))
+            tma_load(lse_desc, [row + m * M], q_full.index(slot), lse_s.index(slot))
+            mbarrier.wait(do_empty.index(slot), phase ^ 1)
+            mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            tma_load(do_desc, [batch, row0 + m * M, h, 0], do_full.index(slot), do_s.index(slot))
+            tma_load(delta_desc, [row + m * M], do_full.index(slot), delta_s.index(slot))
+
+
+@gluon.jit
+def _in_thread_order(dq, WIDTH: gl.constexpr):
+    """[64, WIDTH] of a warpgroup's product -> one dimension: 4 values of a thread, then the next thread of the warp."""
+    x = gl.reshape(dq, (4, 2, 8, WIDTH // 8, 4, 2))  # warp, half, row, 8 columns, lane of the row, value
+    return gl.reshape(gl.permute(x, (0, 3, 2, 4, 1, 5)), (64 * WIDTH,))
+
+
+@gluon.jit
+def add_from_registers(
+    sums, row, share, dq, turns, turn, D: gl.constexpr, WIDTH: gl.constexpr, DETERMINISTIC: gl.constexpr
+):
+    """Add a warpgroup's [64, WIDTH], the ``share``-th part of 64 rows' columns, into the sums; with DETERMINISTIC when
+    ``turn`` others have done so."""
+    if DETERMINISTIC:
+        while gl.atomic_add(turns + row // 64, 0, sem="acquire") < turn:
+            pass
+    flat = _in_thread_order(dq, WIDTH)
+    to = sums + row.to(gl.int64) * D + share * (64 * WIDTH)
+    gl.atomic_add(to + gl.arange(0, 64 * WIDTH, flat.type.layout), flat, sem="relaxed")
+    if DETERMINISTIC:
+        gl.atomic_add(turns + row // 64, 1, sem="release")
+
+
+@gluon.jit
+def _add(
+    sums, dq_desc, dq_s, row, share, dq, turns, turn, ME: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
+    DETERMINISTIC: gl.constexpr, COPY_SUMS: gl.constexpr,
+):  # fmt: skip
+    if COPY_SUMS:
+        tma.store_wait(0)  # the previous reduction has read dq_s
+        dq_s.index(ME).store(dq)
+        fence_async_shared()
+        tma_reduce_add(dq_desc, [row * (D // WIDTH) + share * 64, 0], dq_s.index(ME))
+    else:
+        add_from_registers(sums, row, share, dq, turns, turn, D, WIDTH, DETERMINISTIC)
+
+
+@gluon.jit
+def _dq_product(ds_s, buf, k0, k1, zero, ME: gl.constexpr, WIDTH: gl.constexpr, DQ_WAY: gl.constexpr):
+    """dS K over the keys of both warpgroups, started."""
+    ds0 = ds_s.index(buf * 2)
+    ds1 = ds_s.index(buf * 2 + 1)
+    if DQ_WAY == ROWS:
+        dq = warpgroup_mma(ds0.slice(ME * 64, 64, dim=1).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
+        dq = warpgroup_mma(ds1.slice(ME * 64, 64, dim=1).permute((1, 0)), k1, dq, is_async=True)
+    elif DQ_WAY == COLUMNS:
+        dq = warpgroup_mma(ds0.permute((1, 0)), k0.slice(ME * WIDTH, WIDTH, dim=1), zero, use_acc=False, is_async=True)
+        dq = warpgroup_mma(ds1.permute((1, 0)), k1.slice(ME * WIDTH, WIDTH, dim=1), dq, is_async=True)
+    else:
+        dq = warpgroup_mma(ds0.permute((1, 0)), k0, zero, use_acc=False, is_async=True)
+        dq = warpgroup_mma(ds1.permute((1, 0)), k1, dq, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _consumer(
+    ME: gl.constexpr, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s,
+    dq_s, lse_s, delta_s, kv_full, q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group,
+    seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    COPY_SUMS: gl.constexpr,
+):  # fmt: skip
+    HALF: gl.constexpr = N // 2  # keys of this warpgroup
+    PARTS: gl.constexpr = 3 if LEFT else (2 if RIGHT or TAIL else 1)
+    WIDTH: gl.constexpr = D // 2 if DQ_WAY == COLUMNS else D  # columns of dQ that a warpgroup makes at once
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])  # S^T, dP^T [HALF, M]
+    d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # dK, dV [HALF, D]
+    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])  # dQ [64, WIDTH]
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
+    key_axis: gl.constexpr = gl.SliceLayout(1, s_layout)
+    query_axis: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = q_s.dtype
+    n, bh = _place(key_blocks, out_heads, section)
+    b = bh // (Hk * parts)
+    out_head = bh - b * Hk * parts
+    H = Hk * parts * group
+    batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
+    first, whole_from, whole_to, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
+    dk = gl.zeros([HALF, D], gl.float32, d_layout)
+    dv = gl.zeros([HALF, D], gl.float32, d_layout)
+    zero_s = gl.zeros([HALF, M], gl.float32, s_layout)
+    zero_q = gl.zeros([64, WIDTH], gl.float32, q_layout)
+    keys = n * N + ME * HALF + gl.arange(0, HALF, key_axis)
+    # where the queries stand that see a key
+    from_query = gl.where(keys < sk, keys - right if RIGHT else -(1 << 30), 1 << 30)
+    to_query = keys + left
+    keys = gl.expand_dims(keys, 1)
+    mbarrier.wait(kv_full, 0)
+    k0 = k_s.index(0).reshape([HALF, D])
+    k1 = k_s.index(1).reshape([HALF, D])
+    k_my = k_s.index(ME).reshape([HALF, D])
+    v_my = v_s.index(ME).reshape([HALF, D])
+    it = 0
+    for g in range(group):
+        h = out_head * group + g
+        padded_row = _padded_row(b, h, row0, H, padded, BLOCK, VARLEN)
+        slope = 0.0
+        if ALIBI:
+            slope = gl.load(slopes + b * slopes_batch + h).to(gl.float32) * 1.4426950408889634
+        for part in gl.static_range(PARTS):  # tiles on the right edge's diagonal, whole ones, those on the left edge
+            lo = first
+            hi = end
+            if PARTS > 1:
+                if part == 0:
+                    hi = whole_from
+                elif part == 1:
+                    lo = whole_from
+                    hi = whole_to
+                else:
+                    lo = whole_to
+            for m in range(lo, hi):
+                slot = it % STAGES
+                phase = (it // STAGES) & 1
+                buf = it % 2  # dS is double-buffered: one barrier per tile instead of two
+                it += 1
+                q = q_s.index(slot).reshape([M, D])
+                do = do_s.index(slot).reshape([M, D])
+                mbarrier.wait(q_full.index(slot), phase)
+                s_tok = warpgroup_mma(k_my, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                mbarrier.wait(do_full.index(slot), phase)
+                dp_tok = warpgroup_mma(v_my, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s_tok,))
+                lse = gl.expand_dims(lse_s.index(slot).load(query_axis), 0)  # kept in registers it would cause spills
+                at = gl.expand_dims(m * M + sk - sq + gl.arange(0, M, query_axis), 0)
+                if SOFTCAP:
+                    tanh = tanh_over_2(s * scale)
+                    s = tanh * cap
+                elif ALIBI:
+                    s = s * scale
+                if ALIBI:
+                    s = s - slope * gl.abs(at.to(gl.float32) - keys.to(gl.float32))
+                if SOFTCAP or ALIBI:
+                    p = gl.exp2(s - lse)
+                else:
+                    p = gl.exp2(s * scale - lse)
+                if PARTS > 1 and part != 1:
+                    col = m * M + sk - sq
+                    p = keep_columns(p, from_query - col, to_query - col, 0.0, True, LEFT)
+                dp = warpgroup_mma_wait(0, deps=(dp_tok,))
+                delta = gl.expand_dims(delta_s.index(slot).load(query_axis), 0)
+                if SOFTCAP:
+                    ds = (p * (dp - delta) * (1.0 - tanh * tanh)).to(dtype)
+                else:
+                    ds = (p * (dp - delta)).to(dtype)
+                pb = gl.convert_layout(p.to(dtype), a_layout)
+                dsb = gl.convert_layout(ds, a_layout)
+                dv_tok = warpgroup_mma(pb, do, dv, is_async=True)
+                row = padded_row + m * M
+                turn = n
+                if LEFT:
+                    turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
+                if DQ_WAY == TURNS:
+                    dk_tok = warpgroup_mma(dsb, q, dk, is_async=True)
+                ds_s.index(buf * 2 + ME).store(ds)
+                fence_async_shared()
+                if DQ_WAY == TURNS:
+                    if buf != ME:
+                        _tell_other(ME)
+                    dv, dk = warpgroup_mma_wait(0, deps=(dv_tok, dk_tok))
+                    mbarrier.arrive(do_empty.index(slot), count=1)
+                    mbarrier.arrive(q_empty.index(slot), count=1)
+                    if buf == ME:  # this tile's dQ is mine
+                        _wait_for_other(ME)
+                        dq = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
+                        dq = warpgroup_mma_wait(0, deps=(dq,))
+                        _add(sums, dq_desc, dq_s, row, 0, dq, turns, turn, ME, D, WIDTH, DETERMINISTIC, COPY_SUMS)
+                else:
+                    _both()
+                    dq_tok = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
+                    dk_tok = warpgroup_mma(dsb, q, dk, is_async=True)
+                    dv, dq = warpgroup_mma_wait(1, deps=(dv_tok, dq_tok))
+                    mbarrier.arrive(do_empty.index(slot), count=1)
+                    if DQ_WAY == COLUMNS:
+                        _add(sums, dq_desc, dq_s, row, ME, dq, turns, 2 * turn, ME, D, WIDTH, DETERMINISTIC, COPY_SUMS)
+                    else:
+                        _add(
+                            sums,
+                            dq_desc,
+                            dq_s,
+                            row + ME * 64,
+                            0,
+                            dq,
+                            turns,
+                            turn,
+                            ME,
+                            D,
+                            WIDTH,
+                            DETERMINISTIC,
+                            COPY_SUMS,
+                        )
+                    dk = warpgroup_mma_wait(0, deps=(dk_tok,))
+                    mbarrier.arrive(q_empty.index(slot), count=1)
+    tma.store_wait(0)
+    _both()  # nobody reads K or V any more: their buffers carry dK and dV out
+    dk_out = (dk * k_scale).to(dtype)
+    dv_out = dv.to(dtype)
+    key = n * N + ME * HALF
+    if VARLEN:
+        if key + HALF > sk:  # keys past the end of this sequence belong to the next one
+            out_keys = gl.expand_dims(key + gl.arange(0, HALF, gl.SliceLayout(1, d_layout)), 1)
+            cols = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, d_layout)), 0)
+            rows = (key0 + out_keys).to(gl.int64) * (Hk * parts) + out_head
+            gl.store(dk_ptr + rows * D_K + cols, dk_out, mask=(out_keys < sk) & (cols < D_K))
+            gl.store(dv_ptr + rows * D_V + cols, dv_out, mask=(out_keys < sk) & (cols < D_V))
+        else:
+            k_my.store(dk_out)
+            v_my.store(dv_out)
+            fence_async_shared()
+            tma_store(dk_desc, [batch, key0 + key, out_head, 0], k_s.index(ME))
+            tma_store(dv_desc, [batch, key0 + key, out_head, 0], v_s.index(ME))
+    else:
+        k_my.store(dk_out)
+        v_my.store(dv_out)
+        fence_async_shared()
+        tma_store(dk_desc, [batch, key, out_head, 0], k_s.index(ME))
+        tma_store(dv_desc, [batch, key, out_head, 0], v_s.index(ME))
+    tma.store_wait(0)
+
+
+_RUNTIME = (
+    "dk_ptr", "dv_ptr", "turns", "cu_q", "cu_k", "slopes", "key_blocks", "out_heads", "section", "Hk", "parts",
+    "group", "seq_q", "seq_k", "padded", "left", "right", "slopes_batch", "D_K", "D_V",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_RUNTIME)
+def attention_backward(
+    q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, dq_desc, lse_desc, delta_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k,
+    slopes, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V,
+    scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    COPY_SUMS: gl.constexpr,
+):  # fmt: skip
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
+    do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, N // 2, 1, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, N // 2, 1, D], k_desc.layout)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    ds_s = gl.allocate_shared_memory(q_desc.dtype, [4, N // 2, M], ds_layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], delta_desc.layout)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    dq_s = lse_s
+    if COPY_SUMS:
+        dq_s = gl.allocate_shared_memory(
+            gl.float32, [2, dq_desc.block_type.shape[0], dq_desc.block_type.shape[1]], dq_desc.layout
+        )
+    mbarrier.init(kv_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(do_empty.index(i), count=2)
+    fence_async_shared()
+    W0: gl.constexpr = 0
+    W1: gl.constexpr = 1
+    gl.warp_specialize([
+        (_producer, (
+            q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
+            q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
+            left, right, M, N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+        )),
+        (_consumer, (
+            W0, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+            delta_s, kv_full, q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q,
+            seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT,
+            RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS,
+        )),
+        (_consumer, (
+            W1, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+            delta_s, kv_full, q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q,
+            seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT,
+            RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS,
+        )),
+    ], [4, 4], [240, 240])  # fmt: skip

@@ -1,0 +1,266 @@
+"""The main kernel of Hopper attention's backward for head dimensions above 128 (``attention_backward`` has the other two).
+
+dK and dV of 64 keys fill the registers of a warpgroup each, so the two consumers share out the products instead of the keys.
+Per query tile, keys being the rows::
+
+    warpgroup 0    S^T = K Q^T      P^T = exp2(S^T scale - lse)     dV += P^T dO
+    warpgroup 1    dP^T = V dO^T    dS^T = P^T (dP^T - delta)       dK += dS^T Q
+
+P^T goes from the first to the second through shared memory, dS^T back, and each makes half of the columns of dQ = dS K, one
+tile late. Both buffers are double: what a warpgroup waits for before it writes one tells that the other has read it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from trinix.kernels.hopper._compat import tma_load, tma_store
+from trinix.kernels.hopper.attention_backward import (
+    _both,
+    _padded_row,
+    _place,
+    _query_tiles,
+    add_from_registers,
+)
+from trinix.kernels.hopper.attention_scores import keep_columns, sequence, tanh_over_2
+
+
+@gluon.jit
+def _producer(
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, q_full,
+    do_full, empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, VARLEN: gl.constexpr,
+):  # fmt: skip
+    n, bh = _place(key_blocks, out_heads, section)
+    b = bh // (Hk * parts)
+    out_head = bh - b * Hk * parts
+    batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
+    first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
+    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma_load(k_desc, [batch, key0 + n * N, out_head // parts, 0], kv_full, k_s.index(0))
+    tma_load(v_desc, [batch, key0 + n * N, out_head // parts, 0], kv_full, v_s.index(0))
+    it = 0
+    for g in range(group):
+        h = out_head * group + g
+        row = _padded_row(b, h, row0, Hk * parts * group, padded, BLOCK, VARLEN)
+        for m in range(first, end):
+            slot = it % STAGES
+            mbarrier.wait(empty.index(slot), ((it // STAGES) & 1) ^ 1)
+            it += 1
+            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, row0 + m * M, h, 0], q_full.index(slot), q_s.index(slot))
+            tma_load(lse_desc, [row + m * M], q_full.index(slot), lse_s.index(slot))
+            mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            tma_load(do_desc, [batch, row0 + m * M, h, 0], do_full.index(slot), do_s.index(slot))
+            tma_load(delta_desc, [row + m * M], do_full.index(slot), delta_s.index(slot))
+
+
+@gluon.jit
+def _add_dq(
+    ds, k, zero, sums, row, turns, turn, ME: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
+):  # fmt: skip
+    """This warpgroup's columns of dS K into the sums."""
+    dq = warpgroup_mma(ds.permute((1, 0)), k.slice(ME * WIDTH, WIDTH, dim=1), zero, use_acc=False, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    add_from_registers(sums, row, ME, dq, turns, 2 * turn, D, WIDTH, DETERMINISTIC)
+
+
+@gluon.jit
+def _consumer(
+    ME: gl.constexpr, out_desc, out_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s,
+    kv_full, q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
+    padded, left, right, slopes_batch, D_OUT, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup 0 makes dV, warpgroup 1 dK; ``out`` is that."""
+    WIDTH: gl.constexpr = D // 2  # columns of dQ that a warpgroup makes
+    OUT: gl.constexpr = DV if ME == 0 else D
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])  # S^T, dP^T [N, M]
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 16])  # [N, OUT]
+    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])  # dQ [M, WIDTH]
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    key_axis: gl.constexpr = gl.SliceLayout(1, s_layout)
+    query_axis: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = q_s.dtype
+    n, bh = _place(key_blocks, out_heads, section)
+    b = bh // (Hk * parts)
+    out_head = bh - b * Hk * parts
+    H = Hk * parts * group
+    batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
+    first, whole_from, whole_to, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
+    out = gl.zeros([N, OUT], gl.float32, out_layout)
+    zero_s = gl.zeros([N, M], gl.float32, s_layout)
+    zero_q = gl.zeros([M, WIDTH], gl.float32, q_layout)
+    keys = n * N + gl.arange(0, N, key_axis)
+    # where the queries stand that see a key
+    from_query = gl.where(keys < sk, keys - right if RIGHT else -(1 << 30), 1 << 30)
+    to_query = keys + left
+    keys = gl.expand_dims(keys, 1)
+    mbarrier.wait(kv_full, 0)
+    k = k_s.index(0).reshape([N, D])
+    v = v_s.index(0).reshape([N, DV])
+    it = 0
+    late_row = first
+    late_turn = 0
+    for g in range(group):
+        h = out_head * group + g
+        padded_row = _padded_row(b, h, row0, H, padded, BLOCK, VARLEN)
+        slope = 0.0
+        if ALIBI:
+            slope = gl.load(slopes + b * slopes_batch + h).to(gl.float32) * 1.4426950408889634
+        for m in range(first, end):
+            slot = it % STAGES
+            phase = (it // STAGES) & 1
+            buf = it % 2
+            use = (it // 2) & 1
+            q = q_s.index(slot).reshape([M, D])
+            do = do_s.index(slot).reshape([M, DV])
+            if it > 0:
+                mbarrier.wait(ds_full.index(buf ^ 1), ((it - 1) // 2) & 1)
+                _add_dq(ds_s.index(buf ^ 1), k, zero_q, sums, late_row, turns, late_turn, ME, D, WIDTH, DETERMINISTIC)
+            if ME == 0:
+                mbarrier.wait(q_full.index(slot), phase)
+                s = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                lse = gl.expand_dims(lse_s.index(slot).load(query_axis), 0)
+                at = gl.expand_dims(m * M + sk - sq + gl.arange(0, M, query_axis), 0)
+                slant = gl.full([N, M], 1.0, gl.float32, s_layout)
+                if SOFTCAP:
+                    tanh = tanh_over_2(s * scale)
+                    slant = 1.0 - tanh * tanh
+                    s = tanh * cap
+                else:
+                    s = s * scale
+                if ALIBI:
+                    s = s - slope * gl.abs(at.to(gl.float32) - keys.to(gl.float32))
+                p = gl.exp2(s - lse)
+                if LEFT or RIGHT or TAIL:  # noqa: SIM102  (constants and a value at run time)
+                    if (m < whole_from) | (m >= whole_to):
+                        col = m * M + sk - sq
+                        p = keep_columns(p, from_query - col, to_query - col, 0.0, True, LEFT)
+                operand = p.to(dtype)
+                if SOFTCAP:
+                    p_s.index(buf).store((p * slant).to(dtype))
+                else:
+                    p_s.index(buf).store(operand)
+                mbarrier.arrive(p_full.index(buf), count=1)
+                mbarrier.wait(do_full.index(slot), phase)
+                right_operand = do
+            else:
+                mbarrier.wait(do_full.index(slot), phase)
+                dp = warpgroup_mma(v, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                dp = warpgroup_mma_wait(0, deps=(dp,))
+                delta = gl.expand_dims(delta_s.index(slot).load(query_axis), 0)
+                mbarrier.wait(p_full.index(buf), use)
+                p = p_s.index(buf).load(s_layout)
+                operand = (p.to(gl.float32) * (dp - delta)).to(dtype)
+                ds_s.index(buf).store(operand)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index(buf), count=1)
+                mbarrier.wait(q_full.index(slot), phase)
+                right_operand = q
+            late_row = padded_row + m * M
+            late_turn = n
+            if LEFT:
+                late_turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
+            out = warpgroup_mma(gl.convert_layout(operand, a_layout), right_operand, out, is_async=True)
+            out = warpgroup_mma_wait(0, deps=(out,))
+            mbarrier.arrive(empty.index(slot), count=1)
+            it += 1
+    if it > 0:
+        mbarrier.wait(ds_full.index((it - 1) % 2), ((it - 1) // 2) & 1)
+        _add_dq(ds_s.index((it - 1) % 2), k, zero_q, sums, late_row, turns, late_turn, ME, D, WIDTH, DETERMINISTIC)
+    _both()  # nobody reads K or V any more: their buffers carry dK and dV out
+    if ME == 1:
+        out = out * k_scale
+    result = out.to(dtype)
+    key = n * N
+    partial = False
+    if VARLEN:
+        partial = key + N > sk
+        if partial:  # keys past the end of this sequence belong to the next one
+            out_keys = gl.expand_dims(key + gl.arange(0, N, gl.SliceLayout(1, out_layout)), 1)
+            cols = gl.expand_dims(gl.arange(0, OUT, gl.SliceLayout(0, out_layout)), 0)
+            rows = (key0 + out_keys).to(gl.int64) * (Hk * parts) + out_head
+            gl.store(out_ptr + rows * D_OUT + cols, result, mask=(out_keys < sk) & (cols < D_OUT))
+    if not partial:
+        if ME == 0:
+            v.store(result)
+            fence_async_shared()
+            tma_store(out_desc, [batch, key0 + key, out_head, 0], v_s.index(0))
+        else:
+            k.store(result)
+            fence_async_shared()
+            tma_store(out_desc, [batch, key0 + key, out_head, 0], k_s.index(0))
+    tma.store_wait(0)
+
+
+_RUNTIME = (
+    "dk_ptr", "dv_ptr", "turns", "cu_q", "cu_k", "slopes", "key_blocks", "out_heads", "section", "Hk", "parts", "group",
+    "seq_q", "seq_k", "padded", "left", "right", "slopes_batch", "D_K", "D_V",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_RUNTIME)
+def attention_backward_wide(
+    q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, lse_desc, delta_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k,
+    slopes, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V,
+    scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+):  # fmt: skip
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
+    do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, DV], do_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, N, 1, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, N, 1, DV], v_desc.layout)
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    p_s = gl.allocate_shared_memory(q_desc.dtype, [2, N, M], square)
+    ds_s = gl.allocate_shared_memory(q_desc.dtype, [2, N, M], square)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], delta_desc.layout)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(kv_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(p_full.index(i), count=1)
+        mbarrier.init(ds_full.index(i), count=1)
+    fence_async_shared()
+    W0: gl.constexpr = 0
+    W1: gl.constexpr = 1
+    gl.warp_specialize([
+        (_producer, (
+            q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
+            q_full, do_full, empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M,
+            N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+        )),
+        (_consumer, (
+            W0, dv_desc, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s, kv_full,
+            q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
+            left, right, slopes_batch, D_V, scale, cap, k_scale, M, N, D, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
+            ALIBI, VARLEN, DETERMINISTIC,
+        )),
+        (_consumer, (
+            W1, dk_desc, dk_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s, kv_full,
+            q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
+            left, right, slopes_batch, D_K, scale, cap, k_scale, M, N, D, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
+            ALIBI, VARLEN, DETERMINISTIC,
+        )),
+    ], [4, 4], [240, 240])  # fmt: skip

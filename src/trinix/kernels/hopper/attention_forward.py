@@ -1,0 +1,495 @@
+"""The forward kernel of Hopper attention.
+
+One program per SM, three or four warpgroups of 128 threads:
+
+producer   loads tiles of Q, K and V by TMA into rings of shared memory, and draws the next item of work
+consumers  two or three, each with its own 64 query rows; they share the tiles of K and V
+
+Every slot of a ring has two mbarriers: ``*_full`` (its data has landed) and ``*_empty`` (every reader is done). The n-th use
+of a barrier has the parity n & 1; waiting for the opposite parity passes at once on a fresh barrier, which is how the
+producer gets through its first round. An item is a block of query rows of one head; items are drawn from a counter that the
+last program sets back to zero. Each consumer keeps two products in flight, P(j-1) V(j-1) and Q K(j); the warpgroups drift
+half a step apart, so that one's products run under another's softmax.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from trinix.kernels.hopper._compat import tma_load, tma_store
+from trinix.kernels.hopper.attention_scores import (
+    keep_columns,
+    key_tiles,
+    keys_visited,
+    place,
+    sequence,
+    transformed,
+)
+
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+# ---- ping-pong between two consumers: hardware barriers 9 and 10 (Triton itself uses the low ids) ----------------------
+
+
+@gluon.jit
+def _wait_turn(ME: gl.constexpr):
+    if ME == 0:
+        gl.inline_asm_elementwise("bar.sync 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 10, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _pass_turn(ME: gl.constexpr):
+    if ME == 0:
+        gl.inline_asm_elementwise("bar.arrive 10, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# ---- producer ----------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _publish(idx, t, work_s, work_full, work_empty):
+    """Tell the consumers their t-th item."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    w = t % 2
+    mbarrier.wait(work_empty.index(w), ((t // 2) & 1) ^ 1)
+    work_s.index(w).store(gl.full([1], idx, gl.int32, one))
+    mbarrier.arrive(work_full.index(w), count=1)
+
+
+@gluon.jit
+def _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM: gl.constexpr, VARLEN: gl.constexpr):
+    """The first item from idx on that has rows: with lengths of their own, many blocks lie behind their sequence."""
+    if VARLEN:
+        looking = idx < items
+        while looking:
+            m, bh = place(idx, heads, row_blocks, section)
+            b = bh // H
+            looking = m * BM >= gl.load(cu_q + b + 1) - gl.load(cu_q + b)
+            if looking:
+                idx = gl.atomic_add(counter, 1) + gl.num_programs(0)
+                looking = idx < items
+    return idx
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left, right, M: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, VARLEN: gl.constexpr,
+):  # fmt: skip
+    BM: gl.constexpr = M * CONSUMERS
+    t = 0  # items so far
+    kv = 0  # key tiles so far: slot kv % STAGES, phase (kv // STAGES) & 1
+    idx = _next_item(gl.program_id(0), counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
+    if VARLEN:
+        _publish(idx, 0, work_s, work_full, work_empty)
+    while idx < items:
+        m, bh = place(idx, heads, row_blocks, section)
+        b = bh // H
+        h = bh - b * H
+        batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
+        first, last = keys_visited(m * BM, sq, sk, left, right, BM, N, LEFT, RIGHT)
+        for g in gl.static_range(CONSUMERS):
+            i = (t % Q_BUFFERS) * CONSUMERS + g
+            mbarrier.wait(q_empty.index(i), ((t // Q_BUFFERS) & 1) ^ 1)
+            mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, row0 + (m * CONSUMERS + g) * M, h, 0], q_full.index(i), q_s.index(i))
+        # Draw the next item now: the latency hides behind the key tiles that are still in flight.
+        idx = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        idx = _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
+        t += 1
+        _publish(idx, t if VARLEN else t - 1, work_s, work_full, work_empty)
+        for j in range(last - first):  # from the last key tile to the first: masked tiles come first
+            slot = kv % STAGES
+            phase = (kv // STAGES) & 1
+            row = key0 + (last - 1 - j) * N
+            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+            tma_load(k_desc, [batch, row, h // group, 0], k_full.index(slot), k_s.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase ^ 1)
+            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+            tma_load(v_desc, [batch, row, h // group, 0], v_full.index(slot), v_s.index(slot))
+            kv += 1
+    # Every program has drawn its last item before it says so; the last to say so leaves the counters as it found them.
+    if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
+
+
+# ---- rescaling what was summed up under an older maximum -----------------------------------------------------------------
+
+
+def _rescale_asm(n):
+    """(PTX, constraints) of o *= alpha for n values of a thread, skipped by a warp whose factors are all 1.
+
+    A thread holds pairs of columns of two rows by turns, so the factors of values 0 and 2 are all that there are."""
+    outs = [f"${i}" for i in range(n)]
+    ins = [f"${n + i}" for i in range(n)]
+    a0, a1 = f"${2 * n}", f"${2 * n + 2}"
+    lines = ["{", ".reg .pred p, q;", ".reg .f32 t;"]
+    lines += [f"mov.f32 {o}, {i};" for o, i in zip(outs, ins, strict=True)]
+    lines += [f"setp.ne.f32 p, {a0}, 0f3F800000;", f"setp.ne.or.f32 p, {a1}, 0f3F800000, p;"]
+    lines += ["vote.sync.any.pred q, p, 0xffffffff;", "@!q bra.uni SKIP;"]
+    lines += [f"mul.ftz.f32 {o}, {o}, {a1 if i & 2 else a0};" for i, o in enumerate(outs)]
+    lines += ["SKIP:", "}"]
+    return " ".join(lines), ",".join(["=f"] * n + ["f"] * (2 * n))
+
+
+ASM_32, CONSTRAINTS_32 = (gl.constexpr(text) for text in _rescale_asm(32))
+ASM_64, CONSTRAINTS_64 = (gl.constexpr(text) for text in _rescale_asm(64))
+
+
+@gluon.jit
+def _rescale(o, alpha, DV: gl.constexpr):
+    """o times alpha, one factor for each row."""
+    factors = gl.expand_dims(alpha, 1) + gl.zeros_like(o)
+    if DV == 64:
+        o = gl.inline_asm_elementwise(ASM_32, CONSTRAINTS_32, [o, factors], dtype=gl.float32, is_pure=True, pack=32)
+    else:
+        o = gl.inline_asm_elementwise(ASM_64, CONSTRAINTS_64, [o, factors], dtype=gl.float32, is_pure=True, pack=64)
+    return o
+
+
+# ---- consumers ---------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _partial_sums(p, M: gl.constexpr, N: gl.constexpr):
+    """Row sums over each thread's own columns, [M, 4]: a row lives in 4 threads, added up only once at the end."""
+    return gl.sum(gl.sum(gl.reshape(p, (M, N // 8, 4, 2)), 3), 1)
+
+
+@gluon.jit
+def _softmax_step(
+    s,
+    m_old,
+    l_old,
+    scale,
+    IN_LOG2: gl.constexpr,
+    MASKED: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    LAZY: gl.constexpr = False,
+):
+    """Scores -> (exponentials, new maximum, new sums, factor of the old ones). Maxima are in units of log2.
+
+    scale holds log2(e), so that exp2 of one fused multiply-add is the whole exponential; IN_LOG2: s has been scaled."""
+    if IN_LOG2:
+        m_new = gl.maximum(m_old, gl.max(s, 1))
+    else:
+        m_new = gl.maximum(m_old, gl.max(s, 1) * scale)
+    if LAZY:  # a maximum may stay behind by 8 bits: exponentials reach 256, sums are float32
+        m_new = gl.where(m_new - m_old > 8.0, m_new, m_old)
+    m_use = m_new
+    if MASKED:  # a row without any key yet: -inf - -inf would be NaN
+        m_use = gl.where(m_new == -float("inf"), 0.0, m_new)
+    if IN_LOG2:
+        p = gl.exp2(s - gl.expand_dims(m_use, 1))
+    else:
+        p = gl.exp2(s * scale - gl.expand_dims(m_use, 1))
+    alpha = gl.exp2(m_old - m_use)
+    a = gl.convert_layout(alpha, gl.SliceLayout(1, l_old.type.layout))
+    return p, m_new, l_old * gl.expand_dims(a, 1) + _partial_sums(p, M, N), alpha
+
+
+@gluon.jit
+def _score_product(q, k_s, slot, zero, N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr):
+    """Q K^T, started. D is D_QK up to a power of two; what the copy engine filled with zeros is not multiplied."""
+    k = k_s.index(slot).reshape([N, D])
+    if D_QK == D:
+        return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    HALF: gl.constexpr = D // 2
+    s = warpgroup_mma(
+        q.slice(0, HALF, dim=1), k.slice(0, HALF, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True
+    )
+    return warpgroup_mma(
+        q.slice(HALF, D_QK - HALF, dim=1), k.slice(HALF, D_QK - HALF, dim=1).permute((1, 0)), s, is_async=True
+    )
+
+
+@gluon.jit
+def _consumer(
+    ME: gl.constexpr, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left, right,
+    slopes_batch, scale, cap, D_OUT, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr,
+    DV: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, TAIL: gl.constexpr, ONE_MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    SINK: gl.constexpr, VARLEN: gl.constexpr, SCORES_FIRST: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
+):  # fmt: skip
+    BM: gl.constexpr = M * CONSUMERS
+    MASKED: gl.constexpr = LEFT or RIGHT or TAIL
+    IN_LOG2: gl.constexpr = SOFTCAP or ALIBI
+    # loops over key tiles: those behind the right edge's diagonal, the whole ones, those on the left edge
+    PARTS: gl.constexpr = 1 if ONE_MASK else (3 if LEFT else 2)
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)  # P stays in registers: same threads, no data moves
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = k_s.dtype
+    zero = gl.zeros([M, N], gl.float32, s_layout)  # with use_acc=False it costs no registers
+    t = 0
+    kv = 0
+    idx = gl.program_id(0)
+    if VARLEN:
+        mbarrier.wait(work_full.index(0), 0)
+        idx = gl.max(work_s.index(0).load(one), 0)
+        mbarrier.arrive(work_empty.index(0), count=1)
+    if PINGPONG and ME == 1:
+        _pass_turn(ME)  # warpgroup 0 goes first
+    while idx < items:
+        m, bh = place(idx, heads, row_blocks, section)
+        b = bh // H
+        h = bh - b * H
+        batch, row0, _, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
+        first, last = keys_visited(m * BM, sq, sk, left, right, BM, N, LEFT, RIGHT)
+        whole_from, whole_to = key_tiles(m * BM, first, last, sq, sk, left, right, BM, N, LEFT, RIGHT)
+        row = (m * CONSUMERS + ME) * M  # of the sequence
+        mine = (t % Q_BUFFERS) * CONSUMERS + ME
+        q = q_s.index(mine).reshape([M, D])
+        slope = 0.0
+        if ALIBI:
+            slope = gl.load(slopes + b * slopes_batch + h).to(gl.float32) * 1.4426950408889634
+        m_i = gl.full([M], -float("inf"), gl.float32, s_row)
+        l_i = _partial_sums(zero, M, N)
+        o = gl.zeros([M, DV], gl.float32, o_layout)
+
+        # First key tile: scores and softmax only.
+        mbarrier.wait(q_full.index(mine), (t // Q_BUFFERS) & 1)
+        slot = kv % STAGES
+        mbarrier.wait(k_full.index(slot), (kv // STAGES) & 1)
+        if PINGPONG:
+            _wait_turn(ME)
+        s = _score_product(q, k_s, slot, zero, N, D, D_QK)
+        if PINGPONG:
+            _pass_turn(ME)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        if Q_BUFFERS == 2:  # noqa: SIM102  (a constant and a value at run time)
+            if t > 0:  # the previous item's O has left its buffer by now: give that buffer back for the next Q
+                tma.store_wait(0)
+                mbarrier.arrive(q_empty.index(CONSUMERS + 2 * ME - mine), count=1)
+        at = row + sk - sq + gl.arange(0, M, s_row)
+        from_key = at - left
+        to_key = gl.minimum(at + right, sk - 1) if RIGHT else gl.full([M], 0, gl.int32, s_row) + (sk - 1)
+        at = gl.expand_dims(at, 1)
+        keys = gl.expand_dims((last - 1) * N + gl.arange(0, N, gl.SliceLayout(0, s_layout)), 0)
+        s = transformed(s, at, keys, scale, cap, slope, SOFTCAP, ALIBI)
+        if MASKED:
+            s = keep_columns(s, from_key - (last - 1) * N, to_key - (last - 1) * N, -float("inf"), LEFT, True)
+        p, m_i, l_i, alpha = _softmax_step(s, m_i, l_i, scale, IN_LOG2, MASKED, M, N, LAZY)
+
+        # Steady state, once for each kind of tile.
+        for part in gl.static_range(PARTS):
+            lo = 1
+            hi = last - first
+            if PARTS > 1:
+                if part == 0:
+                    hi = last - whole_to
+                elif part == 1:
+                    lo = gl.maximum(last - whole_to, 1)
+                    if PARTS == 3:
+                        hi = last - whole_from
+                else:
+                    lo = gl.maximum(last - whole_from, 1)
+            for j in range(lo, hi):
+                v_slot = kv % STAGES
+                v_phase = (kv // STAGES) & 1
+                kv += 1
+                slot = kv % STAGES
+                phase = (kv // STAGES) & 1
+                v = v_s.index(v_slot).reshape([N, DV])
+                if SCORES_FIRST:
+                    mbarrier.wait(k_full.index(slot), phase)
+                    if PINGPONG:
+                        _wait_turn(ME)
+                    s_tok = _score_product(q, k_s, slot, zero, N, D, D_QK)
+                    pb = gl.convert_layout(p.to(dtype), p_layout)
+                    mbarrier.wait(v_full.index(v_slot), v_phase)
+                    o_tok = warpgroup_mma(pb, v, o, is_async=True)
+                    if PINGPONG:
+                        _pass_turn(ME)
+                    s = warpgroup_mma_wait(1, deps=(s_tok,))
+                    mbarrier.arrive(k_empty.index(slot), count=1)
+                else:  # fewer registers: P is used up before the scores need room (3 warpgroups of 160 registers)
+                    pb = gl.convert_layout(p.to(dtype), p_layout)
+                    mbarrier.wait(v_full.index(v_slot), v_phase)
+                    mbarrier.wait(k_full.index(slot), phase)
+                    o_tok = warpgroup_mma(pb, v, o, is_async=True)
+                    s_tok = _score_product(q, k_s, slot, zero, N, D, D_QK)
+                    o = warpgroup_mma_wait(1, deps=(o_tok,))
+                    mbarrier.arrive(v_empty.index(v_slot), count=1)
+                    s = warpgroup_mma_wait(0, deps=(s_tok,))
+                    mbarrier.arrive(k_empty.index(slot), count=1)
+                keys = gl.expand_dims((last - 1 - j) * N + gl.arange(0, N, gl.SliceLayout(0, s_layout)), 0)
+                s = transformed(s, at, keys, scale, cap, slope, SOFTCAP, ALIBI)
+                if PARTS > 1 and part != 1:
+                    col = (last - 1 - j) * N
+                    s = keep_columns(s, from_key - col, to_key - col, -float("inf"), LEFT, True)
+                p, m_i, l_i, alpha = _softmax_step(s, m_i, l_i, scale, IN_LOG2, PARTS > 1 and part != 1, M, N, LAZY)
+                if SCORES_FIRST:
+                    # ptxas moves this wait up, in front of most of the softmax. That is fine: the overlap that counts
+                    # is with the other warpgroup (docs/perf/attention.md).
+                    o = warpgroup_mma_wait(0, deps=(o_tok,))
+                    mbarrier.arrive(v_empty.index(v_slot), count=1)
+                if LAZY:
+                    o = _rescale(o, gl.convert_layout(alpha, o_row), DV)
+                else:
+                    o = o * gl.expand_dims(gl.convert_layout(alpha, o_row), 1)
+
+        # Last P V, normalise, store.
+        slot = kv % STAGES
+        pb = gl.convert_layout(p.to(dtype), p_layout)
+        mbarrier.wait(v_full.index(slot), (kv // STAGES) & 1)
+        o = warpgroup_mma(pb, v_s.index(slot).reshape([N, DV]), o, is_async=True)
+        l_row = gl.convert_layout(gl.sum(l_i, 1), s_row)
+        inv = gl.where(l_row == 0.0, 0.0, 1.0 / l_row)
+        if SINK:  # one more logit in the normaliser, whose value is 0
+            sink = gl.load(sinks + h).to(gl.float32) * 1.4426950408889634
+            most = gl.maximum(m_i, sink)
+            shrink = gl.exp2(m_i - most)
+            l_row = l_row * shrink + gl.exp2(sink - most)
+            inv = shrink / l_row
+            m_i = most
+        rows = row + gl.arange(0, M, s_row)
+        if VARLEN:
+            lse = lse_ptr + h.to(gl.int64) * rows_all + row0
+        else:
+            lse = lse_ptr + bh.to(gl.int64) * seq_q
+        gl.store(lse + rows, (m_i + gl.log2(l_row)) * LN2, mask=rows < sq)
+        o = warpgroup_mma_wait(0, deps=(o,))
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        kv += 1
+        o = (o * gl.expand_dims(gl.convert_layout(inv, o_row), 1)).to(dtype)
+        if VARLEN:  # rows past the end of this sequence belong to the next one
+            if row + M > sq:
+                o_rows = row + gl.arange(0, M, o_row)
+                o_cols = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
+                to = o_ptr + (row0 * H + h).to(gl.int64) * D_OUT
+                to += gl.expand_dims(o_rows, 1).to(gl.int64) * (H * D_OUT) + gl.expand_dims(o_cols, 0)
+                gl.store(to, o, mask=(gl.expand_dims(o_rows, 1) < sq) & (gl.expand_dims(o_cols, 0) < D_OUT))
+            else:
+                o_s = q_s.index(mine)._reinterpret(dtype, [1, M, 1, DV], o_desc.layout)
+                o_s.reshape([M, DV]).store(o)
+                fence_async_shared()
+                tma_store(o_desc, [batch, row0 + row, h, 0], o_s)
+        else:
+            o_s = q_s.index(mine)._reinterpret(dtype, [1, M, 1, DV], o_desc.layout)
+            o_s.reshape([M, DV]).store(o)  # Q is no longer needed: its buffer carries O out
+            fence_async_shared()  # ordinary stores before the copy engine reads them
+            tma_store(o_desc, [batch, row, h, 0], o_s)
+        if Q_BUFFERS == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(mine), count=1)
+
+        t += 1
+        w = (t if VARLEN else t - 1) % 2
+        mbarrier.wait(work_full.index(w), ((t if VARLEN else t - 1) // 2) & 1)
+        idx = gl.max(work_s.index(w).load(one), 0)
+        mbarrier.arrive(work_empty.index(w), count=1)
+    tma.store_wait(0)
+
+
+_RUNTIME = (
+    "items", "heads", "H", "group", "row_blocks", "section", "seq_q", "seq_k", "rows_all", "left", "right",
+    "slopes_batch", "D_OUT", "o_ptr", "lse_ptr", "counter", "cu_q", "cu_k", "slopes", "sinks",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_RUNTIME)
+def attention_forward(
+    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, items, heads, H, group, row_blocks,
+    section, seq_q, seq_k, rows_all, left, right, slopes_batch, D_OUT, scale: "fp32", cap: "fp32", M: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, ONE_MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
+    VARLEN: gl.constexpr, SCORES_FIRST: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
+):  # fmt: skip
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [Q_BUFFERS * CONSUMERS, 1, M, 1, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, N, 1, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, N, 1, DV], v_desc.layout)
+    work_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * CONSUMERS, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * CONSUMERS, 1], bar)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    work_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    work_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    for i in gl.static_range(Q_BUFFERS * CONSUMERS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(2):
+        mbarrier.init(work_full.index(i), count=1)
+        mbarrier.init(work_empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    W0: gl.constexpr = 0
+    W1: gl.constexpr = 1
+    W2: gl.constexpr = 2
+    # The argument tuples must be written out here: through a variable, constexprs would turn into tensors.
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_producer, (
+                q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left,
+                right, M, N, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, VARLEN,
+            )),
+            (_consumer, (
+                W0, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
+                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+            )),
+            (_consumer, (
+                W1, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
+                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+            )),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_producer, (
+                q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left,
+                right, M, N, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, VARLEN,
+            )),
+            (_consumer, (
+                W0, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
+                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+            )),
+            (_consumer, (
+                W1, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
+                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+            )),
+            (_consumer, (
+                W2, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
+                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+            )),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

@@ -1,0 +1,1 @@
+"""FlashAttention's own kernels, from whichever of its packages is installed."""

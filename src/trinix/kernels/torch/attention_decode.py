@@ -1,0 +1,63 @@
+"""Attention over a cache in plain PyTorch: any device, any floating dtype, no host reads of the lengths."""
+
+import torch
+from torch import Tensor
+
+
+def unsupported(*arguments) -> str | None:
+    return None
+
+
+def append(k_cache, v_cache, cache_seqlens, k_new, v_new, page_table) -> None:
+    """Write the new tokens behind the cached ones, in place."""
+    batch, new = k_new.shape[:2]
+    at = cache_seqlens[:, None] + torch.arange(new, device=k_new.device)
+    if page_table is None:
+        where = torch.arange(batch, device=k_new.device)[:, None], at
+    else:
+        page = k_cache.shape[1]
+        where = page_table.gather(1, (at // page).long()), at % page
+    k_cache[where] = k_new
+    v_cache[where] = v_new
+
+
+def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options) -> tuple[Tensor, Tensor]:
+    """(out, lse)."""
+    length = cache_seqlens
+    if k_new is not None:
+        append(k_cache, v_cache, cache_seqlens, k_new, v_new, page_table)
+        length = cache_seqlens + k_new.shape[1]
+    keys, values = k_cache, v_cache
+    if page_table is not None:
+        pages = page_table.clamp(0, max(k_cache.shape[0] - 1, 0)).long()  # entries behind a length may hold anything
+        keys, values = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)
+    seq, heads = q.shape[1:3]
+    group = heads // keys.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    j = torch.arange(keys.shape[1], device=q.device)
+    cached = j < length[:, None]  # [B, Smax]
+    # what lies behind a length may be NaN: 0 times it is not 0
+    keys, values = (t.masked_fill(~cached[:, :, None, None], 0).repeat_interleave(group, 2) for t in (keys, values))
+    scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), keys.to(wide)) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    position = length[:, None] - seq + torch.arange(seq, device=q.device)
+    distance = j - position[:, :, None]  # [B, Sq, Smax]
+    if options.alibi_slopes is not None:
+        slopes = options.alibi_slopes.to(wide).expand(q.shape[0], heads)
+        scores = scores - slopes[:, :, None, None] * distance.abs()[:, None]
+    allowed = cached[:, None].expand_as(distance)
+    if options.window_left >= 0:
+        allowed = allowed & (distance >= -options.window_left)
+    if options.window_right >= 0:
+        allowed = allowed & (distance <= options.window_right)
+    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+    joined = scores
+    if options.sink is not None:
+        sink = options.sink.to(wide)[None, :, None, None].expand(*scores.shape[:3], 1)
+        joined = torch.cat([scores, sink], -1)
+    if not joined.shape[-1]:
+        return q.new_zeros(*q.shape[:3], values.shape[-1]), scores.new_full(scores.shape[:3], float("-inf"))
+    lse = joined.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp().to(q.dtype)
+    return torch.einsum("bhij,bjhd->bihd", weights, values), lse

@@ -1,0 +1,670 @@
+"""Attention of few queries over a long cache: split-KV, grouped heads packed, appending in the same launch.
+
+Floor: one read of the cached keys and values; everything else is small beside them.
+
+A program takes one key head of one sequence and a share of its cache: the query heads of the group times the queries are the
+rows of its tile, so that every key is read once. The host knows capacities only, so that a CUDA graph may be replayed with
+other lengths: it chooses how many shares there are, and a program works out its own from the lengths. New tokens are one more
+step of a sequence's last share: it reads them where they are, and stores them into the cache behind all that anybody reads
+there, so no program waits for another. Shares write normalised float32 parts with their logarithms, and a second kernel adds
+them up; where every sequence is one share there is no second kernel.
+
+With ``CUT_TOGETHER`` the tiles of keys of all sequences are one row that is cut into equal shares, whatever sequences they
+touch: unlike lengths then keep every multiprocessor as busy as like ones.
+
+A key's channels are two parts where their number is no power of two: 576 is 512 + 64. Values that are the keys' first
+channels, in the same memory, are not read again (latent attention).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from trinix.kernels.triton._compile import POINTERS, compile_case
+from trinix.kernels.triton._launch import INTERPRETED, Launcher
+from trinix.kernels.triton.activation import _tanh
+
+LANES = 64 if torch.version.hip else 32  # threads of a warp
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _load_rows(base, at, live, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels FIRST .. FIRST + WIDTH of the rows that begin at ``at``; 0 where a row is not live or a channel is none."""
+    d = FIRST + tl.arange(0, WIDTH)
+    mask = live[:, None]
+    if FIRST + WIDTH > D:
+        mask = mask & (d < D)[None, :]
+    return tl.load(base + at[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(base, at, live, values, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    d = FIRST + tl.arange(0, WIDTH)
+    mask = live[:, None]
+    if FIRST + WIDTH > D:
+        mask = mask & (d < D)[None, :]
+    tl.store(base + at[:, None] + d[None, :], values, mask=mask)
+
+
+@triton.jit
+def _scores(q0, q1, k0, k1, scale, softcap, TAIL: tl.constexpr, SOFTCAP: tl.constexpr):
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    if TAIL:
+        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
+    s *= scale
+    if SOFTCAP:
+        s = softcap * _tanh(s / softcap, 0.0, 0.0)
+    return s
+
+
+@triton.jit
+def _step(
+    s, v, acc, m, total, j, live, position, slope, window_left, window_right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys joins the running maximum m, the sum total and the sum of values acc."""
+    allowed = live[None, :]
+    if LEFT or RIGHT or ALIBI:
+        distance = j[None, :] - position[:, None]
+        if LEFT:
+            allowed = allowed & (distance >= -window_left)
+        if RIGHT:
+            allowed = allowed & (distance <= window_right)
+        if ALIBI:
+            s -= slope[:, None] * tl.abs(distance).to(tl.float32)
+    s = tl.where(allowed, s, float("-inf"))
+    new_m = tl.maximum(m, tl.max(s, 1))
+    base = tl.where(new_m == float("-inf"), 0.0, new_m)
+    p = tl.exp(s - base[:, None])
+    decay = tl.exp(m - base)
+    total = total * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_m, total
+
+
+@triton.jit
+def _log(x):
+    """The natural logarithm of a normal number above 0 to a unit in the last place: the hardware's is off near 1."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # of the power of two that leaves sqrt(1/2) .. sqrt(2)
+    m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    s = (m - 1.0) / (m + 1.0)
+    u = s * s
+    tail = u * (0.6666666666666735 + u * (0.3999999999940942 + u * (0.2857142874366239 + u * 0.2222219843214978)))
+    y = exponent.to(tl.float32) * 0.6931471805599453 + (2.0 * s + s * tail)
+    return tl.where(x == x, y, x)  # NaN stays
+
+
+@triton.jit
+def _span(
+    length, tile, seq, new, window_left, window_right,
+    GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """(first, last, tiles of keys between them, one at least) of what any row of this tile of rows may see in the cache."""
+    lowest = length + new - seq + tile * ROWS // GROUP
+    highest = length + new - seq + tl.minimum((tile * ROWS + ROWS - 1) // GROUP, seq - 1)
+    first = length * 0
+    last = length
+    if LEFT:
+        first = tl.maximum(lowest - window_left, 0)
+    if RIGHT:
+        last = tl.minimum(last, highest + window_right + 1)
+    first = first // KEYS * KEYS
+    return first, last, tl.maximum(tl.cdiv(tl.maximum(last - first, 0), KEYS), 1)
+
+
+@triton.jit
+def _share(
+    q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse, b, kv, tile, start, stop, blocks, entry,
+    batch, seq, key_heads, capacity, page_size, new, entries, window_left, window_right, table_row, slopes_row,
+    qb, qs, qh, kb, ks, kh, vb, vs, vh, kb_new, ks_new, kh_new, vb_new, vs_new, vh_new, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, PAGES: tl.constexpr,
+    NEW: tl.constexpr, SHARED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Tiles ``start`` to ``stop`` of the ``blocks`` of sequence b, for one tile of rows of key head kv."""
+    b = tl.cast(b, tl.int64)
+    length = tl.load(lengths + b)
+    outside = (length < 0) | (length + new > capacity)
+    # 0, which the compiler does not know: it would keep addresses of every row in registers from one sequence to the next
+    zero = (length == -2147483648).to(tl.int32)
+    length = tl.minimum(tl.maximum(length, 0), capacity)
+    row = tile * ROWS + tl.arange(0, ROWS) + zero
+    i = row // GROUP
+    h = kv * GROUP + row % GROUP
+    inside = row < seq * GROUP
+    position = length + new - seq + i
+    first, last, _ = _span(length, tile, seq, new, window_left, window_right, GROUP, LEFT, RIGHT, ROWS, KEYS)
+    last = tl.minimum(last, first + stop * KEYS)
+    first += start * KEYS
+
+    q_at = (i * qs + h * qh) * UNIT
+    q += b * (qb * UNIT)
+    q0 = _load_rows(q, q_at, inside, D, 0, HEAD)
+    if TAIL:
+        q1 = _load_rows(q, q_at, inside, D, HEAD, TAIL)
+    else:
+        q1 = q0
+    slope = tl.zeros([ROWS], tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes + b * slopes_row + h, mask=inside, other=0.0).to(tl.float32)
+
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    k_head = k_cache + kv * (kh * UNIT)
+    v_head = v_cache + kv * (vh * UNIT)
+    offset = tl.arange(0, KEYS) + zero
+    k_step = offset * (ks * UNIT)
+    v_step = offset * (vs * UNIT)
+    for start in tl.range(first, last, KEYS):
+        j = start + offset
+        live = j < last
+        k_tile, v_tile, k_at, v_at = k_head, v_head, k_step, v_step
+        if PAGES == 0:
+            k_tile += (b * kb + start * ks) * UNIT
+            v_tile += (b * vb + start * vs) * UNIT
+        elif PAGES == 1:  # a tile lies in one page
+            page = tl.load(table + b * table_row + start // page_size).to(tl.int64)
+            k_tile += (page * kb + start % page_size * ks) * UNIT
+            v_tile += (page * vb + start % page_size * vs) * UNIT
+        else:
+            page = tl.load(table + b * table_row + j // page_size, mask=live, other=0).to(tl.int64)
+            k_at = (page * kb + j % page_size * ks) * UNIT
+            v_at = (page * vb + j % page_size * vs) * UNIT
+        k0 = _load_rows(k_tile, k_at, live, D, 0, HEAD)
+        if TAIL:
+            k1 = _load_rows(k_tile, k_at, live, D, HEAD, TAIL)
+        else:
+            k1 = k0
+        s = _scores(q0, q1, k0, k1, scale, softcap, TAIL, SOFTCAP)
+        if SHARED:
+            v = k0
+        else:
+            v = _load_rows(v_tile, v_at, live, DV, 0, WIDTH)
+        acc, m, total = _step(
+            s, v, acc, m, total, j, live, position, slope, window_left, window_right, LEFT, RIGHT, ALIBI
+        )
+
+    if NEW:
+        # of the last share only, by an empty loop in the others
+        k_new += b * (kb_new * UNIT) + kv * (kh_new * UNIT)
+        v_new += b * (vb_new * UNIT) + kv * (vh_new * UNIT)
+        for start in tl.range(0, tl.where(stop == blocks, new, 0), KEYS, num_stages=1):
+            n = start + offset
+            live = n < new
+            j = length + n
+            k0 = _load_rows(k_new, n * (ks_new * UNIT), live, D, 0, HEAD)
+            if TAIL:
+                k1 = _load_rows(k_new, n * (ks_new * UNIT), live, D, HEAD, TAIL)
+            else:
+                k1 = k0
+            if SHARED:
+                v = k0
+            else:
+                v = _load_rows(v_new, n * (vs_new * UNIT), live, DV, 0, WIDTH)
+            keep = live & (j < capacity) & (tile == 0)
+            if PAGES == 0:
+                k_at = (b * kb + j * ks) * UNIT
+                v_at = (b * vb + j * vs) * UNIT
+            else:
+                page = tl.load(table + b * table_row + j // page_size, mask=keep, other=0).to(tl.int64)
+                k_at = (page * kb + j % page_size * ks) * UNIT
+                v_at = (page * vb + j % page_size * vs) * UNIT
+            _store_rows(k_head, k_at, keep, k0, D, 0, HEAD)
+            if TAIL:
+                _store_rows(k_head, k_at, keep, k1, D, HEAD, TAIL)
+            if not SHARED:
+                _store_rows(v_head, v_at, keep, v, DV, 0, WIDTH)
+            s = _scores(q0, q1, k0, k1, scale, softcap, TAIL, SOFTCAP)
+            acc, m, total = _step(
+                s, v, acc, m, total, j, live, position, slope, window_left, window_right, LEFT, RIGHT, ALIBI
+            )
+
+    if SINK and not PARTS:
+        logit = tl.load(sink + h, mask=inside, other=0.0).to(tl.float32)
+        new_m = tl.maximum(m, logit)
+        decay = tl.exp(m - new_m)
+        total = total * decay + tl.exp(logit - new_m)
+        acc = acc * decay[:, None]
+        m = new_m
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    log_sum = tl.where(total == 0.0, float("-inf"), m + _log(tl.where(total == 0.0, 1.0, total)))
+    log_sum = tl.where(outside, float("nan"), log_sum)
+    heads = key_heads * GROUP
+    if PARTS:
+        at = (entry * heads + h).to(tl.int64) * seq + i
+        rows = tl.cast(entries, tl.int64) * heads * seq
+        tl.store(out + rows * DV + at, log_sum, mask=inside)  # behind all parts
+        _store_rows(out, at * DV, inside & (total != 0.0), acc, DV, 0, WIDTH)
+    else:
+        acc = tl.where(outside, float("nan"), acc)
+        tl.store(lse + (b * heads + h) * seq + i, log_sum, mask=inside)
+        _store_rows(out, ((b * seq + i) * heads + h) * DV, inside, acc.to(out.dtype.element_ty), DV, 0, WIDTH)
+
+
+@triton.jit(do_not_specialize=[
+    "batch", "seq", "key_heads", "capacity", "page_size", "new", "splits", "entries", "tiles", "window_left",
+    "window_right", "table_row", "slopes_row", "qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh", "kb_new", "ks_new",
+    "kh_new", "vb_new", "vs_new", "vh_new",
+])  # fmt: skip
+def _attend(
+    q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse,
+    batch: "i32", seq: "i32", key_heads: "i32", capacity: "i32", page_size: "i32", new: "i32", splits: "i32",
+    entries: "i32", tiles: "i32",
+    window_left: "i32", window_right: "i32", table_row: "i64", slopes_row: "i64",
+    qb: "i64", qs: "i64", qh: "i64", kb: "i64", ks: "i64", kh: "i64", vb: "i64", vs: "i64", vh: "i64",
+    kb_new: "i64", ks_new: "i64", kh_new: "i64", vb_new: "i64", vs_new: "i64", vh_new: "i64",
+    scale: "fp32", softcap: "fp32",
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, PAGES: tl.constexpr,
+    NEW: tl.constexpr, SHARED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    # the key heads of one token lie side by side in memory, so their programs run side by side
+    pid = tl.program_id(0)
+    kv = pid % key_heads
+    tile = pid // key_heads % tiles
+    n = pid // key_heads // tiles
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the adding kernel may come in when all programs of this one have
+    if BATCH:
+        # all sequences are one row of tiles of keys, cut into equal shares whatever sequences they touch
+        every = tl.arange(0, BATCH)
+        ends = tl.load(lengths + every, mask=every < batch, other=0)
+        ends = tl.minimum(tl.maximum(ends, 0), capacity)
+        _, _, spans = _span(ends, tile, seq, new, window_left, window_right, GROUP, LEFT, RIGHT, ROWS, KEYS)
+        spans = tl.where(every < batch, spans, 0)
+        until = tl.cumsum(spans, 0)
+        whole = tl.sum(spans, 0)
+        from_ = (tl.cast(n, tl.int64) * whole // splits).to(tl.int32)
+        to = (tl.cast(n + 1, tl.int64) * whole // splits).to(tl.int32)
+        past = tl.sum(((until <= from_) & (every < batch)).to(tl.int32), 0)
+        after = tl.sum(((until < to) & (every < batch)).to(tl.int32), 0) + 1
+        for b in tl.range(past, after, num_stages=1):
+            blocks = tl.sum(tl.where(every == b, spans, 0), 0)
+            before = tl.sum(tl.where(every < b, spans, 0), 0)
+            start = tl.maximum(from_ - before, 0)
+            stop = tl.minimum(to - before, blocks)
+            _share(
+                q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse, b, kv, tile, start, stop,
+                blocks, n + b, batch, seq, key_heads, capacity, page_size, new, entries, window_left, window_right,
+                table_row, slopes_row, qb, qs, qh, kb, ks, kh, vb, vs, vh, kb_new, ks_new, kh_new, vb_new, vs_new, vh_new,
+                scale, softcap, D, DV, GROUP, UNIT, PAGES, NEW, SHARED, LEFT, RIGHT, ALIBI, SOFTCAP, SINK, PARTS, ROWS,
+                KEYS, HEAD, TAIL, WIDTH,
+            )  # fmt: skip
+            # which shares a sequence has: the first and the last of them say so, behind the parts' logarithms
+            place = out + tl.cast(entries, tl.int64) * (key_heads * GROUP) * seq * (DV + 1)
+            place += ((b * tiles + tile) * key_heads + kv) * 2
+            tl.store(place, n.to(tl.float32), mask=start == 0)
+            tl.store(place + 1, n.to(tl.float32), mask=stop == blocks)
+    else:
+        b = n // splits
+        split = n % splits
+        length = tl.minimum(tl.maximum(tl.load(lengths + b), 0), capacity)
+        _, _, blocks = _span(length, tile, seq, new, window_left, window_right, GROUP, LEFT, RIGHT, ROWS, KEYS)
+        start = (tl.cast(split, tl.int64) * blocks // splits).to(tl.int32)
+        stop = (tl.cast(split + 1, tl.int64) * blocks // splits).to(tl.int32)
+        _share(
+            q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse, b, kv, tile, start, stop,
+            blocks, n, batch, seq, key_heads, capacity, page_size, new, entries,
+            window_left, window_right, table_row, slopes_row, qb, qs, qh, kb, ks, kh, vb, vs, vh, kb_new, ks_new, kh_new,
+            vb_new, vs_new, vh_new, scale, softcap, D, DV, GROUP, UNIT, PAGES, NEW, SHARED, LEFT, RIGHT, ALIBI, SOFTCAP,
+            SINK, PARTS, ROWS, KEYS, HEAD, TAIL, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["entries", "splits", "heads", "seq", "tiles"])
+def _combine(
+    parts, sink, out, lse, entries: "i32", splits: "i32", heads: "i32", seq: "i32", tiles: "i32",
+    DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr, DEPENDENT: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out of one query and head from its normalised parts, weighted by their sums."""
+    r = tl.program_id(0)
+    i = r % seq
+    h = r // seq % heads
+    b = r // seq // heads
+    logs = parts + tl.cast(entries, tl.int64) * heads * seq * DV
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    first = b * splits
+    count = splits
+    if not EVEN:
+        place = logs + tl.cast(entries, tl.int64) * heads * seq
+        place += ((b * tiles + (i * GROUP + h % GROUP) // ROWS) * (heads // GROUP) + h // GROUP) * 2
+        first = tl.load(place).to(tl.int32)
+        count = tl.load(place + 1).to(tl.int32) - first + 1
+        first += b
+    m = float("-inf")
+    total = 0.0
+    if SINK:
+        m = tl.load(sink + h).to(tl.float32)
+        total = 1.0
+    acc = tl.zeros([WIDTH], tl.float32)
+    for start in tl.range(0, count, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        at = ((first + n).to(tl.int64) * heads + h) * seq + i
+        log = tl.load(logs + at, mask=n < count, other=float("-inf"))
+        part = _load_rows(parts, at * DV, n < count, DV, 0, WIDTH)
+        new_m = tl.maximum(m, tl.max(log, 0))
+        base = tl.where(new_m == float("-inf"), 0.0, new_m)
+        weight = tl.exp(log - base)
+        decay = tl.exp(m - base)
+        total = total * decay + tl.sum(weight, 0)
+        # an empty share has written no part
+        acc = acc * decay + tl.sum(tl.where((weight == 0.0)[:, None], 0.0, part * weight[:, None]), 0)
+        m = new_m
+    some = tl.where(total == 0.0, 1.0, total)
+    y = acc / some
+    tl.store(lse + r, tl.where(total == 0.0, float("-inf"), m + _log(some)))
+    at = ((b.to(tl.int64) * seq + i) * heads + h) * DV
+    d = tl.arange(0, WIDTH)
+    tl.store(out + at + d, y.to(out.dtype.element_ty), mask=d < DV)
+
+
+_ATTEND = Launcher(_attend, tensors=11)
+_COMBINE = Launcher(_combine, tensors=4)
+
+
+# ---- choices -----------------------------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    rows: int  # of queries times the heads of a group, in a program
+    keys: int  # of a tile
+    num_warps: int
+    num_stages: int
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def channels(d: int) -> tuple[int, int]:
+    """(HEAD, TAIL): the two tiles of a key's channels, TAIL 0 where one is enough. A dot takes 16 and more."""
+    head = max(16, 1 << (d.bit_length() - 1))
+    return head, max(16, _power_of_two(d - head)) if d > head else 0
+
+
+def choose_config(
+    rows: int, d: int, dv: int, shared: bool, itemsize: int, pages: bool, new: bool, lanes: int = LANES
+) -> Config:
+    """``rows``: queries times the heads of a group; ``pages``: a tile of 64 keys may lie in several; ``new``: keys to append."""
+    tile = min(64, max(16, _power_of_two(rows)))
+    head, tail = channels(d)
+    wide = _power_of_two(dv)
+    width = head + tail + (0 if shared else wide)  # channels of a key and its value
+    if itemsize == 4:  # no tensor cores at full precision: small tiles, so that registers suffice
+        keys, warps = (64, 4) if width <= 256 and not pages and not new else (16, 8)
+        config = Config(16, keys, 4 if lanes == 64 else warps, 2)
+    elif max(head, wide) > 256:
+        config = Config(16, 32, 4, 3) if tile == 16 else Config(32, 64, 8, 2)
+        if lanes == 64:
+            config = Config(config.rows, 512 // config.rows, 8, 1)
+    elif pages and not new and width <= 256:
+        config = Config(tile, 128, 8 if tile == 64 else 4, 3)
+    else:
+        config = Config(tile, 64, 8 if tile == 64 and width > 256 else 4, 3 if width <= 256 else 2)
+    if pages and itemsize < 4 and config.keys < 128:  # looking the pages up takes a stage of its own
+        config = config._replace(num_stages=config.num_stages + 1)
+    return config._replace(num_stages=1) if lanes == 64 else config
+
+
+# Whether sequences of a batch are cut together by their lengths. It passes every test in the interpreter; no card has run it.
+CUT_TOGETHER = False
+
+
+def choose_shares(
+    batch: int, heads: int, keys: int, config: Config, bytes_of_key: int, sm_count: int
+) -> tuple[int, bool]:
+    """(shares, whether they are of all sequences together instead of each).
+
+    ``heads``: programs of one share, which are key heads times tiles of rows; ``keys``: the most that a sequence may have.
+    A card reads as fast from one program on each multiprocessor as from several, where a program's tiles are large. The fewest
+    shares that leave few multiprocessors idle in the last wave, as docs/perf/attention_decode.md has it.
+    """
+    together = CUT_TOGETHER and 1 < batch <= 1024 and keys >= 2048 and config.rows == 16 and heads <= sm_count
+    programs = heads if together else heads * batch
+    loading = max(1, config.num_stages - 1) * config.keys * bytes_of_key  # on its way into a program, bytes
+    wave = sm_count * (1 if loading >= 48 * 1024 else 2)
+    resident = max(wave, 200 * 1024 // loading * sm_count)
+    most = -(-keys // config.keys) * (batch if together else 1)
+    most = max(1, min(most, 4 * resident // programs))
+
+    def busy(shares):
+        full = wave if shares * programs <= resident else resident
+        return shares * programs / (-(-shares * programs // full) * full)
+
+    enough = 0.92 * max(map(busy, range(1, most + 1)))
+    return next(n for n in range(1, most + 1) if busy(n) >= enough), together
+
+
+# ---- launches ----------------------------------------------------------------------------------------------------------
+
+
+class Flags(NamedTuple):
+    """What changes the binary, besides shapes and configuration."""
+
+    pages: int  # 0: none, 1: a tile lies in one page, 2: it does not
+    new: bool
+    shared: bool
+    left: bool
+    right: bool
+    alibi: bool
+    softcap: bool
+    sink: bool
+    parts: bool
+    dependent: bool
+
+
+@functools.cache
+def attend_launch(d: int, dv: int, group: int, unit: int, flags: Flags, batch: int, config: Config):
+    """``batch``: a power of two that holds it where shares follow the lengths, else 0."""
+    head, tail = channels(d)
+    width = head if flags.shared else max(16, _power_of_two(dv))
+    return _ATTEND.bind(
+        D=d, DV=dv, GROUP=group, UNIT=unit, PAGES=flags.pages, NEW=flags.new, SHARED=flags.shared, LEFT=flags.left,
+        RIGHT=flags.right, ALIBI=flags.alibi, SOFTCAP=flags.softcap, SINK=flags.sink,
+        PARTS=flags.parts, DEPENDENT=flags.dependent, BATCH=batch, ROWS=config.rows, KEYS=config.keys, HEAD=head, TAIL=tail,
+        WIDTH=width, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+@functools.cache
+def combine_launch(dv: int, group: int, sink: bool, even: bool, dependent: bool, rows: int):
+    width = max(16, _power_of_two(dv))
+    return _COMBINE.bind(
+        DV=dv, GROUP=group, SINK=sink, EVEN=even, DEPENDENT=dependent, ROWS=rows, CHUNK=8, WIDTH=width,
+        num_warps=2 if width <= 128 else 4, launch_pdl=dependent,
+    )  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """All of a call that follows from shapes, strides and options."""
+
+    attend: object
+    combine: object  # None with one share
+    blocks: int
+    counts: tuple
+    splits: int
+    together: bool  # the splits are of all sequences, not of each
+    entries: int  # parts of one head and query
+    numbers: int  # float32 numbers of the parts and what belongs to them
+    tiles: int
+    config: Config
+
+
+def _unit(dtype, *strides) -> int:
+    """How many elements divide every stride, up to 16 bytes of them."""
+    return math.gcd(16 // dtype.itemsize, *[s for one in strides for s in one])
+
+
+@functools.lru_cache(4096)
+def plan(
+    dtype, q_shape, q_strides, k_shape, k_strides, v_shape, v_strides, new_shape, k_new_strides, v_new_strides,
+    table_shape, table_row, slopes_row, options, shared, index, config=None,
+) -> Plan:  # fmt: skip
+    """``options``: (window_left, window_right, scale, softcap, alibi, sink, num_splits)."""
+    window_left, window_right, scale, softcap, alibi, sink, num_splits = options
+    batch, seq, heads, d = q_shape
+    key_heads, dv = k_shape[2], v_shape[3]
+    group = heads // key_heads
+    new = new_shape[1] if new_shape else 0
+    page_size = k_shape[1]
+    capacity = page_size * (table_shape[1] if table_shape else 1)
+    if not config:
+        pages = bool(table_shape) and page_size % 64 != 0
+        config = choose_config(seq * group, d, dv, shared, dtype.itemsize, pages, new > 0)
+    tiles = -(-seq * group // config.rows)
+    seen = capacity if window_left < 0 else min(capacity, window_left + seq + config.keys)
+    sm_count, dependent = _card(index)
+    splits, together = num_splits, False
+    if not num_splits:
+        width = d if shared else d + dv
+        splits, together = choose_shares(batch, key_heads * tiles, seen, config, width * dtype.itemsize, sm_count)
+    entries = splits + batch if together else splits * batch
+    parts = together or splits > 1
+    used = [q_strides[:3], k_strides[:3], v_strides[:3]]
+    if new:
+        used += [k_new_strides[:3], v_new_strides[:3]]
+    unit = _unit(dtype, *used)
+    dependent = dependent and parts
+    flags = Flags(
+        0 if not table_shape else 1 if page_size % config.keys == 0 else 2, new > 0, shared,
+        window_left >= 0, window_right >= 0 and seq > 1, alibi, softcap > 0, sink, parts, dependent,
+    )  # fmt: skip
+    strides = [s // unit for one in (*used, (0,) * 3, (0,) * 3)[:5] for s in one]
+    counts = (
+        batch, seq, key_heads, capacity, page_size, new, splits, entries, tiles, window_left, window_right, table_row,
+        slopes_row, *strides, scale, softcap,
+    )  # fmt: skip
+    attend = attend_launch(d, dv, group, unit, flags, _power_of_two(batch) if together else 0, config)
+    combine = combine_launch(dv, group, sink, not together, dependent, config.rows) if parts else None
+    blocks = key_heads * tiles * (splits if together else entries)
+    numbers = entries * heads * seq * (dv + 1) + 2 * batch * tiles * key_heads
+    return Plan(attend, combine, blocks, counts, splits, together, entries, numbers, tiles, config)
+
+
+@functools.cache
+def _card(index: int) -> tuple[int, bool]:
+    """(multiprocessors, whether a kernel may start before the one it depends on has ended)."""
+    if index < 0:
+        return 1, False
+    facts = torch.cuda.get_device_properties(index)
+    return facts.multi_processor_count, torch.version.hip is None and facts.major >= 9
+
+
+def unsupported(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options) -> str | None:
+    if q.device.type != "cuda" and not INTERPRETED:
+        return f"needs GPU tensors, got {q.device.type}"
+    if q.dtype not in DTYPES:
+        return f"takes float16, bfloat16 or float32, got {str(q.dtype).removeprefix('torch.')}"
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.stride(3) != 1 and t.shape[3] > 1:
+            return f"needs the channels of {name} side by side, got strides {tuple(t.stride())}"
+    d, dv = q.shape[3], v_cache.shape[3]
+    if max(d, dv) > 256 and not (d <= 640 and _shared(k_cache, v_cache)):
+        return f"takes head dimensions up to 256, or up to 640 where the values are the keys' first channels, got {d} and {dv}"
+    return None
+
+
+def _shared(k_cache, v_cache) -> bool:
+    """Whether the values are the keys' first channels, in the same memory, and in one tile of them."""
+    return (
+        k_cache.data_ptr() == v_cache.data_ptr()
+        and k_cache.stride() == v_cache.stride()
+        and v_cache.shape[3] <= channels(k_cache.shape[3])[0]
+    )
+
+
+def _plan(q, k_cache, v_cache, k_new, v_new, page_table, options, config=None) -> Plan:
+    slopes = options.alibi_slopes
+    return plan(
+        q.dtype, q.shape, q.stride(), k_cache.shape, k_cache.stride(), v_cache.shape, v_cache.stride(),
+        k_new.shape if k_new is not None else None, k_new.stride() if k_new is not None else None,
+        v_new.stride() if k_new is not None else None,
+        page_table.shape if page_table is not None else None, page_table.stride(0) if page_table is not None else 0,
+        slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0,
+        (options.window_left, options.window_right, options.scale, options.softcap, slopes is not None,
+         options.sink is not None, options.num_splits),
+        _shared(k_cache, v_cache), q.get_device(), config,
+    )  # fmt: skip
+
+
+def _dense_last(t):
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options, config: Config | None = None):
+    """(out [B, Sq, H, Dv], lse [B, H, Sq] float32)."""
+    batch, seq, heads, _ = q.shape
+    dv = v_cache.shape[3]
+    out = torch.empty((batch, seq, heads, dv), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)
+    if not lse.numel():
+        return out, lse
+    q, k_new, v_new, page_table = _dense_last(q), _dense_last(k_new), _dense_last(v_new), _dense_last(page_table)
+    slopes, sink = _dense_last(options.alibi_slopes), _dense_last(options.sink)
+    if slopes is not options.alibi_slopes:
+        options = options._replace(alibi_slopes=slopes)
+    call = _plan(q, k_cache, v_cache, k_new, v_new, page_table, options, config)
+    parts = torch.empty(call.numbers, dtype=torch.float32, device=q.device) if call.combine else out
+    k_new = q if k_new is None else k_new
+    tensors = (
+        q, k_cache, v_cache, cache_seqlens.contiguous(), cache_seqlens if page_table is None else page_table, k_new,
+        q if v_new is None else v_new, q if slopes is None else slopes, q if sink is None else sink, parts, lse,
+    )  # fmt: skip
+    call.attend(call.blocks, tensors, call.counts)
+    if call.combine:
+        sizes = call.entries, call.splits, heads, seq, call.tiles
+        call.combine(batch * heads * seq, (parts, q if sink is None else sink, out, lse), sizes)
+    return out, lse
+
+
+def describe(q, k_cache, v_cache, k_new, v_new, page_table, options) -> str:
+    """The configuration of a call, for ``trinix.explain``."""
+    call = _plan(q, k_cache, v_cache, k_new, v_new, page_table, options)
+    c = call.config
+    of = "all sequences" if call.together else "a sequence"
+    return f"{call.splits} shares of {of}, tile {c.rows} x {c.keys} keys, {c.num_warps} warps, {c.num_stages} stages"
+
+
+def compile_cases(lanes: int = LANES):
+    """Each head dimension's plain binary in parts, and one with every option."""
+    plain = Flags(0, False, False, False, False, False, False, False, True, False)
+    forms = {
+        "64": (64, 64, 1, plain),
+        "128": (128, 128, 4, plain),
+        "128-whole": (128, 128, 4, plain._replace(parts=False)),
+        "128-together": (128, 128, 4, plain),
+        "128-packed": (128, 128, 64, plain),
+        "128-pages": (128, 128, 4, plain._replace(pages=2)),
+        "128-append": (128, 128, 4, plain._replace(pages=1, new=True)),
+        "256": (256, 256, 8, plain),
+        "latent": (576, 512, 16, plain._replace(shared=True)),
+        "latent-packed": (576, 512, 128, plain._replace(shared=True)),
+        "80-options": (80, 80, 5, Flags(2, True, False, True, True, True, True, True, False, False)),
+    }
+    for dtype in DTYPES:
+        suffix = str(dtype).removeprefix("torch.")
+        t = POINTERS[suffix]
+        for name, (d, dv, rows, flags) in forms.items():
+            config = choose_config(rows, d, dv, flags.shared, dtype.itemsize, flags.pages == 2, flags.new, lanes)
+            launch = attend_launch(
+                d, dv, rows, 16 // dtype.itemsize, flags, 16 if name == "128-together" else 0, config
+            )
+            out = "*fp32" if flags.parts else t
+            tensors = (t, t, t, "*i32", "*i32", t, t, "*fp32", "*fp32", out, "*fp32")
+            bits = 64 if name == "128-whole" else 128
+            yield compile_case(f"attention_decode/{name}/{suffix}", launch, 2 * dtype.itemsize, tensors, (), bits)
+        for dv, even in ((128, False), (512, True)):
+            launch = combine_launch(dv, 4, True, even, False, 16)
+            tensors = ("*fp32", "*fp32", t, "*fp32")
+            yield compile_case(f"attention_decode/combine-{dv}/{suffix}", launch, dtype.itemsize, tensors, (), 32)

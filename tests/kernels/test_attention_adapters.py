@@ -1,0 +1,293 @@
+"""The adapters to cuDNN's and FlashAttention's kernels: what they refuse and why, and on the card the same numbers as ours."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from trinix.dispatch import Unsupported
+from trinix.kernels.cudnn import attention as cudnn
+from trinix.kernels.flash_attn import attention as flash
+from trinix.kernels.torch import attention as reference
+from trinix.ops import attention
+from trinix.ops.attention import Options
+from trinix.testing import judge, normal
+
+BACKENDS = ("cudnn", "flash_attn")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_gpu_both_are_refused(backend):
+    q = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(Unsupported, match="needs tensors on an NVIDIA GPU, got cpu"):
+        attention(q, q, q, backend=backend)
+
+
+# ---- FlashAttention's packages, of which none is here: their halves, from what their sources say about them ----------------
+
+
+def _formula(q, k, v, scale, left, right, softcap=0.0, slopes=None, ends_q=None, ends_k=None):
+    sides = (-1 if side is None else side for side in (left, right))
+    options = Options(right == 0, *sides, scale, softcap, alibi_slopes=slopes, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k)
+    return reference.forward(q, k, v, options)
+
+
+def _two_and_three(kind, calls):
+    """FlashAttention 2's and 3's halves: -1 is no bound, rows that see nothing have lse inf."""
+
+    def run(q, k, v, softmax_scale, causal, left, right, softcap, slopes=None, ends_q=None, ends_k=None):
+        out, lse = _formula(q, k, v, softmax_scale, left, 0 if causal else right, softcap, slopes, ends_q, ends_k)
+        return out, lse.masked_fill(lse == float("-inf"), float("inf"))
+
+    def grads_of(dout, q, k, v, lse, dq, dk, dv, *call):
+        assert not (lse == float("-inf")).any()
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            out, _ = run(*leaves, *call)
+        for into, grad in zip((dq, dk, dv), torch.autograd.grad(out, leaves, dout), strict=True):
+            into.copy_(grad)
+
+    module = types.ModuleType(kind)
+    if kind == "flash_attn_interface":
+
+        def _flash_attn_forward(
+            q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *, softmax_scale, causal,
+            window_size_left, window_size_right, softcap,
+        ):  # fmt: skip
+            calls.append("forward")
+            ends = cu_seqlens_q, cu_seqlens_k
+            sides = window_size_left, window_size_right
+            return *run(q, k, v, softmax_scale, causal, *sides, softcap, None, *ends), None, None
+
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
+            dq, dk, dv, softmax_scale, is_causal, window_size_left, window_size_right, softcap, deterministic,
+        ):  # fmt: skip
+            calls.append("backward")
+            sides = window_size_left, window_size_right
+            call = softmax_scale, is_causal, *sides, softcap, None, cu_seqlens_q, cu_seqlens_k
+            grads_of(dout, q, k, v, softmax_lse, dq, dk, dv, *call)
+
+    else:
+
+        def _flash_attn_forward(
+            q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+            return_softmax, ends=(),
+        ):  # fmt: skip
+            calls.append("forward")
+            sides = window_size_left, window_size_right
+            return *run(q, k, v, softmax_scale, causal, *sides, softcap, alibi_slopes, *ends), None, None
+
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+            window_size_right, softcap, alibi_slopes, deterministic, rng_state=None, ends=(),
+        ):  # fmt: skip
+            calls.append("backward")
+            sides = window_size_left, window_size_right
+            grads_of(
+                dout, q, k, v, softmax_lse, dq, dk, dv, softmax_scale, causal, *sides, softcap, alibi_slopes, *ends
+            )
+
+        def _flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest, **named):
+            return _flash_attn_forward(q, k, v, *rest, **named, ends=(cu_seqlens_q, cu_seqlens_k))
+
+        def _flash_attn_varlen_backward(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **named
+        ):
+            ends = cu_seqlens_q, cu_seqlens_k
+            return _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, **named, ends=ends)
+
+        module._flash_attn_varlen_forward = _flash_attn_varlen_forward
+        module._flash_attn_varlen_backward = _flash_attn_varlen_backward
+    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    return module
+
+
+def _four(kind, calls):
+    """FlashAttention 4's halves: None is no bound, lse -inf, a gradient of lse is taken."""
+    module = types.ModuleType(kind)
+
+    def run(q, k, v, softmax_scale, causal, softcap, left, right, ends_q, ends_k):
+        return _formula(q, k, v, softmax_scale, left, 0 if causal else right, softcap, None, ends_q, ends_k)
+
+    def _flash_attn_fwd(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
+        causal=False, softcap=None, window_size_left=None, window_size_right=None, return_lse=False,
+    ):  # fmt: skip
+        calls.append("forward")
+        sides = window_size_left, window_size_right
+        return *run(q, k, v, softmax_scale, causal, softcap, *sides, cu_seqlens_q, cu_seqlens_k), None, None, None
+
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        deterministic=False, dlse=None,
+    ):  # fmt: skip
+        calls.append("backward")
+        sides = window_size_left, window_size_right
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            y = run(*leaves, softmax_scale, causal, softcap, *sides, cu_seqlens_q, cu_seqlens_k)
+        given = [dout] if dlse is None else [dout, dlse]
+        return torch.autograd.grad(y[: len(given)], leaves, given)
+
+    module._flash_attn_fwd, module._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
+    return module
+
+
+@pytest.fixture(params=[2, 3, 4])
+def package(request, monkeypatch):
+    """A stand-in for one package, on a card that is not there."""
+    name = f"FlashAttention {request.param}"
+    path = flash._PACKAGES[name][0]
+    calls = []
+    module = (_four if request.param == 4 else _two_and_three)(path, calls)
+    parts = path.split(".")
+    for n in range(1, len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:n]), types.ModuleType(parts[n - 1]))
+    monkeypatch.setitem(sys.modules, path, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    flash._module.cache_clear()
+    yield name, calls
+    flash._module.cache_clear()
+
+
+SHAPES = {
+    "full": {},
+    "causal": {"window_right": 0},
+    "fewer keys than queries": {"window_right": 0, "sk": 5},
+    "more keys than queries": {"window_right": 0, "sk": 12},
+    "window": {"window_left": 3, "window_right": 1},
+    "softcap": {"softcap": 2.0},
+    "lengths": {"lengths": True, "window_right": 0},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_package_is_called_as_it_wants(shape, package):
+    name, calls = package
+    asked = dict(SHAPES[shape])
+    sk, varlen = asked.pop("sk", 8), asked.pop("lengths", False)
+    q, k, v = (normal((2, n, h, 8), torch.float32, seed=n + h) for n, h in ((8, 4), (sk, 2), (sk, 2)))
+    if varlen:  # 14 of 16 rows of queries belong to somebody
+        ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 5, 5, 14], [0, 4, 8, 16]))
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        asked |= {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k, "max_seqlen_q": 9, "max_seqlen_k": 8}
+    options = Options(causal=asked.get("window_right") == 0, scale=0.3, **asked)
+    assert flash._names(q, k, v, options, True)[0] == name
+    assert flash.describe(q, k, v, options, True) == name
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    wanted = reference.forward(*leaves, options)
+    with torch.no_grad():
+        got = flash.forward(q, k, v, options)
+    torch.testing.assert_close(got, tuple(t.detach() for t in wanted))
+    dout, dlse = (normal(t.shape, torch.float32, seed=9) for t in wanted)
+    for with_lse in (False, True) if not options.softcap or "4" in name else (False,):
+        given = [dout, dlse][: 1 + with_lse]
+        true = torch.autograd.grad(wanted[: 1 + with_lse], leaves, given, retain_graph=True)
+        with torch.no_grad():
+            grads = flash.backward(dout, dlse if with_lse else None, q, k, v, *got, options, (True,) * 3)
+        torch.testing.assert_close(grads[:3], true)
+        assert grads[3:] == (None, None)
+    assert set(calls) == {"forward", "backward"}
+    with torch.no_grad():
+        some = flash.backward(dout, None, q, k, v, *got, options, (False, True, False))
+    assert [g is None for g in some] == [True, False, True, True, True]
+
+
+def test_a_gradient_of_lse_with_softcap_is_refused_in_words(package):
+    name, _ = package
+    if "4" in name:
+        pytest.skip("it has one")
+    q = torch.zeros(1, 4, 1, 8)
+    options = Options(scale=1.0, softcap=3.0)
+    with pytest.raises(RuntimeError, match="no gradient through lse with softcap"):
+        flash.backward(q, torch.zeros(1, 1, 4), q, q, q, q, torch.zeros(1, 1, 4), options, (True,) * 3)
+
+
+def test_a_package_of_another_version_is_passed_over(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("flash_attn_interface"))
+    flash._module.cache_clear()
+    assert flash._module("FlashAttention 3") == "is of another version: flash_attn_interface has no _flash_attn_forward"
+    flash._module.cache_clear()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_s_gradients_through_lse(causal, monkeypatch):
+    monkeypatch.setattr(cudnn, "ROWS", 3)
+    q, k, v = (normal((2, 8, h, 16), torch.float32, seed=h).requires_grad_() for h in (4, 2, 2))
+    options = Options(scale=0.3, window_right=0 if causal else -1)
+    _, lse = reference.forward(q, k, v, options)
+    dlse = normal(lse.shape, torch.float32, seed=9)
+    wanted = torch.autograd.grad(lse, (q, k), dlse)
+    with torch.no_grad():
+        torch.testing.assert_close(cudnn.through_lse(dlse, q, k, lse, 0.3, causal), wanted)
+
+
+# ---- on the card -------------------------------------------------------------------------------------------------------
+
+CARD = {
+    "full": {},
+    "causal": {"causal": True},
+    "grouped heads": {"heads": 8, "key_heads": 2, "causal": True},
+    "one query": {"sq": 1, "causal": True},
+    "odd lengths": {"sq": 333, "sk": 333},
+    "keys of another length": {"sq": 100, "sk": 257},
+    "head dimension 64": {"d": 64},
+    "head dimension 256": {"d": 256, "causal": True},
+    "head dimension 72": {"d": 72},
+    "scale": {"scale": 0.3},
+    "fewer keys than queries": {"sq": 200, "sk": 77, "causal": True},
+    "causal, more keys": {"sq": 100, "sk": 257, "causal": True},
+    "window": {"window": (50, 20), "sq": 300, "sk": 300},
+    "two dimensions": {"d": 128, "dv": 64},
+    "lengths": {"ends": ([0, 100, 100, 256], [0, 30, 60, 250])},
+    "lengths, causal": {"ends": ([0, 100, 100, 256], [0, 30, 60, 250]), "causal": True},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CARD)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_passes_hold_the_budget_or_say_why_not(backend, case, dtype, monkeypatch):
+    monkeypatch.setattr(flash, "_BUILT_IN_ON", (8, 9))
+    asked = dict(CARD[case])
+    sq, sk, d = asked.pop("sq", 256), asked.pop("sk", 256), asked.pop("d", 128)
+    heads, key_heads, dv = asked.pop("heads", 4), asked.pop("key_heads", 4), asked.pop("dv", d)
+    shapes = ((2, sq, heads, d), (2, sk, key_heads, d), (2, sk, key_heads, dv))
+    q, k, v = (normal(s, dtype, seed=i, device="cuda") for i, s in enumerate(shapes))
+    if ends := asked.pop("ends", None):
+        q, k, v = q[0], k[0], v[0]
+        ends = [torch.tensor(e, dtype=torch.int32, device="cuda") for e in ends]
+        asked |= {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1]}
+
+    def run(backend, wide):
+        leaves = [t.to(wide).requires_grad_() for t in (q, k, v)]
+        y = attention(*leaves, **asked, return_lse=True, backend=backend)
+        gradients = [normal(t.shape, dtype, seed=7, device="cuda").to(t.dtype) for t in y]
+        dlse = gradients[1].masked_fill(y[1] == float("-inf"), 0)
+        gradients[0] = gradients[0].transpose(0, 1).contiguous().transpose(0, 1)  # of other strides than out
+        without = torch.autograd.grad(y[0], leaves, gradients[0], retain_graph=True)
+        return *(t.detach() for t in y), *without, *torch.autograd.grad(y, leaves, [gradients[0], dlse])
+
+    try:
+        got = run(backend, dtype)
+    except Unsupported as error:
+        pytest.skip(str(error))
+    names = ("out", "lse", "dq", "dk", "dv", "dq with dlse", "dk with dlse", "dv with dlse")
+    verdicts = [judge(*one) for one in zip(names, got, run("torch", dtype), run("torch", torch.float64), strict=True)]
+    assert not [str(v) for v in verdicts if not v.ok]
+
+
+@pytest.mark.gpu
+def test_what_the_card_s_own_kernels_take(monkeypatch):
+    monkeypatch.setattr(flash, "_BUILT_IN_ON", (8, 9))
+    q = torch.zeros(1, 128, 2, 64, dtype=torch.bfloat16, device="cuda")
+    options = Options(scale=1.0)
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert cudnn.unsupported(q, q, q, options, True) is None
+    assert flash.unsupported(q, q, q, options, True) is None
+    assert "does not take a sink" in cudnn.unsupported(q, q, q, options._replace(sink=q[0, 0, :, 0]), False)
+    assert "takes float16 and bfloat16" in flash.unsupported(q.float(), q.float(), q.float(), options, False)

@@ -1,0 +1,451 @@
+"""Decoding over a cache: every form of cache and every option against float64, appending, lengths that stay on the device,
+and how the op behaves as a citizen of PyTorch. Backend "triton" runs in Triton's interpreter on the CPU; the tests marked
+``gpu`` run it on the card."""
+
+import importlib
+
+import pytest
+import torch
+
+import trinix
+from helpers import Watch, captured, same
+from trinix.dispatch import Unsupported
+from trinix.kernels.triton import attention_decode as kernels
+from trinix.ops import attention, attention_decode
+from trinix.testing import judge, normal
+
+op = importlib.import_module(
+    "trinix.ops.attention_decode"
+)  # the module: ``trinix.ops.attention_decode`` is the function
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Case:
+    """Inputs of one call, from its shapes; ``run`` makes its own copies, since a cache may be written."""
+
+    def __init__(
+        self, device="cpu", dtype=torch.float32, *, batch=2, seq=1, heads=4, key_heads=2, d=16, dv=None, capacity=100,
+        lengths=(70, 3), new=0, page=0, latent=False, layout="plain", **options,
+    ):  # fmt: skip
+        self.options, self.latent, dv = options, latent, dv or d
+        seeds = iter(range(1, 20))
+
+        def numbers(*shape):
+            return normal(shape, dtype, seed=next(seeds), device=device)
+
+        shape = (batch, capacity, key_heads)
+        self.table = None
+        if page:
+            most = -(-capacity // page)
+            pages = batch * most + 1
+            shape = (pages, page, key_heads)
+            order = torch.randperm(pages, generator=torch.Generator().manual_seed(7))
+            self.table = order[: batch * most].view(batch, most).to(torch.int32).to(device)
+        if layout == "heads first":
+            self.k, self.v = (numbers(shape[0], key_heads, shape[1], n).transpose(1, 2) for n in (d, dv))
+        elif layout == "one tensor":
+            joined = numbers(*shape, d + dv)
+            self.k, self.v = joined[..., :d], joined[..., d:]
+        else:
+            self.k, self.v = numbers(*shape, d), numbers(*shape, dv)
+        if latent:
+            self.v = self.k[..., :dv]
+        self.q = (
+            numbers(batch, heads, seq, d).transpose(1, 2) if layout == "heads first" else numbers(batch, seq, heads, d)
+        )
+        self.k_new = numbers(batch, new, key_heads, d) if new else None
+        self.v_new = None if not new else self.k_new[..., :dv] if latent else numbers(batch, new, key_heads, dv)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+
+    def run(self, backend, dtype=None, q=None):
+        """(out, lse, the keys and the values of the cache afterwards)."""
+
+        def cast(t):
+            return t if t is None or dtype is None or not t.is_floating_point() else t.to(dtype)
+
+        k = cast(self.k).clone()
+        v = k[..., : self.v.shape[-1]] if self.latent else cast(self.v).clone()
+        options = {n: cast(o) if isinstance(o, torch.Tensor) else o for n, o in self.options.items()}
+        out, lse = attention_decode(
+            cast(self.q if q is None else q), k, v, self.lengths, k_new=cast(self.k_new), v_new=cast(self.v_new),
+            page_table=self.table, return_lse=True, backend=backend, **options,
+        )  # fmt: skip
+        return out, lse, k, v
+
+    def check(self):
+        """THE test: all four within the budget that float64 and PyTorch in the same dtype give."""
+        got, low, true = self.run("triton"), self.run("torch"), self.run("torch", torch.float64)
+        verdicts = [judge(*one) for one in zip(("out", "lse", "keys", "values"), got, low, true, strict=True)]
+        assert not [str(v) for v in verdicts if not v.ok]
+        assert got[0].is_contiguous()
+        assert got[1].dtype == torch.float32
+        return got
+
+
+# ---- right numbers -----------------------------------------------------------------------------------------------------
+
+CASES = {
+    "plain": {},
+    "three shares": {"num_splits": 3},
+    "more shares than keys": {"num_splits": 9, "lengths": (70, 1)},
+    "every head its own": {"heads": 3, "key_heads": 3},
+    "one head for all": {"heads": 5, "key_heads": 1},
+    "more heads than a tile": {"heads": 20, "key_heads": 1, "seq": 2},
+    "several queries": {"seq": 5},
+    "several queries, all keys": {"seq": 5, "causal": False},
+    "more queries than keys": {"seq": 6, "lengths": (4, 70)},
+    "empty and full": {"lengths": (0, 100), "num_splits": 2},
+    "all empty": {"lengths": (0, 0)},
+    "one past the tile": {"lengths": (65, 64)},
+    "cache without room": {"capacity": 0, "lengths": (0, 0)},
+    "one sequence": {"batch": 1, "lengths": (81,)},
+    "channels 24 and 40": {"d": 24, "dv": 40, "num_splits": 2},
+    "channels 72": {"d": 72},
+    "channels 5": {"d": 5},
+    "heads first": {"layout": "heads first", "num_splits": 2},
+    "keys beside values": {"layout": "one tensor", "new": 1},
+    "latent": {"d": 40, "dv": 32, "latent": True, "key_heads": 1, "new": 2, "num_splits": 2},
+    "append one": {"new": 1},
+    "append to an empty cache": {"new": 3, "seq": 3, "lengths": (0, 97), "num_splits": 2},
+    "append more than a tile": {"new": 70, "seq": 2, "lengths": (3, 30)},
+    "pages of 16": {"page": 16, "num_splits": 2},
+    "pages of 10, append": {"page": 10, "new": 2, "seq": 2},
+    "pages of 128": {"page": 128, "new": 1, "capacity": 256, "lengths": (200, 127)},
+    "pages of 1": {"page": 1, "capacity": 30, "lengths": (29, 3)},
+    "window": {"window": (10, None), "seq": 5, "num_splits": 2},
+    "window from the end of a tile": {"window": (6, None)},
+    "window to both sides": {"window": (10, 1), "causal": False, "seq": 5},
+    "window, append": {"window": (20, 0), "new": 4, "seq": 4, "num_splits": 2},
+    "softcap": {"softcap": 2.0},
+    "scale": {"scale": 0.5},
+    "ALiBi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625]), "seq": 2},
+    "ALiBi of every sequence": {"alibi_slopes": torch.linspace(0.1, 0.8, 8).view(2, 4)},
+    "sink": {"sink": torch.tensor([1.0, -1.0, 3.0, 0.0]), "lengths": (70, 0)},
+    "sink, shares": {"sink": torch.tensor([1.0, -1.0, 3.0, 0.0]), "lengths": (70, 0), "num_splits": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_out_lse_and_cache_hold_the_float64_budget(case, dtype):
+    Case(dtype=dtype, **CASES[case]).check()
+
+
+@pytest.mark.parametrize("case", ["plain", "three shares", "append one", "latent", "softcap", "sink, shares"])
+def test_float16_holds_it_too(case):
+    Case(dtype=torch.float16, **CASES[case]).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_case_holds_the_budget_on_the_card(dtype):
+    for name, case in CASES.items():
+        case = {n: o.cuda() if isinstance(o, torch.Tensor) else o for n, o in case.items()}
+        try:
+            Case("cuda", dtype, **case).check()
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_calls_hold_the_budget_on_the_card(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def one_of(*choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    for _ in range(40):
+        batch, key_heads, group = one_of(1, 2, 5), one_of(1, 2, 3), one_of(1, 2, 4, 5, 8)
+        d, latent = one_of(16, 64, 72, 80, 96, 128, 192, 256), one_of(False, False, False, True)
+        d, dv = one_of((576, 512), (96, 64), (128, 128)) if latent else (d, one_of(d, d, 40))
+        room, new = one_of(1, 50, 300, 1000), one_of(0, 0, 1, 3)
+        heads = key_heads * group
+        slopes = torch.rand(heads, generator=generator).cuda() if one_of(False, False, True) else None
+        sink = torch.randn(heads, generator=generator).cuda() if one_of(False, False, True) else None
+        case = {
+            "batch": batch, "key_heads": key_heads, "heads": heads, "d": d, "dv": dv, "latent": latent,
+            "seq": one_of(1, 1, 1, 2, 5, 17), "new": new, "capacity": room + new, "page": one_of(0, 0, 1, 16, 48, 64, 256),
+            "lengths": torch.randint(0, room + 1, (batch,), generator=generator).tolist(), "alibi_slopes": slopes,
+            "sink": sink, "causal": one_of(True, False), "window": one_of(None, None, (100, 0), (7, 3), (None, 2)),
+            "softcap": one_of(0.0, 0.0, 5.0), "num_splits": one_of(None, 1, 2, 7),
+        }  # fmt: skip
+        try:
+            Case("cuda", dtype, **case).check()
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {case}") from error
+
+
+@pytest.mark.parametrize("shares", [1, 4, 40])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"window": (60, 0), "seq": 3, "new": 3, "heads": 4},
+        {"page": 48, "new": 1, "sink": torch.tensor([1.0, -1.0])},
+        {"lengths": (0, 0, 0, 0, 0), "new": 2},
+        {"lengths": (400, 0, 0, 0, 0)},
+        {"lengths": (64, 128, 64, 128, 64)},
+        {"heads": 20, "seq": 2, "window": (100, None)},
+    ],
+    ids=str,
+)
+def test_sequences_are_cut_together(case, shares, monkeypatch):
+    """As many programs as asked for, whatever the lengths: some get pieces of several sequences, some get nothing."""
+    monkeypatch.setattr(kernels, "choose_shares", lambda *_: (shares, True))
+    kernels.plan.cache_clear()
+    shape = {"batch": 5, "heads": 2, "key_heads": 1, "capacity": 400, "lengths": (390, 3, 0, 77, 350)}
+    if case.get("new"):
+        shape["capacity"] = 410
+    Case(**shape | case).check()
+    kernels.plan.cache_clear()
+
+
+def test_what_lies_behind_a_length_is_not_looked_at(device):
+    case = Case(device, page=16, new=1, num_splits=2)
+    clean = case.run("triton")
+    used = torch.zeros(case.k.shape[:2], dtype=torch.bool, device=device)
+    for b, n in enumerate(case.lengths.tolist()):
+        for token in range(n):
+            used[case.table[b, token // 16].long(), token % 16] = True
+        case.table[b, -(-(n + 1) // 16) :] = -(2**30)
+    case.k, case.v = (t.masked_fill(~used[:, :, None, None], float("nan")) for t in (case.k, case.v))
+    for backend in ("triton", "torch"):
+        if backend == "triton":
+            same(case.run(backend)[:2], clean[:2])
+        else:
+            torch.testing.assert_close(case.run(backend)[:2], clean[:2])
+
+
+def test_it_is_the_last_rows_of_one_long_pass(device):
+    heads, d, n = 4, 16, 40
+    q, k, v = (normal((2, n, h, d), torch.float32, seed=i, device=device) for i, h in enumerate((heads, 2, 2)))
+    whole = attention(q, k, v, causal=True, window=(17, None), backend="torch")
+    k_cache, v_cache = torch.zeros_like(k), torch.zeros_like(v)
+    outs, at = [], 0
+    for step in (5, 1, 1, 20, 3, 10):
+        piece = slice(at, at + step)
+        lengths = torch.full((2,), at, dtype=torch.int32, device=device)
+        new = {"k_new": k[:, piece], "v_new": v[:, piece]}
+        outs.append(
+            attention_decode(q[:, piece], k_cache, v_cache, lengths, **new, window=(17, None), backend="triton")
+        )
+        at += step
+    same(k_cache, k)
+    same(v_cache, v)
+    torch.testing.assert_close(torch.cat(outs, 1), whole)
+
+
+@pytest.mark.parametrize("options", [{}, {"new": 1}, {"new": 1, "page": 16}, {"new": 1, "num_splits": 3}], ids=str)
+def test_a_length_that_cannot_be_is_nan_and_nothing_outside_is_touched(options, device):
+    room = 96
+    case = Case(device, capacity=room, batch=4, lengths=(-1, room, room + 1, 20), **options)
+    out, lse, k, _ = case.run("triton")
+    new = options.get("new", 0)
+    bad = [True, room + new > room, True, False]
+    assert out.isnan().all((1, 2, 3)).tolist() == out.isnan().any((1, 2, 3)).tolist() == bad
+    assert lse.isnan().all((1, 2)).tolist() == bad
+    if new and case.table is None:
+        changed = (k != case.k).any(-1).any(-1)
+        assert changed[1:].nonzero().tolist() == [[2, 20]]
+    elif not new:
+        same(k, case.k)
+
+
+def test_views_of_a_cache_are_taken_as_they_are(device):
+    base = normal((3, 4, 90, 48), torch.float32, seed=1, device=device)
+    q = normal((3, 1, 4, 24), torch.float32, seed=2, device=device)
+    lengths = torch.tensor([80, 5, 33, 7], dtype=torch.int32, device=device)[:3]
+    k, v = base[..., 1:25].transpose(1, 2), base[..., 24:].transpose(1, 2)
+    got = attention_decode(q, k, v, lengths, backend="triton")
+    torch.testing.assert_close(got, attention_decode(q, k.contiguous(), v.contiguous(), lengths, backend="torch"))
+
+
+def test_rows_of_a_larger_cache_are_pages(device):
+    k, v = (normal((5, 50, 2, 16), torch.float32, seed=i, device=device) for i in (1, 2))
+    q = normal((2, 1, 4, 16), torch.float32, seed=3, device=device)
+    rows = torch.tensor([4, 1], dtype=torch.int32, device=device)
+    lengths = torch.tensor([50, 20], dtype=torch.int32, device=device)
+    got = attention_decode(q, k, v, lengths, page_table=rows[:, None], backend="triton")
+    torch.testing.assert_close(got, attention_decode(q, k[rows.long()], v[rows.long()], lengths, backend="torch"))
+
+
+# ---- choices -----------------------------------------------------------------------------------------------------------
+
+
+def shares_of(batch, heads, keys, d=128, config=kernels.Config(16, 64, 4, 3)):  # noqa: B008
+    return kernels.choose_shares(batch, heads, keys, config, 4 * d, 132)
+
+
+def test_the_fewest_shares_that_fill_the_card():
+    assert shares_of(1, 8, 131072) == (16, False)
+    assert shares_of(16, 8, 32768) == (1, False)
+    assert shares_of(8, 8, 8192) == (2, False)
+    assert shares_of(8, 32, 8192) == (1, False)
+    assert shares_of(64, 8, 8192) == (3, False), "512 programs would be a wave and a third"
+    assert shares_of(16, 8, 16384, 64) == (2, False), "small tiles: two programs on each multiprocessor"
+    assert shares_of(5, 8, 16384) == (3, False)
+    assert shares_of(16, 1, 16384, 288, kernels.Config(16, 32, 4, 3)) == (8, False)
+    assert shares_of(2, 8, 0) == (1, False)
+    assert shares_of(2, 8, 100) == (2, False)
+    assert shares_of(4096, 32, 32768) == (1, False)
+
+
+def test_sequences_cut_together_are_as_many_programs_as_the_card_takes(monkeypatch):
+    monkeypatch.setattr(kernels, "CUT_TOGETHER", True)
+    assert shares_of(1, 8, 131072) == (16, False)
+    assert shares_of(16, 8, 32768) == shares_of(64, 8, 32768) == (16, True)
+    assert shares_of(16, 8, 1024) == (1, False), "too short to differ much"
+    assert shares_of(16, 8, 32768, config=kernels.Config(64, 64, 4, 3)) == (1, False), "no registers for it"
+    assert not shares_of(4096, 1, 32768)[1], "more lengths than a program reads"
+    assert not shares_of(16, 200, 32768)[1]
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+def test_a_tile_of_every_head_dimension_fits_into_shared_memory(lanes):
+    for itemsize in (2, 4):
+        for d in (8, 16, 64, 96, 128, 192, 256):
+            for rows in (1, 20, 1000):
+                for pages in (False, True):
+                    c = kernels.choose_config(rows, d, d, False, itemsize, pages, False, lanes)
+                    loads = c.keys * sum(kernels.channels(d)) * 2 * itemsize * max(1, c.num_stages - 1)
+                    assert loads <= (64 if lanes == 64 else 160) * 1024
+                    assert c.rows * c.keys >= 256
+
+
+# ---- a citizen of PyTorch ----------------------------------------------------------------------------------------------
+
+
+def arguments(device="cpu", **changed):
+    case = Case(device)
+    return {"q": case.q, "k_cache": case.k, "v_cache": case.v, "cache_seqlens": case.lengths} | changed
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "changed"),
+    [
+        (TypeError, "q must be a floating-point tensor", {"q": [1.0]}),
+        (ValueError, r"q must be \[B, Sq, H, D\]", {"q": torch.zeros(2, 4, 16)}),
+        (TypeError, "k_cache must be a tensor of q's dtype", {"k_cache": torch.zeros(2, 100, 2, 16).half()}),
+        (ValueError, "k_cache must have q's 16 channels", {"k_cache": torch.zeros(2, 100, 2, 8)}),
+        (ValueError, "v_cache must be", {"v_cache": torch.zeros(2, 99, 2, 16)}),
+        (ValueError, "heads must be a multiple", {"q": torch.zeros(2, 1, 3, 16)}),
+        (ValueError, "k_cache must have q's batch", {"q": torch.zeros(3, 1, 4, 16), "cache_seqlens": torch.zeros(3).int()}),
+        (TypeError, "cache_seqlens must be an int32 tensor", {"cache_seqlens": torch.tensor([1, 2])}),
+        (ValueError, "cache_seqlens must have shape", {"cache_seqlens": torch.zeros(3).int()}),
+        (TypeError, "page_table must be an int32 tensor", {"page_table": torch.zeros(2, 1)}),
+        (ValueError, "page_table must have shape", {"page_table": torch.zeros(3, 1).int()}),
+        (ValueError, "k_new and v_new go together", {"k_new": torch.zeros(2, 1, 2, 16)}),
+        (ValueError, "k_new and v_new must be", {"k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 2, 2, 16)}),
+        (ValueError, "window must be", {"window": (-1, 0)}),
+        (ValueError, "softcap must be", {"softcap": -1.0}),
+        (ValueError, "num_splits must be", {"num_splits": 0}),
+        (ValueError, r"sink must be \[4\]", {"sink": torch.zeros(3)}),
+        (TypeError, "alibi_slopes must be a floating-point", {"alibi_slopes": torch.zeros(4).int()}),
+        (ValueError, "must be on q's device", {"cache_seqlens": torch.zeros(2, device="meta").int()}),
+        (ValueError, "backend must be one of", {"backend": "cudnn"}),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_words(error, words, changed):
+    with pytest.raises(error, match=words) as caught:
+        attention_decode(**arguments(**changed))
+    assert str(caught.value).startswith("attention_decode: ")
+
+
+def test_a_gradient_is_refused_unless_it_is_off():
+    call = arguments(q=torch.zeros(2, 1, 4, 16, requires_grad=True))
+    with pytest.raises(RuntimeError, match="forward only"):
+        attention_decode(**call)
+    with torch.no_grad():
+        attention_decode(**call)
+
+
+def test_what_triton_cannot_read_is_unsupported():
+    call = arguments()
+    call["k_cache"] = torch.zeros(2, 100, 16, 2).transpose(2, 3)
+    with pytest.raises(Unsupported, match="channels of k_cache side by side"):
+        attention_decode(**call, backend="triton")
+    attention_decode(**call)
+    with pytest.raises(Unsupported, match="float64"):
+        attention_decode(
+            **{n: t.double() if t.is_floating_point() else t for n, t in arguments().items()}, backend="triton"
+        )
+
+
+def test_explain_says_what_would_run():
+    assert trinix.explain("attention_decode", **arguments()).backend == "torch"
+    told = trinix.explain("attention_decode", **arguments(), backend="triton")
+    assert (told.backend, "shares of a sequence" in told.config) == ("triton", True)
+
+
+def test_no_sequence_no_query():
+    for batch, seq in ((0, 1), (2, 0)):
+        shape = (batch, seq, 4, 16)
+        call = arguments(
+            q=torch.zeros(shape), k_cache=torch.zeros(batch, 9, 2, 16), v_cache=torch.zeros(batch, 9, 2, 8),
+            cache_seqlens=torch.zeros(batch, dtype=torch.int32),
+        )  # fmt: skip
+        for backend in ("torch", "triton"):
+            out, lse = attention_decode(**call, return_lse=True, backend=backend)
+            assert out.shape == (batch, seq, 4, 8)
+            assert lse.shape == (batch, 4, seq)
+
+
+def test_a_dispatch_mode_sees_one_operator():
+    case = Case(new=1)
+    with Watch() as watch:
+        case_run = case.run("triton")
+    assert [name for name in watch.seen if name.startswith("trinix")] == ["trinix.attention_decode_append.default"]
+    same(case_run[:2], case.run("triton")[:2])
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_compiled_whole_with_the_cache_written(new, fresh_dynamo):
+    case = Case(new=new, page=16)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(q, k, v, lengths, k_new, v_new, table):
+        return 2 * attention_decode(q, k, v, lengths, k_new=k_new, v_new=v_new, page_table=table, backend="triton")
+
+    wanted, _, k_wanted, v_wanted = case.run("triton")
+    k, v = case.k.clone(), case.v.clone()
+    same(step(case.q, k, v, case.lengths, case.k_new, case.v_new, case.table), 2 * wanted)
+    same((k, v), (k_wanted, v_wanted))
+
+
+@pytest.mark.gpu
+def test_a_graph_is_replayed_with_other_lengths():
+    case = Case("cuda", torch.bfloat16, capacity=9000, lengths=(5, 7), new=1, d=128)
+    k, v = case.k.clone(), case.v.clone()
+
+    def run():
+        return attention_decode(case.q, k, v, case.lengths, k_new=case.k_new, v_new=case.v_new)
+
+    graph, got = captured(run)
+    for lengths in ((8999, 1), (0, 4000)):
+        case.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        same(got, run())
+
+
+@pytest.mark.gpu
+def test_the_same_bits_a_thousand_times():
+    case = Case("cuda", torch.bfloat16, batch=3, heads=32, key_heads=8, d=128, capacity=9000, lengths=(9000, 40, 2500))
+    first = attention_decode(case.q, case.k, case.v, case.lengths, return_lse=True)
+    for _ in range(1000):
+        again = attention_decode(case.q, case.k, case.v, case.lengths, return_lse=True)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.gpu
+def test_a_cache_beyond_two_to_the_31_elements():
+    k = torch.zeros(3, 1 << 16, 44, 256, dtype=torch.float16, device="cuda")
+    assert k.stride(0) * 3 > 2**31
+    k[2, -1] = 1.0
+    q = torch.full((3, 1, 44, 256), 10.0, dtype=torch.float16, device="cuda")
+    lengths = torch.full((3,), 1 << 16, dtype=torch.int32, device="cuda")
+    out = attention_decode(q, k, k, lengths)
+    assert (out[2] > 0.99).all()
+    assert (out[:2] == 0).all()

@@ -1,0 +1,895 @@
+"""Per-head MLPs on Hopper (sm_90) in Gluon: O = act(X W1) W2, forward.
+
+A persistent program per multiprocessor walks over items: a head and 64 rows of it for each consumer warpgroup. A producer
+warp streams tiles of W1 and W2 through a ring in shared memory, read by all consumers; each consumer keeps its rows' sums in
+registers, and the activation's result is the left operand of the second product without leaving them. While one
+warpgroup computes activations the tensor cores work for another.
+
+The copy engine fills with zeros what lies past B or E, and drops what is stored past B: no shape needs a mask.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from trinix.kernels.hopper._compat import tma_load, tma_store
+from trinix.kernels.hopper._launch import Binary, Box, raw_stream
+
+# ---- activations: float32 in and out ------------------------------------------------------------------------------------
+# sigmoid(x) = (1 + tanh(x / 2)) / 2: one special-function instruction, and at most 2^-12 of error (tanh.approx has 2^-11).
+
+
+@gluon.jit
+def _tanh(x):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _exp(x):
+    return gl.exp2(x * 1.4426950408889634)
+
+
+@gluon.jit
+def _none(x):
+    return x
+
+
+@gluon.jit
+def _relu(x):
+    return gl.where(x <= 0, 0.0, x)  # not max(x, 0): NaN has to pass
+
+
+@gluon.jit
+def _sigmoid(x):
+    return 0.5 * _tanh(0.5 * x) + 0.5
+
+
+@gluon.jit
+def _silu(x):
+    h = 0.5 * x
+    return h * _tanh(h) + h
+
+
+# The same of h = x / 2, and derivatives of that with g = dy / 2: a tile that stays is halved once, which is exact, and the
+# products then are h and g themselves.
+
+
+@gluon.jit
+def _sigmoid_of_half(h):
+    return 0.5 * _tanh(h) + 0.5
+
+
+@gluon.jit
+def _sigmoid_dx_of_half(h, g):
+    t = _tanh(h)
+    return g * (0.5 - 0.5 * t * t)
+
+
+@gluon.jit
+def _silu_of_half(h):
+    return h * _tanh(h) + h
+
+
+@gluon.jit
+def _silu_dx_of_half(h, g):
+    t = _tanh(h)
+    return g * (h * (1.0 - t * t) + t) + g
+
+
+@gluon.jit
+def _gelu(x):
+    # P(Z > |x|) = exp(-x^2 / 2) t p(t), t = 1 / (1 + 0.31 |x|): the activation's form for half types
+    t = 1.0 / (1.0 + 0.31 * gl.abs(x))
+    p = 0.015744430437461356 + t * (0.1804505973850023 - t * 0.07392922576029642)
+    p = 0.12386070504061905 + t * (0.1204412419244916 + t * (0.13342992970913764 + t * p))
+    tail = _exp(-0.5 * x * x) * t * p
+    return x * gl.where(x > 0, 1.0 - tail, tail)
+
+
+@gluon.jit
+def _gelu_tanh(x):
+    return 0.5 * x * _tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x)) + 0.5 * x
+
+
+@gluon.jit
+def _quick_gelu(x):
+    return 0.5 * x * _tanh(0.851 * x) + 0.5 * x
+
+
+@gluon.jit
+def _squared_relu(x):
+    return gl.where(x <= 0, 0.0, x * x)
+
+
+@gluon.jit
+def _mish(x):
+    e = _exp(gl.where(x > 20.0, 20.0, x))
+    n = e * (e + 2.0)
+    return x * (n / (n + 2.0))
+
+
+@gluon.jit
+def _leaky_relu(x):
+    return gl.where(x > 0, x, 0.01 * x)
+
+
+@gluon.jit
+def _softplus(x):
+    # log1p(e) = 2 atanh(s), s = e / (2 + e), as the activation does it
+    e = _exp(-gl.abs(x))
+    s = e / (2.0 + e)
+    u = s * s
+    p = 0.4002511425427157 + u * (0.279576667899683 + u * 0.2819154276246343)
+    p = 2.000000008078691 + u * (0.666663101464273 + u * p)
+    return gl.where(x > 20.0, x, gl.where(x <= 0, 0.0, x) + s * p)
+
+
+@gluon.jit
+def _none_dx(x, dy):
+    return dy
+
+
+@gluon.jit
+def _relu_dx(x, dy):
+    return gl.where(x <= 0, 0.0, dy)
+
+
+@gluon.jit
+def _sigmoid_dx(x, dy):
+    t = _tanh(0.5 * x)
+    return dy * (0.25 - 0.25 * t * t)
+
+
+@gluon.jit
+def _silu_dx(x, dy):
+    h = 0.5 * x
+    t = _tanh(h)
+    return dy * (0.5 + 0.5 * (t + h * (1.0 - t * t)))
+
+
+@gluon.jit
+def _gelu_dx(x, dy):
+    e = _exp(-0.5 * x * x)
+    t = 1.0 / (1.0 + 0.31 * gl.abs(x))
+    p = 0.015744430437461356 + t * (0.1804505973850023 - t * 0.07392922576029642)
+    p = 0.12386070504061905 + t * (0.1204412419244916 + t * (0.13342992970913764 + t * p))
+    tail = e * t * p
+    return dy * (gl.where(x > 0, 1.0 - tail, tail) + x * (0.3989422804014327 * e))
+
+
+@gluon.jit
+def _gelu_tanh_dx(x, dy):
+    t = _tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x))
+    slope = x * (0.7978845608028654 + 0.10703222440890037 * x * x)
+    return dy * (0.5 + 0.5 * (t + slope * (1.0 - t * t)))
+
+
+@gluon.jit
+def _quick_gelu_dx(x, dy):
+    u = 0.851 * x
+    t = _tanh(u)
+    return dy * (0.5 + 0.5 * (t + u * (1.0 - t * t)))
+
+
+@gluon.jit
+def _squared_relu_dx(x, dy):
+    return gl.where(x <= 0, 0.0, 2.0 * x * dy)
+
+
+@gluon.jit
+def _mish_dx(x, dy):
+    c = gl.where(x > 20.0, 20.0, x)
+    e = _exp(c)
+    n = e * (e + 2.0)
+    r = 1.0 / (n + 2.0)
+    return dy * (n * r + c * (4.0 * (e * (e + 1.0) * r) * r))
+
+
+@gluon.jit
+def _leaky_relu_dx(x, dy):
+    return gl.where(x > 0, dy, 0.01 * dy)
+
+
+@gluon.jit
+def _tanh_dx(x, dy):
+    t = _tanh(x)
+    return dy * (1.0 - t * t)
+
+
+@gluon.jit
+def _softplus_dx(x, dy):
+    return dy * _sigmoid(x)
+
+
+FORMULAS = {  # kind -> (value, dx)
+    "none": (_none, _none_dx),
+    "relu": (_relu, _relu_dx),
+    "sigmoid": (_sigmoid, _sigmoid_dx),
+    "silu": (_silu, _silu_dx),
+    "gelu": (_gelu, _gelu_dx),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_dx),
+    "quick_gelu": (_quick_gelu, _quick_gelu_dx),
+    "squared_relu": (_squared_relu, _squared_relu_dx),
+    "mish": (_mish, _mish_dx),
+    "leaky_relu": (_leaky_relu, _leaky_relu_dx),
+    "tanh": (_tanh, _tanh_dx),
+    "softplus": (_softplus, _softplus_dx),
+}
+
+
+OF_HALF = {"sigmoid": (_sigmoid_of_half, _sigmoid_dx_of_half), "silu": (_silu_of_half, _silu_dx_of_half)}
+
+
+@gluon.jit
+def _operand(tile, layout: gl.constexpr, REGISTERS: gl.constexpr, HALVED: gl.constexpr):
+    """A tile of shared memory as a left operand: in registers, or where it is."""
+    x = tile
+    if REGISTERS or HALVED:
+        loaded = tile.load(layout)
+        if HALVED:
+            loaded = (loaded * 0.5).to(tile.dtype)
+        if REGISTERS:
+            x = loaded
+        else:
+            tile.store(loaded)
+            fence_async_shared()
+    return x
+
+
+# ---- forward ------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _forward_producer(
+    x_desc, w1_desc, w2_desc, x_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+    N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
+):  # fmt: skip
+    it = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head = item // per_head
+        row = (item % per_head) * (64 * CONSUMERS)
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(x_empty.index(c), (turn & 1) ^ 1)
+            mbarrier.expect(x_full.index(c), x_desc.block_type.nbytes)
+            tma_load(x_desc, [head, row + c * 64, 0], x_full.index(c), x_s.index(c))
+        turn = turn + 1
+        for j in range(tiles):
+            slot = it % W_SLOTS
+            mbarrier.wait(w_empty.index(slot), ((it // W_SLOTS) & 1) ^ 1)
+            it += 1
+            mbarrier.expect(w_full.index(slot), w1_desc.block_type.nbytes + w2_desc.block_type.nbytes)
+            tma_load(w1_desc, [head, 0, j * N], w_full.index(slot), w1_s.index(slot))
+            tma_load(w2_desc, [head, j * N, 0], w_full.index(slot), w2_s.index(slot))
+
+
+@gluon.jit
+def _forward_consumer(
+    me: gl.constexpr, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+    VALUE: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
+    W_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
+):  # fmt: skip
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    x_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    dtype: gl.constexpr = x_s.dtype
+    zero = gl.zeros([64, N], gl.float32, s_layout)
+    tile = x_s.index(me).reshape([64, D])
+    it = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head = item // per_head
+        row = (item % per_head) * (64 * CONSUMERS) + me * 64
+        mbarrier.wait(x_full.index(me), turn & 1)
+        turn = turn + 1
+        x = _operand(tile, x_layout, X_REGISTERS, HALVED)
+        if X_REGISTERS:
+            mbarrier.arrive(x_empty.index(me), count=1)
+        o = gl.zeros([64, D], gl.float32, o_layout)
+        slot = it % W_SLOTS
+        mbarrier.wait(w_full.index(slot), (it // W_SLOTS) & 1)
+        s = warpgroup_mma(x, w1_s.index(slot).reshape([D, N]), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        for _ in range(1, tiles):
+            p = gl.convert_layout(VALUE(s).to(dtype), a_layout)
+            before = slot
+            it += 1
+            slot = it % W_SLOTS
+            mbarrier.wait(w_full.index(slot), (it // W_SLOTS) & 1)
+            o_token = warpgroup_mma(p, w2_s.index(before).reshape([N, D]), o, is_async=True)
+            s_token = warpgroup_mma(x, w1_s.index(slot).reshape([D, N]), zero, use_acc=False, is_async=True)
+            o = warpgroup_mma_wait(1, deps=(o_token,))
+            mbarrier.arrive(w_empty.index(before), count=1)
+            s = warpgroup_mma_wait(0, deps=(s_token,))
+        p = gl.convert_layout(VALUE(s).to(dtype), a_layout)
+        o_token = warpgroup_mma(p, w2_s.index(slot).reshape([N, D]), o, is_async=True)
+        o = warpgroup_mma_wait(0, deps=(o_token,))
+        mbarrier.arrive(w_empty.index(slot), count=1)
+        it += 1
+        if X_REGISTERS:
+            tma.store_wait(0)  # the tile before has left
+            o_s.index(me).reshape([64, D]).store(o.to(dtype))
+            fence_async_shared()
+            tma_store(o_desc, [head, row, 0], o_s.index(me))
+        else:  # X's own slot carries O out
+            tile.store(o.to(dtype))
+            fence_async_shared()
+            tma_store(o_desc, [head, row, 0], x_s.index(me))
+            tma.store_wait(0)
+            mbarrier.arrive(x_empty.index(me), count=1)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["items", "per_head", "tiles"])
+def _forward(
+    x_desc, w1_desc, w2_desc, o_desc, items, per_head, tiles,
+    VALUE: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
+    W_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    x_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], x_desc.layout)
+    w1_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, D, N], w1_desc.layout)
+    w2_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, N, D], w2_desc.layout)
+    if X_REGISTERS:
+        o_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], o_desc.layout)
+    else:
+        o_s = x_s
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    x_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
+    x_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
+    w_full = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], bar)
+    w_empty = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], bar)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(x_empty.index(i), count=1)
+    for i in gl.static_range(W_SLOTS):
+        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    W0: gl.constexpr = 0
+    W1: gl.constexpr = 1
+    W2: gl.constexpr = 2
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_forward_producer, (x_desc, w1_desc, w2_desc, x_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
+                                 per_head, tiles, N, CONSUMERS, W_SLOTS)),
+            (_forward_consumer, (W0, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
+                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
+            (_forward_consumer, (W1, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
+                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_forward_producer, (x_desc, w1_desc, w2_desc, x_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
+                                 per_head, tiles, N, CONSUMERS, W_SLOTS)),
+            (_forward_consumer, (W0, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
+                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
+            (_forward_consumer, (W1, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
+                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
+            (_forward_consumer, (W2, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
+                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+
+
+# ---- backward: rows -----------------------------------------------------------------------------------------------------
+# dX of 64 rows a consumer, as in forward: S = X W1 and dH = dY W2' of the next tile of E are multiplied while this one's
+# dZ goes into dX += dZ W1'.
+
+
+@gluon.jit
+def _rows_producer(
+    x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+    N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
+):  # fmt: skip
+    it = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head = item // per_head
+        row = (item % per_head) * (64 * CONSUMERS)
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(x_empty.index(c), (turn & 1) ^ 1)
+            mbarrier.expect(x_full.index(c), x_desc.block_type.nbytes + y_desc.block_type.nbytes)
+            tma_load(x_desc, [head, row + c * 64, 0], x_full.index(c), x_s.index(c))
+            tma_load(y_desc, [head, row + c * 64, 0], x_full.index(c), y_s.index(c))
+        turn = turn + 1
+        for j in range(tiles):
+            slot = it % W_SLOTS
+            mbarrier.wait(w_empty.index(slot), ((it // W_SLOTS) & 1) ^ 1)
+            it += 1
+            mbarrier.expect(w_full.index(slot), w1_desc.block_type.nbytes + w2_desc.block_type.nbytes)
+            tma_load(w1_desc, [head, 0, j * N], w_full.index(slot), w1_s.index(slot))
+            tma_load(w2_desc, [head, j * N, 0], w_full.index(slot), w2_s.index(slot))
+
+
+@gluon.jit
+def _rows_consumer(
+    me: gl.constexpr, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+    DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
+    HALVED: gl.constexpr,
+):  # fmt: skip
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    x_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    dtype: gl.constexpr = x_s.dtype
+    zero = gl.zeros([64, N], gl.float32, s_layout)
+    it = 0
+    turn = 0
+    x_tile = x_s.index(me).reshape([64, D])
+    y_tile = y_s.index(me).reshape([64, D])
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head = item // per_head
+        row = (item % per_head) * (64 * CONSUMERS) + me * 64
+        mbarrier.wait(x_full.index(me), turn & 1)
+        turn = turn + 1
+        x = _operand(x_tile, x_layout, False, HALVED)
+        y = _operand(y_tile, x_layout, False, HALVED)
+        dx = gl.zeros([64, D], gl.float32, o_layout)
+        slot = it % W_SLOTS
+        mbarrier.wait(w_full.index(slot), (it // W_SLOTS) & 1)
+        s = warpgroup_mma(x, w1_s.index(slot).reshape([D, N]), zero, use_acc=False, is_async=True)
+        dh = warpgroup_mma(y, w2_s.index(slot).reshape([N, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s, dh = warpgroup_mma_wait(0, deps=(s, dh))
+        for _ in range(1, tiles):
+            dz = gl.convert_layout(DX(s, dh).to(dtype), a_layout)
+            last = slot
+            it += 1
+            slot = it % W_SLOTS
+            mbarrier.wait(w_full.index(slot), (it // W_SLOTS) & 1)
+            dx_token = warpgroup_mma(dz, w1_s.index(last).reshape([D, N]).permute((1, 0)), dx, is_async=True)
+            s_token = warpgroup_mma(x, w1_s.index(slot).reshape([D, N]), zero, use_acc=False, is_async=True)
+            dh_token = warpgroup_mma(
+                y, w2_s.index(slot).reshape([N, D]).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            dx = warpgroup_mma_wait(2, deps=(dx_token,))
+            mbarrier.arrive(w_empty.index(last), count=1)
+            s, dh = warpgroup_mma_wait(0, deps=(s_token, dh_token))
+        dz = gl.convert_layout(DX(s, dh).to(dtype), a_layout)
+        dx_token = warpgroup_mma(dz, w1_s.index(slot).reshape([D, N]).permute((1, 0)), dx, is_async=True)
+        dx = warpgroup_mma_wait(0, deps=(dx_token,))
+        mbarrier.arrive(w_empty.index(slot), count=1)
+        it += 1
+        x_tile.store(dx.to(dtype))  # X's own slot carries dX out
+        fence_async_shared()
+        tma_store(dx_desc, [head, row, 0], x_s.index(me))
+        tma.store_wait(0)
+        mbarrier.arrive(x_empty.index(me), count=1)
+
+
+@gluon.jit(do_not_specialize=["items", "per_head", "tiles"])
+def _backward_rows(
+    x_desc, y_desc, w1_desc, w2_desc, dx_desc, items, per_head, tiles,
+    DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
+    HALVED: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    x_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], x_desc.layout)
+    y_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], y_desc.layout)
+    w1_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, D, N], w1_desc.layout)
+    w2_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, N, D], w2_desc.layout)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    x_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
+    x_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
+    w_full = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], bar)
+    w_empty = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], bar)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(x_empty.index(i), count=1)
+    for i in gl.static_range(W_SLOTS):
+        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    W0: gl.constexpr = 0
+    W1: gl.constexpr = 1
+    W2: gl.constexpr = 2
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
+                              items, per_head, tiles, N, CONSUMERS, W_SLOTS)),
+            (_rows_consumer, (W0, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+            (_rows_consumer, (W1, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
+                              items, per_head, tiles, N, CONSUMERS, W_SLOTS)),
+            (_rows_consumer, (W0, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+            (_rows_consumer, (W1, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+            (_rows_consumer, (W2, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+
+
+# ---- backward: weights --------------------------------------------------------------------------------------------------
+# A consumer owns 64 columns of E of a head, and its weights stay with it while tiles of X and dY stream past. The hidden
+# tile is transposed, so that H' and dZ' are left operands as they come: dW2 += H' dY, dW1' += dZ' X.
+
+
+@gluon.jit
+def _weights_producer(
+    x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+    N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    it = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head = item // per_head
+        column = (item % per_head) * (64 * CONSUMERS)
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(w_empty.index(c), (turn & 1) ^ 1)
+            mbarrier.expect(w_full.index(c), w1_desc.block_type.nbytes + w2_desc.block_type.nbytes)
+            tma_load(w1_desc, [head, 0, column + c * 64], w_full.index(c), w1_s.index(c))
+            tma_load(w2_desc, [head, column + c * 64, 0], w_full.index(c), w2_s.index(c))
+        turn = turn + 1
+        for j in range(tiles):
+            slot = it % SLOTS
+            mbarrier.wait(x_empty.index(slot), ((it // SLOTS) & 1) ^ 1)
+            it += 1
+            mbarrier.expect(x_full.index(slot), x_desc.block_type.nbytes + y_desc.block_type.nbytes)
+            tma_load(x_desc, [head, j * N, 0], x_full.index(slot), x_s.index(slot))
+            tma_load(y_desc, [head, j * N, 0], x_full.index(slot), y_s.index(slot))
+
+
+@gluon.jit
+def _weights_consumer(
+    me: gl.constexpr, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+    VALUE: gl.constexpr, DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
+    SLOTS: gl.constexpr, HALVED: gl.constexpr,
+):  # fmt: skip
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    w_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    dtype: gl.constexpr = x_s.dtype
+    zero = gl.zeros([64, N], gl.float32, s_layout)
+    it = 0
+    turn = 0
+    w1_tile = w1_s.index(me).reshape([D, 64])
+    w2_tile = w2_s.index(me).reshape([64, D])
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head = item // per_head
+        column = (item % per_head) * (64 * CONSUMERS) + me * 64
+        mbarrier.wait(w_full.index(me), turn & 1)
+        turn = turn + 1
+        up = _operand(w1_tile.permute((1, 0)), w_layout, False, HALVED)
+        down = _operand(w2_tile, w_layout, False, HALVED)
+        dw1 = gl.zeros([64, D], gl.float32, o_layout)  # transposed
+        dw2 = gl.zeros([64, D], gl.float32, o_layout)
+        slot = it % SLOTS
+        mbarrier.wait(x_full.index(slot), (it // SLOTS) & 1)
+        s = warpgroup_mma(up, x_s.index(slot).reshape([N, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dh = warpgroup_mma(down, y_s.index(slot).reshape([N, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s, dh = warpgroup_mma_wait(0, deps=(s, dh))
+        for _ in range(1, tiles):
+            h = gl.convert_layout(VALUE(s).to(dtype), a_layout)
+            dz = gl.convert_layout(DX(s, dh).to(dtype), a_layout)
+            last = slot
+            it += 1
+            slot = it % SLOTS
+            mbarrier.wait(x_full.index(slot), (it // SLOTS) & 1)
+            dw2_token = warpgroup_mma(h, y_s.index(last).reshape([N, D]), dw2, is_async=True)
+            dw1_token = warpgroup_mma(dz, x_s.index(last).reshape([N, D]), dw1, is_async=True)
+            s_token = warpgroup_mma(
+                up, x_s.index(slot).reshape([N, D]).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            dh_token = warpgroup_mma(
+                down, y_s.index(slot).reshape([N, D]).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            dw2, dw1 = warpgroup_mma_wait(2, deps=(dw2_token, dw1_token))
+            mbarrier.arrive(x_empty.index(last), count=1)
+            s, dh = warpgroup_mma_wait(0, deps=(s_token, dh_token))
+        h = gl.convert_layout(VALUE(s).to(dtype), a_layout)
+        dz = gl.convert_layout(DX(s, dh).to(dtype), a_layout)
+        dw2_token = warpgroup_mma(h, y_s.index(slot).reshape([N, D]), dw2, is_async=True)
+        dw1_token = warpgroup_mma(dz, x_s.index(slot).reshape([N, D]), dw1, is_async=True)
+        dw2, dw1 = warpgroup_mma_wait(0, deps=(dw2_token, dw1_token))
+        mbarrier.arrive(x_empty.index(slot), count=1)
+        it += 1
+        w1_tile.permute((1, 0)).store(dw1.to(dtype))  # the weights' own slots carry their gradients out
+        w2_tile.store(dw2.to(dtype))
+        fence_async_shared()
+        tma_store(dw1_desc, [head, 0, column], w1_s.index(me))
+        tma_store(dw2_desc, [head, column, 0], w2_s.index(me))
+        tma.store_wait(0)
+        mbarrier.arrive(w_empty.index(me), count=1)
+
+
+@gluon.jit(do_not_specialize=["items", "per_head", "tiles"])
+def _backward_weights(
+    x_desc, y_desc, w1_desc, w2_desc, dw1_desc, dw2_desc, items, per_head, tiles,
+    VALUE: gl.constexpr, DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    HALVED: gl.constexpr,
+):  # fmt: skip
+    CONSUMERS: gl.constexpr = 2
+    x_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, N, D], x_desc.layout)
+    y_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, N, D], y_desc.layout)
+    w1_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, D, 64], w1_desc.layout)
+    w2_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], w2_desc.layout)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    w_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
+    w_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
+    x_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], bar)
+    x_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], bar)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_empty.index(i), count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(x_empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    W0: gl.constexpr = 0
+    W1: gl.constexpr = 1
+    gl.warp_specialize([
+        (_weights_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
+                             items, per_head, tiles, N, CONSUMERS, SLOTS)),
+        (_weights_consumer, (W0, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
+                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, HALVED)),
+        (_weights_consumer, (W1, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
+                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, HALVED)),
+    ], [4, 4], [240, 240])  # fmt: skip
+
+
+# ---- the choice, the launches -------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float16, torch.bfloat16)
+WIDTHS = (64, 128, 256)
+BACKWARD_WIDTHS = (64, 128)  # at 256 the weights' sums fill the registers
+
+
+class ForwardConfig(NamedTuple):
+    hidden: int  # columns of E a tile
+    consumers: int  # warpgroups of 64 rows
+    slots: int  # of tiles of W1 and W2
+    x_registers: bool  # X moves to registers, and its slot is free at once
+
+
+class RowsConfig(NamedTuple):
+    hidden: int  # columns of E a tile
+    consumers: int  # warpgroups of 64 rows
+    slots: int
+
+
+class WeightsConfig(NamedTuple):
+    rows: int  # a tile
+    slots: int
+
+
+def choose_forward(heads: int, rows: int, d: int, processors: int) -> ForwardConfig:
+    """The fastest of up to eleven tried at M-1 to M-7."""
+    if d == 128:
+        return ForwardConfig(64, 2, 4, True)
+    if d == 256:
+        return ForwardConfig(32, 2, 3, False)
+
+    def rounds(consumers):
+        """Tiles that the warpgroups of the busiest multiprocessor multiply, one after the other."""
+        return -(-heads * -(-rows // (64 * consumers)) // processors) * consumers
+
+    if rounds(3) <= 1.08 * rounds(2):  # M-5: three hide more of each other's latency, where none is left idle for it
+        return ForwardConfig(64, 3, 6, True)
+    return ForwardConfig(128, 2, 4, True)
+
+
+def choose_rows(d: int) -> RowsConfig:
+    return RowsConfig(128, 2, 3) if d == 64 else RowsConfig(64, 2, 3)
+
+
+def choose_weights(d: int) -> WeightsConfig:
+    return WeightsConfig(64, 4) if d == 64 else WeightsConfig(32, 5)
+
+
+def unsupported(x, w1, w2, b1, b2, w_gate, kind: str = "silu", mean: bool = False, grad: bool = False) -> str | None:
+    if not x.is_cuda:
+        return f"needs a GPU tensor, got {x.device.type}"
+    if _capability(x.get_device()) != (9, 0):
+        return "needs a GPU of compute capability 9.0 (Hopper)"
+    if x.dtype not in DTYPES:
+        return f"has no kernel for {x.dtype}"
+    if b1 is not None or b2 is not None or w_gate is not None or mean or x.dim() == 2:
+        return "has no biases, no gate, no x for all heads and no mean over them"
+    widths = BACKWARD_WIDTHS if grad else WIDTHS
+    if x.shape[-1] not in widths:
+        return f"needs D among {list(widths)}{' for gradients' if grad else ''}, got {x.shape[-1]}"
+    if not x.numel() or not w1.numel():
+        return "needs at least one element in every tensor"
+    for name, t in (("x", x), ("w1", w1), ("w2", w2)):
+        if not _fits(t):
+            return f"needs rows of {name} that begin at multiples of 16 bytes, got strides {t.stride()}"
+    return None
+
+
+def _fits(t: torch.Tensor) -> bool:
+    """Whether the copy engine takes it."""
+    head, row, last = t.stride()
+    return last == 1 and not (head | row) & 7 and row > 0 and not t.data_ptr() & 15
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+_binaries = {}
+_plans = {}
+_MOST_PLANS = 4096
+
+
+class _Plan:
+    """A launch for tensors of one shape, each read or written in blocks."""
+
+    def __init__(self, kernel, tensors, blocks, items, integers, constants):
+        index = tensors[0].get_device()
+        boxes = tuple(Box(t.shape, t.stride(), (1, *block), t.dtype) for t, block in zip(tensors, blocks, strict=True))
+        key = kernel, index, tensors[0].dtype, tuple(constants.values())
+        binary = _binaries.get(key)
+        if binary is None:
+            examples = (*zip(boxes, tensors, strict=True), *integers)
+            binary = _binaries[key] = Binary(kernel, index, examples, constants, num_warps=4)
+        else:  # the boxes of a further plan learn from it how descriptors look
+            for box, like in zip(boxes, binary.boxes, strict=True):
+                box.metadata = like.metadata
+                if "at" in vars(like):
+                    box.at = box.shaped
+        self.binary, self.boxes, self.integers, self.index = binary, boxes, integers, index
+        self.programs = min(items, processors(index))
+
+    def __call__(self, *tensors):
+        arguments = ()
+        for box, t in zip(self.boxes, tensors, strict=True):
+            arguments += box.at(t.data_ptr())
+        self.binary(self.programs, raw_stream(self.index), arguments + self.integers)
+
+
+def _planned(key, make) -> _Plan:
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = make()
+    return plan
+
+
+def _key(kind, x, w1, w2, *more):
+    return kind, x.shape, x.stride(), w1.shape, w1.stride(), w2.stride(), x.dtype, x.get_device(), *more
+
+
+def _forward_constants(kind: str, d: int, c: ForwardConfig) -> dict:
+    halved = kind in OF_HALF
+    return {
+        "VALUE": (OF_HALF if halved else FORMULAS)[kind][0], "N": c.hidden, "D": d, "CONSUMERS": c.consumers,
+        "W_SLOTS": c.slots, "X_REGISTERS": c.x_registers, "HALVED": halved,
+        "REGISTERS": 240 if c.consumers == 2 else 160,
+    }  # fmt: skip
+
+
+def _forward_blocks(d: int, c: ForwardConfig) -> tuple:
+    return (64, d), (d, c.hidden), (c.hidden, d), (64, d)
+
+
+def _forward_plan(kind, x, w1, w2, o):
+    (h, d, e), b = w1.shape, x.shape[1]
+    c = choose_forward(h, b, d, processors(x.get_device()))
+    per_head = -(-b // (64 * c.consumers))
+    items = h * per_head
+    integers = items, per_head, -(-e // c.hidden)
+    blocks = _forward_blocks(d, c)
+    return _Plan(_forward, (x, w1, w2, o), blocks, items, integers, _forward_constants(kind, d, c))
+
+
+def forward(x, w1, w2, b1, b2, w_gate, kind: str, mean: bool) -> torch.Tensor:
+    o = torch.empty_like(x)
+    _planned(_key(kind, x, w1, w2), lambda: _forward_plan(kind, x, w1, w2, o))(x, w1, w2, o)
+    return o
+
+
+def _rows_constants(kind: str, d: int, c: RowsConfig) -> dict:
+    halved = kind in OF_HALF
+    return {
+        "DX": (OF_HALF if halved else FORMULAS)[kind][1], "N": c.hidden, "D": d, "CONSUMERS": c.consumers,
+        "W_SLOTS": c.slots, "HALVED": halved,
+        "REGISTERS": 240 if c.consumers == 2 else 160,
+    }  # fmt: skip
+
+
+def _rows_blocks(d: int, c: RowsConfig) -> tuple:
+    return (64, d), (64, d), (d, c.hidden), (c.hidden, d), (64, d)
+
+
+def _rows_plan(kind, x, w1, w2, dy, dx):
+    (h, d, e), b = w1.shape, x.shape[1]
+    c = choose_rows(d)
+    per_head = -(-b // (64 * c.consumers))
+    integers = h * per_head, per_head, -(-e // c.hidden)
+    constants = _rows_constants(kind, d, c)
+    return _Plan(_backward_rows, (x, dy, w1, w2, dx), _rows_blocks(d, c), h * per_head, integers, constants)
+
+
+def _weights_constants(kind: str, d: int, c: WeightsConfig) -> dict:
+    halved = kind in OF_HALF
+    value, dx = (OF_HALF if halved else FORMULAS)[kind]
+    return {
+        "VALUE": value, "DX": dx, "N": c.rows, "D": d, "SLOTS": c.slots,
+        "HALVED": halved,
+    }  # fmt: skip
+
+
+def _weights_blocks(d: int, c: WeightsConfig) -> tuple:
+    return (c.rows, d), (c.rows, d), (d, 64), (64, d), (d, 64), (64, d)
+
+
+def _weights_plan(kind, x, w1, w2, dy, dw1, dw2):
+    (h, d, e), b = w1.shape, x.shape[1]
+    c = choose_weights(d)
+    per_head = -(-e // 128)
+    integers = h * per_head, per_head, -(-b // c.rows)
+    constants = _weights_constants(kind, d, c)
+    tensors = x, dy, w1, w2, dw1, dw2
+    return _Plan(_backward_weights, tensors, _weights_blocks(d, c), h * per_head, integers, constants)
+
+
+def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple) -> list[torch.Tensor | None]:
+    """The gradients of (x, w1, w2, b1, b2, w_gate), None where ``wanted`` says so."""
+    dx = dw1 = dw2 = None
+    dy = dy if _fits(dy) else dy.contiguous()
+    key = _key(kind, x, w1, w2, dy.stride())
+    if wanted[1] or wanted[2]:
+        dw1, dw2 = (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (w1, w2))
+        plan = _planned((*key, "weights"), lambda: _weights_plan(kind, x, w1, w2, dy, dw1, dw2))
+        plan(x, dy, w1, w2, dw1, dw2)
+    if wanted[0]:
+        dx = torch.empty_like(x)
+        _planned((*key, "rows"), lambda: _rows_plan(kind, x, w1, w2, dy, dx))(x, dy, w1, w2, dx)
+    return [dx, dw1 if wanted[1] else None, dw2 if wanted[2] else None, None, None, None]
+
+
+def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool) -> str:
+    """The configuration of a forward call, for ``trinix.explain``."""
+    c = choose_forward(w1.shape[0], x.shape[-2], x.shape[-1], processors(x.get_device()))
+    return f"{c.consumers} warpgroups of 64 rows, tiles of {c.hidden} hidden columns, {c.slots} slots"
+
+
+class CompileCase(NamedTuple):
+    """A binary that the library launches, as it can be compiled without a GPU."""
+
+    name: str
+    kernel: object
+    blocks: dict  # descriptor -> what it reads or writes at a time
+    constants: dict
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel and width in silu, every kind at D = 64."""
+    cases = []
+
+    def add(name, kernel, blocks, constants):
+        descriptors = [n for n in kernel.arg_names if n.endswith("_desc")]
+        cases.append(CompileCase(name, kernel, dict(zip(descriptors, blocks, strict=True)), constants))
+
+    for kind, d in (*((kind, 64) for kind in FORMULAS), ("silu", 128), ("silu", 256)):
+        # rows of which three warpgroups, and two, leave the fewest idle
+        for b in (64 * 3 * 132, 64 * 2 * 132) if d == 64 else (4096,):
+            c = choose_forward(1, b, d, 132)
+            add(f"forward/{d}/{c.consumers}/{kind}", _forward, _forward_blocks(d, c), _forward_constants(kind, d, c))
+        if d in BACKWARD_WIDTHS:
+            r, w = choose_rows(d), choose_weights(d)
+            add(f"rows/{d}/{kind}", _backward_rows, _rows_blocks(d, r), _rows_constants(kind, d, r))
+            add(f"weights/{d}/{kind}", _backward_weights, _weights_blocks(d, w), _weights_constants(kind, d, w))
+    return cases

@@ -1,0 +1,792 @@
+"""Portable Triton per-head MLPs: O = act(X W1) W2 in one kernel, and all gradients in one kernel.
+
+Nothing of size [H, B, E] is written. A forward program owns a tile of rows of one head and walks over E. Backward has two
+kinds of programs in one launch, both of which compute the hidden tile again:
+
+weights  own a tile of E of one head and walk over rows: Z' = W1' X', dH' = W2 dY', dW2 += H dY, dW1' += dZ' X
+rows     own a tile of rows and walk over E: Z = X W1, dH = dY W2', dX += dZ W1'
+
+That is 7 matrix products where 5 would do, and it needs no sum across programs: no atomics, no workspace, the same bits on
+every run. In the weights programs the hidden tile is transposed, so that H' and dZ' are left operands as they come out of
+the products before: they never leave the registers.
+
+Where the heads and E give too few weights programs for the card, rows are split among them; each split then writes float32
+partial sums, no more of them than dY is large, and a second kernel adds them up in a fixed order.
+
+All sums and the activation are float32; the hidden values are rounded to the tensors' dtype for the next product. float32
+tensors are multiplied as float32 ("ieee"), never as tf32.
+
+Floor: 4 H B D E FLOPs forward, 10 backward (14 as done here); one special-function instruction a hidden element and pass
+over it where the activation is a sigmoid, by tanh.approx (float16 and bfloat16 on NVIDIA).
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from trinix.kernels.triton import activation
+from trinix.kernels.triton._compile import POINTERS, compile_case
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
+from trinix.kernels.triton.activation import DTYPES, LANES
+
+MOST_D = 256  # a tile holds whole rows of X
+
+# ---- formulas: value(x) and dx(x, dy) as in the activations -------------------------------------------------------------
+# sigmoid(x) = (1 + tanh(x / 2)) / 2. The largest relative error of tanh.approx is 2^-11 (PTX ISA), so that of this sigmoid
+# is 2^-12 absolute: half a rounding of float16 just below 1, a sixteenth of one of bfloat16.
+
+
+@triton.jit
+def _tanh_approx(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _approx_sigmoid(x, a, b):
+    return 0.5 + 0.5 * _tanh_approx(0.5 * x)
+
+
+@triton.jit
+def _approx_sigmoid_dx(x, dy, a, b):
+    t = _tanh_approx(0.5 * x)
+    return dy * (0.25 - 0.25 * t * t)
+
+
+@triton.jit
+def _approx_silu(x, a, b):
+    h = 0.5 * x
+    return h * _tanh_approx(h) + h
+
+
+@triton.jit
+def _approx_silu_dx(x, dy, a, b):
+    h = 0.5 * x
+    t = _tanh_approx(h)
+    return dy * (0.5 + 0.5 * (t + h * (1.0 - t * t)))
+
+
+@triton.jit
+def _approx_quick_gelu(x, a, b):
+    return 0.5 * x * _tanh_approx(0.851 * x) + 0.5 * x
+
+
+@triton.jit
+def _approx_quick_gelu_dx(x, dy, a, b):
+    u = 0.851 * x
+    t = _tanh_approx(u)
+    return dy * (0.5 + 0.5 * (t + u * (1.0 - t * t)))
+
+
+@triton.jit
+def _approx_gelu_tanh(x, a, b):
+    return 0.5 * x * _tanh_approx(x * (0.7978845608028654 + 0.035677408136300125 * x * x)) + 0.5 * x
+
+
+@triton.jit
+def _approx_gelu_tanh_dx(x, dy, a, b):
+    t = _tanh_approx(x * (0.7978845608028654 + 0.035677408136300125 * x * x))
+    slope = x * (0.7978845608028654 + 0.10703222440890037 * x * x)
+    return dy * (0.5 + 0.5 * (t + slope * (1.0 - t * t)))
+
+
+@triton.jit
+def _approx_tanh(x, a, b):
+    return _tanh_approx(x)
+
+
+@triton.jit
+def _approx_tanh_dx(x, dy, a, b):
+    t = _tanh_approx(x)
+    return dy * (1.0 - t * t)
+
+
+@triton.jit
+def _identity(x, a, b):
+    return x
+
+
+@triton.jit
+def _identity_dx(x, dy, a, b):
+    return dy
+
+
+APPROXIMATE = {  # instead, for float16 and bfloat16 on NVIDIA
+    "sigmoid": (_approx_sigmoid, _approx_sigmoid_dx),
+    "silu": (_approx_silu, _approx_silu_dx),
+    "quick_gelu": (_approx_quick_gelu, _approx_quick_gelu_dx),
+    "gelu_tanh": (_approx_gelu_tanh, _approx_gelu_tanh_dx),
+    "tanh": (_approx_tanh, _approx_tanh_dx),
+}
+PARAMETERS = {"leaky_relu": (0.01, 0.0), "softplus": (1.0, 20.0)}  # kind -> (a, b)
+
+
+def formula(kind: str, dtype: torch.dtype, lanes: int) -> tuple:
+    """(value, dx, a, b) of a kind."""
+    if kind == "none":
+        pair = _identity, _identity_dx
+    elif kind in APPROXIMATE and dtype != torch.float32 and lanes == 32 and not INTERPRETED:
+        pair = APPROXIMATE[kind]
+    else:
+        pair = activation.formula(kind, dtype)
+    return *pair, *PARAMETERS.get(kind, (0.0, 0.0))
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------------
+# Sizes and strides are unspecialised, so that one binary serves every size and the launch key stays short. E and all outer
+# strides come in UNITs, a common divisor: from the product with a constant the compiler proves the alignment that wide
+# accesses need. INNER: the inner strides are all 1. EVEN: E is a multiple of BE. Rows past B are loaded as zeros: their dY
+# is 0, so they add nothing to any gradient; so do columns past E, since the rows of W2 there are 0.
+# A weight comes as (outer, inner) strides of its matrix; W1_T, W2_T: the matrix lies transposed in memory, [E, D] for W1 and
+# its gate, [D, E] for W2, as the weight of a linear layer does, and is read along its rows as they lie.
+
+
+@triton.jit
+def _load(at, row_live, column_live, ROW_MASK: tl.constexpr, COLUMN_MASK: tl.constexpr):
+    if ROW_MASK and COLUMN_MASK:
+        return tl.load(at, mask=row_live[:, None] & column_live[None, :], other=0.0)
+    if ROW_MASK:
+        return tl.load(at, mask=row_live[:, None], other=0.0)
+    if COLUMN_MASK:
+        return tl.load(at, mask=column_live[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _weight_at(w, d, e, outer, inner, E_ROWS: tl.constexpr):
+    """Pointers of a tile of a weight as it lies: [E, D] if E_ROWS, else [D, E]."""
+    if E_ROWS:
+        at = w + e[:, None] * outer + d[None, :] * inner
+    else:
+        at = w + d[:, None] * outer + e[None, :] * inner
+    return at
+
+
+@triton.jit
+def _weight(
+    at, d_live, e_live, E_ROWS: tl.constexpr, WANT_E_ROWS: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr
+):
+    """The tile at such pointers, as [E, D] if WANT_E_ROWS, else [D, E]; FULL: D fills the tile."""
+    if E_ROWS:
+        tile = _load(at, e_live, d_live, not EVEN, not FULL)
+    else:
+        tile = _load(at, d_live, e_live, not FULL, not EVEN)
+    if E_ROWS != WANT_E_ROWS:
+        tile = tl.trans(tile)
+    return tile
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "ieee":  # float32: partial sums first, for a smaller error than one long chain has
+        return acc + tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _product(a, b, PRECISION: tl.constexpr):
+    """a b, in float32 as sums over 32 terms each that are added up then: one long chain has a larger error."""
+    M: tl.constexpr = a.shape[0]
+    K: tl.constexpr = a.shape[1]
+    N: tl.constexpr = b.shape[1]
+    if PRECISION == "ieee" and K > 32:
+        parts = tl.permute(tl.reshape(a, (M, K // 32, 32)), (1, 0, 2))
+        c = tl.sum(tl.dot(parts, tl.reshape(b, (K // 32, 32, N)), input_precision="ieee"), 0)
+    else:
+        c = tl.dot(a, b, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def _forward_head(
+    acc, x, w1, wg, w2, b1, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
+    VALUE: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
+    W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + act(x W1) W2 of one head."""
+    FULL: tl.constexpr = D == BD
+    d = tl.arange(0, BD)
+    d_live = d < D
+    e = tl.arange(0, BE)
+    wide = d.to(tl.int64)
+    w1 = _weight_at(w1, wide, e, w1_o, w1_i, W1_T)
+    w2 = _weight_at(w2, wide, e, w2_o, w2_i, not W2_T)
+    if GATED:
+        wg = _weight_at(wg, wide, e, wg_o, wg_i, W1_T)
+    for start in range(0, E, BE):
+        e_live = e < E - start
+        up = _weight(w1, d_live, e_live, W1_T, False, EVEN, FULL)
+        down = _weight(w2, d_live, e_live, not W2_T, True, EVEN, FULL)
+        if GATED:
+            gate = _weight(wg, d_live, e_live, W1_T, False, EVEN, FULL)
+        z = _product(x, up, PRECISION)
+        if HAS_B1:
+            z += tl.load(b1 + start + e, mask=e_live, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            h = VALUE(_product(x, gate, PRECISION), A, B_) * z
+            wg += BE * (wg_o if W1_T else wg_i)
+        else:
+            h = VALUE(z, A, B_)
+        acc = _dot(h.to(x.dtype), down, acc, PRECISION)
+        w1 += BE * (w1_o if W1_T else w1_i)
+        w2 += BE * (w2_i if W2_T else w2_o)
+    return acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        "H", "B", "E", "x_h", "x_b", "x_d", "w1_h", "w1_o", "w1_i", "wg_h", "wg_o", "wg_i", "w2_h", "w2_o", "w2_i",
+        "o_h", "o_b", "o_d",
+    ]
+)  # fmt: skip
+def _forward(
+    x, w1, wg, w2, b1, b2, o,
+    H: "i32", B: "i32", E: "i32", x_h: "i64", x_b: "i64", x_d: "i64", w1_h: "i64", w1_o: "i64", w1_i: "i64",
+    wg_h: "i64", wg_o: "i64", wg_i: "i64", w2_h: "i64", w2_o: "i64", w2_i: "i64", o_h: "i64", o_b: "i64", o_d: "i64",
+    VALUE: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
+    HAS_B2: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr, INNER: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    E *= UNIT
+    x_h, x_b, w1_h, w1_o, wg_h, wg_o = x_h * UNIT, x_b * UNIT, w1_h * UNIT, w1_o * UNIT, wg_h * UNIT, wg_o * UNIT
+    w2_h, w2_o, o_h, o_b = w2_h * UNIT, w2_o * UNIT, o_h * UNIT, o_b * UNIT
+    if INNER:
+        x_d, w1_i, wg_i, w2_i, o_d = 1, 1, 1, 1, 1
+    tiles = tl.cdiv(B, BB)
+    pid = tl.program_id(0)
+    first = (pid // tiles).to(tl.int64)
+    rows = (pid % tiles) * BB + tl.arange(0, BB)
+    live = rows < B
+    d = tl.arange(0, BD)
+    x += rows.to(tl.int64)[:, None] * x_b + d[None, :] * x_d
+    acc = tl.zeros([BB, BD], tl.float32)
+    if MEAN:
+        for one in range(H):
+            head = first + one
+            acc = _forward_head(
+                acc, _load(x + head * x_h, live, d < D, True, BD != D), w1 + head * w1_h, wg + head * wg_h,
+                w2 + head * w2_h, b1 + head * E, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
+                VALUE, A, B_, GATED, HAS_B1, W1_T, W2_T, EVEN, D, BD, BE, PRECISION,
+            )  # fmt: skip
+            if HAS_B2:
+                acc += tl.load(b2 + head * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        acc = acc / H
+    else:
+        acc = _forward_head(
+            acc, _load(x + first * x_h, live, d < D, True, BD != D), w1 + first * w1_h, wg + first * wg_h,
+            w2 + first * w2_h, b1 + first * E, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
+            VALUE, A, B_, GATED, HAS_B1, W1_T, W2_T, EVEN, D, BD, BE, PRECISION,
+        )  # fmt: skip
+        if HAS_B2:
+            acc += tl.load(b2 + first * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    at = o + first * o_h + rows.to(tl.int64)[:, None] * o_b + d[None, :] * o_d
+    tl.store(at, acc.to(o.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _row_gradient(
+    acc, x, dy, w1, wg, w2, b1, scale, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
+    VALUE: tl.constexpr, DX: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
+    MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + dX that one head gives to a tile of rows."""
+    FULL: tl.constexpr = D == BD
+    d = tl.arange(0, BD)
+    d_live = d < D
+    e = tl.arange(0, BE)
+    wide = d.to(tl.int64)
+    w1 = _weight_at(w1, wide, e, w1_o, w1_i, W1_T)
+    w2 = _weight_at(w2, wide, e, w2_o, w2_i, not W2_T)
+    if GATED:
+        wg = _weight_at(wg, wide, e, wg_o, wg_i, W1_T)
+    for start in range(0, E, BE):
+        e_live = e < E - start
+        up = _weight(w1, d_live, e_live, W1_T, False, EVEN, FULL)
+        down = _weight(w2, d_live, e_live, not W2_T, False, EVEN, FULL)
+        if GATED:
+            gate = _weight(wg, d_live, e_live, W1_T, False, EVEN, FULL)
+        z = _product(x, up, PRECISION)
+        dh = _product(dy, down, PRECISION)
+        if MEAN:
+            dh *= scale
+        if HAS_B1:
+            z += tl.load(b1 + start + e, mask=e_live, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            g = _product(x, gate, PRECISION)
+            dz = dh * VALUE(g, A, B_)
+            dg = DX(g, dh * z, A, B_)
+            acc = _dot(dg.to(x.dtype), tl.trans(gate), acc, PRECISION)
+            wg += BE * (wg_o if W1_T else wg_i)
+        else:
+            dz = DX(z, dh, A, B_)
+        acc = _dot(dz.to(x.dtype), tl.trans(up), acc, PRECISION)
+        w1 += BE * (w1_o if W1_T else w1_i)
+        w2 += BE * (w2_i if W2_T else w2_o)
+    return acc
+
+
+@triton.jit
+def _weights_program(
+    pid, x, w1, wg, w2, b1, dy, dw1, dwg, dw2, db1, db2, splits, H, B, E, x_h, x_b, x_d, w1_h, w1_o, w1_i, wg_h, wg_o,
+    wg_i, w2_h, w2_o, w2_i, y_h, y_b, y_d, part, scale,
+    VALUE: tl.constexpr, DX: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
+    WANT_W1: tl.constexpr, WANT_WG: tl.constexpr, WANT_W2: tl.constexpr, WANT_B1: tl.constexpr, WANT_B2: tl.constexpr,
+    MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums over rows that belong to a tile of E of one head: dW1, dWg, dW2 and the biases'."""
+    d = tl.arange(0, BD)
+    d_live = d < D
+    e = tl.arange(0, BE)
+    b = tl.arange(0, BB)
+    wide_b, wide_d = b.to(tl.int64), d.to(tl.int64)
+    e_tiles = tl.cdiv(tl.maximum(E, 1), BE)  # without any hidden column b2 still has a gradient
+    start = (pid % e_tiles) * BE
+    head = (pid // e_tiles % H).to(tl.int64)
+    split = (pid // e_tiles // H).to(tl.int64)
+    e_live = e < E - start
+    columns = head * E + start + e  # of all heads' hidden columns
+    from_e = (start + e).to(tl.int64)
+    w1 = _weight_at(w1 + head * w1_h, wide_d, from_e, w1_o, w1_i, W1_T)
+    w2 = _weight_at(w2 + head * w2_h, wide_d, from_e, w2_o, w2_i, not W2_T)
+    up = _weight(w1, d_live, e_live, W1_T, True, EVEN, D == BD)
+    down = _weight(w2, d_live, e_live, not W2_T, True, EVEN, D == BD)
+    if HAS_B1:
+        bias = tl.load(b1 + columns, mask=e_live, other=0.0).to(tl.float32)
+    if GATED:
+        wg = _weight_at(wg + head * wg_h, wide_d, from_e, wg_o, wg_i, W1_T)
+        gate = _weight(wg, d_live, e_live, W1_T, True, EVEN, D == BD)
+    sum_w1 = tl.zeros([BE, BD], tl.float32)
+    sum_wg = tl.zeros([BE, BD], tl.float32)
+    sum_w2 = tl.zeros([BE, BD], tl.float32)
+    sum_b1 = tl.zeros([BE], tl.float32)
+    sum_b2 = tl.zeros([BD], tl.float32)
+    tiles = tl.cdiv(B, BB)
+    first = (split * tiles // splits).to(tl.int32) * BB
+    last = ((split + 1) * tiles // splits).to(tl.int32) * BB
+    x += head * x_h + first.to(tl.int64) * x_b + wide_b[:, None] * x_b + d[None, :] * x_d
+    dy += head * y_h + first.to(tl.int64) * y_b + wide_b[:, None] * y_b + d[None, :] * y_d
+    for row in range(first, last, BB):
+        live = b < B - row
+        rows = _load(x, live, d_live, True, BD != D)
+        dys = _load(dy, live, d_live, True, BD != D)
+        z = _product(up, tl.trans(rows), PRECISION)
+        dh = _product(down, tl.trans(dys), PRECISION)
+        if MEAN:
+            dh *= scale
+        if HAS_B1:
+            z += bias[:, None]
+        if GATED:
+            g = _product(gate, tl.trans(rows), PRECISION)
+            f = VALUE(g, A, B_)
+            h = f * z
+            dz = dh * f
+            if WANT_WG:
+                sum_wg = _dot(DX(g, dh * z, A, B_).to(rows.dtype), rows, sum_wg, PRECISION)
+        else:
+            h = VALUE(z, A, B_)
+            dz = DX(z, dh, A, B_)
+        if WANT_W2:
+            sum_w2 = _dot(h.to(rows.dtype), dys, sum_w2, PRECISION)
+        if WANT_W1:
+            sum_w1 = _dot(dz.to(rows.dtype), rows, sum_w1, PRECISION)
+        if WANT_B1:
+            sum_b1 += tl.sum(dz, 1)
+        if WANT_B2:
+            sum_b2 += tl.sum(dys.to(tl.float32), 0)
+        x += BB * x_b
+        dy += BB * y_b
+    if MEAN:
+        sum_w2 *= scale
+        sum_b2 *= scale
+    store = e_live[None, :] & d_live[:, None]
+    if WANT_W1:
+        at = dw1 + split * part + head * (D * E) + wide_d[:, None] * E + from_e[None, :]
+        tl.store(at, tl.trans(sum_w1).to(dw1.dtype.element_ty), mask=store)
+    if WANT_WG:
+        at = dwg + split * part + head * (D * E) + wide_d[:, None] * E + from_e[None, :]
+        tl.store(at, tl.trans(sum_wg).to(dwg.dtype.element_ty), mask=store)
+    if WANT_W2:
+        at = dw2 + split * part + head * (D * E) + from_e[:, None] * D + d[None, :]
+        tl.store(at, sum_w2.to(dw2.dtype.element_ty), mask=e_live[:, None] & d_live[None, :])
+    if WANT_B1:
+        tl.store(db1 + split * part + columns, sum_b1.to(db1.dtype.element_ty), mask=e_live)
+    if WANT_B2 and start == 0:
+        tl.store(db2 + split * part + head * D + d, sum_b2.to(db2.dtype.element_ty), mask=d_live)
+
+
+@triton.jit
+def _rows_program(
+    pid, x, w1, wg, w2, b1, dy, dx, H, B, E, x_h, x_b, x_d, w1_h, w1_o, w1_i, wg_h, wg_o, wg_i, w2_h, w2_o, w2_i,
+    y_h, y_b, y_d, dx_h, dx_b, dx_d, scale,
+    VALUE: tl.constexpr, DX: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
+    SHARED: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dX of a tile of rows of one head, or of all heads where they share x."""
+    d = tl.arange(0, BD)
+    d_live = d < D
+    b = tl.arange(0, BB)
+    wide_b = b.to(tl.int64)
+    tiles = tl.cdiv(B, BB)
+    row = (pid % tiles) * BB
+    first = (pid // tiles).to(tl.int64)
+    live = b < B - row
+    x += (row + wide_b)[:, None] * x_b + d[None, :] * x_d
+    dy += (row + wide_b)[:, None] * y_b + d[None, :] * y_d
+    acc = tl.zeros([BB, BD], tl.float32)
+    if SHARED:
+        rows = _load(x, live, d_live, True, BD != D)
+        for one in range(H):
+            head = first + one
+            acc = _row_gradient(
+                acc, rows, _load(dy + head * y_h, live, d_live, True, BD != D), w1 + head * w1_h, wg + head * wg_h,
+                w2 + head * w2_h, b1 + head * E, scale, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
+                VALUE, DX, A, B_, GATED, HAS_B1, MEAN, W1_T, W2_T, EVEN, D, BD, BE, PRECISION,
+            )  # fmt: skip
+    else:
+        acc = _row_gradient(
+            acc, _load(x + first * x_h, live, d_live, True, BD != D),
+            _load(dy + first * y_h, live, d_live, True, BD != D), w1 + first * w1_h, wg + first * wg_h,
+            w2 + first * w2_h, b1 + first * E, scale, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
+            VALUE, DX, A, B_, GATED, HAS_B1, MEAN, W1_T, W2_T, EVEN, D, BD, BE, PRECISION,
+        )  # fmt: skip
+    at = dx + first * dx_h + (row + wide_b)[:, None] * dx_b + d[None, :] * dx_d
+    tl.store(at, acc.to(dx.dtype.element_ty), mask=live[:, None] & d_live[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "weight_programs", "splits", "H", "B", "E", "x_h", "x_b", "x_d", "w1_h", "w1_o", "w1_i", "wg_h", "wg_o", "wg_i",
+        "w2_h", "w2_o", "w2_i", "y_h", "y_b", "y_d", "dx_h", "dx_b", "dx_d", "part", "scale",
+    ]
+)  # fmt: skip
+def _backward(
+    x, w1, wg, w2, b1, dy, dx, dw1, dwg, dw2, db1, db2,
+    weight_programs: "i32", splits: "i32", H: "i32", B: "i32", E: "i32", x_h: "i64", x_b: "i64", x_d: "i64",
+    w1_h: "i64", w1_o: "i64", w1_i: "i64", wg_h: "i64", wg_o: "i64", wg_i: "i64", w2_h: "i64", w2_o: "i64", w2_i: "i64",
+    y_h: "i64", y_b: "i64", y_d: "i64", dx_h: "i64", dx_b: "i64", dx_d: "i64", part: "i64", scale: "fp32",
+    VALUE: tl.constexpr, DX: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
+    WANT_W1: tl.constexpr, WANT_WG: tl.constexpr, WANT_W2: tl.constexpr, WANT_B1: tl.constexpr, WANT_B2: tl.constexpr,
+    SHARED: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr, INNER: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    E *= UNIT
+    x_h, x_b, w1_h, w1_o, wg_h, wg_o = x_h * UNIT, x_b * UNIT, w1_h * UNIT, w1_o * UNIT, wg_h * UNIT, wg_o * UNIT
+    w2_h, w2_o, y_h, y_b, dx_h, dx_b = w2_h * UNIT, w2_o * UNIT, y_h * UNIT, y_b * UNIT, dx_h * UNIT, dx_b * UNIT
+    if INNER:
+        x_d, w1_i, wg_i, w2_i, y_d, dx_d = 1, 1, 1, 1, 1, 1
+    pid = tl.program_id(0)
+    if pid < weight_programs:
+        _weights_program(
+            pid, x, w1, wg, w2, b1, dy, dw1, dwg, dw2, db1, db2, splits, H, B, E, x_h, x_b, x_d, w1_h, w1_o, w1_i,
+            wg_h, wg_o, wg_i, w2_h, w2_o, w2_i, y_h, y_b, y_d, part, scale, VALUE, DX, A, B_, GATED, HAS_B1,
+            WANT_W1, WANT_WG, WANT_W2, WANT_B1, WANT_B2, MEAN, W1_T, W2_T, EVEN, D, BD, BB, BE, PRECISION,
+        )  # fmt: skip
+    else:
+        _rows_program(
+            pid - weight_programs, x, w1, wg, w2, b1, dy, dx, H, B, E, x_h, x_b, x_d, w1_h, w1_o, w1_i,
+            wg_h, wg_o, wg_i, w2_h, w2_o, w2_i, y_h, y_b, y_d, dx_h, dx_b, dx_d, scale,
+            VALUE, DX, A, B_, GATED, HAS_B1, SHARED, MEAN, W1_T, W2_T, EVEN, D, BD, BB, BE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits", "n0", "n1", "n2", "n3", "n4"])
+def _add_partials(
+    partials, out0, out1, out2, out3, out4,
+    splits: "i32", n0: "i64", n1: "i64", n2: "i64", n3: "i64", n4: "i64", BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Five sums over the splits, one behind the other in ``partials`` [splits, n0 + .. + n4]."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = n0 + n1 + n2 + n3 + n4
+    live = i < total
+    s = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        s += tl.load(partials + split * total + i, mask=live, other=0.0)
+    y = s.to(out0.dtype.element_ty)
+    tl.store(out0 + i, y, mask=i < n0)
+    i -= n0
+    tl.store(out1 + i, y, mask=(i >= 0) & (i < n1))
+    i -= n1
+    tl.store(out2 + i, y, mask=(i >= 0) & (i < n2))
+    i -= n2
+    tl.store(out3 + i, y, mask=(i >= 0) & (i < n3))
+    i -= n3
+    tl.store(out4 + i, y, mask=(i >= 0) & (i < n4))
+
+
+# ---- the choice, the launches -----------------------------------------------------------------------------------------
+
+_FORWARD = Launcher(_forward, tensors=7)
+_BACKWARD = Launcher(_backward, tensors=12)
+_ADD_PARTIALS = Launcher(_add_partials, tensors=6)
+PARTIAL_BLOCK = 1024
+
+
+class Config(NamedTuple):
+    rows: int
+    hidden: int  # columns of E
+    num_warps: int
+    num_stages: int
+
+
+def _tile_of(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))
+
+
+def choose_forward(rows: int, d: int, itemsize: int, gated: bool, wide: bool = True, lanes: int = LANES) -> Config:
+    """Tile of a forward program; ``rows`` is B, ``wide`` whether accesses are. The fastest of up to eleven tried."""
+    width = _tile_of(d)
+    if itemsize == 4:
+        return Config(32 if width <= 64 else 16, 32 if width <= 128 else 16, 4, 2)
+    most = max(16, triton.next_power_of_2(rows))
+    if lanes == 64:  # half the shared memory, twice the threads a warp
+        return Config(min(64, most), 32, 4, 1)
+    if width <= 128:
+        return Config(min(64, most), 64, 4 if wide or width <= 64 else 8, 3)
+    return Config(min(128, most), 32 if gated else 64, 8, 2)
+
+
+def choose_backward(rows: int, d: int, itemsize: int, gated: bool, wide: bool = True, lanes: int = LANES) -> Config:
+    """Tile of both kinds of backward programs. At D = 128 four warps spill 232 bytes a thread, and are the fastest (M-6)."""
+    width = _tile_of(d)
+    if itemsize == 4:
+        return Config(16, 16, 4 if width <= 64 else 8, 1)
+    most = max(16, triton.next_power_of_2(rows))
+    if lanes == 64:
+        return Config(min(32, most), 32, 4, 1)
+    if width <= 64:
+        return Config(min(64, most), 32 if gated else 64, 4, 3)
+    if width == 128:
+        return Config(min(64, most), 32, 8, 2) if gated else Config(min(64, most), 64, 4 if wide else 8, 2)
+    return Config(min(32, most), 32, 8, 1) if gated else Config(min(64, most), 64, 8, 1)
+
+
+def choose_splits(programs: int, rows: int, tile: int, weight_elements: int, dy_bytes: int, processors: int) -> int:
+    """Among how many programs the rows of one tile of E are split: two a processor, while partial sums fit dY's size."""
+    most = min(-(-rows // tile), dy_bytes // (4 * max(1, weight_elements)), -(-2 * processors // max(1, programs)))
+    return max(1, most)
+
+
+def unsupported(x: torch.Tensor, w1: torch.Tensor, *rest) -> str | None:
+    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+        return f"needs a GPU tensor, got {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"has no kernel for {x.dtype}"
+    if x.shape[-1] > MOST_D:
+        return f"keeps whole rows of x in a tile: D is at most {MOST_D}, got {x.shape[-1]}"
+    return None
+
+
+@functools.cache
+def forward_launch(
+    kind: str, dtype: torch.dtype, gated: bool, has_b1: bool, has_b2: bool, mean: bool, even: bool, layout: "Layout",
+    d: int, config: Config, lanes: int = LANES,
+) -> Launch:  # fmt: skip
+    value, _, a, b = formula(kind, dtype, lanes)
+    return _FORWARD.bind(
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        VALUE=value, A=a, B_=b, GATED=gated, HAS_B1=has_b1, HAS_B2=has_b2, MEAN=mean, W1_T=layout.w1_transposed,
+        W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d, BD=_tile_of(d), BB=config.rows,
+        BE=config.hidden, PRECISION="ieee" if dtype == torch.float32 else None,
+    )  # fmt: skip
+
+
+@functools.cache
+def backward_launch(
+    kind: str, dtype: torch.dtype, gated: bool, has_b1: bool, wanted: tuple, shared: bool, mean: bool, even: bool,
+    layout: "Layout", d: int, config: Config, lanes: int = LANES,
+) -> Launch:  # fmt: skip
+    """``wanted``: of W1, the gate's weight, W2, b1, b2."""
+    value, dx, a, b = formula(kind, dtype, lanes)
+    want = dict(zip(("WANT_W1", "WANT_WG", "WANT_W2", "WANT_B1", "WANT_B2"), wanted, strict=True))
+    return _BACKWARD.bind(
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        VALUE=value, DX=dx, A=a, B_=b, GATED=gated, HAS_B1=has_b1, **want, SHARED=shared, MEAN=mean,
+        W1_T=layout.w1_transposed, W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d,
+        BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION="ieee" if dtype == torch.float32 else None,
+    )  # fmt: skip
+
+
+@functools.cache
+def partials_launch() -> Launch:
+    return _ADD_PARTIALS.bind(num_warps=4, BLOCK=PARTIAL_BLOCK)
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count if index is not None else 1
+
+
+class Layout(NamedTuple):
+    """What the kernels are told at compile time of where their tensors lie."""
+
+    inner: bool  # all inner strides are 1
+    unit: int  # the common divisor in which E and the other strides are counted
+    w1_transposed: bool
+    w2_transposed: bool
+
+
+def layout_of(itemsize: int, e: int, strides: tuple) -> tuple[Layout, tuple]:
+    """(the layout, all strides in the kernel's order and units) for the strides of x, W1, the gate's weight, W2 and others."""
+    x, w1, wg, w2, *others = strides
+    turned = [s[2] != 1 and s[1] == 1 for s in (w1, w2)]
+    w1, wg = ((s[0], s[2], s[1]) if turned[0] else s for s in (w1, wg))
+    w2 = (w2[0], w2[2], w2[1]) if turned[1] else w2
+    ordered = (x, w1, wg, w2, *others)
+    unit = 16 // itemsize
+    inner = all(s[2] == 1 for s in ordered)
+    if not inner or any(n % unit for n in (e, *(n for s in ordered for n in s[:2]))):
+        unit = 1
+    return Layout(inner, unit, *turned), tuple(n for s in ordered for n in (s[0] // unit, s[1] // unit, s[2]))
+
+
+def _strides(t: torch.Tensor | None, like: torch.Tensor | None = None) -> tuple[int, int, int]:
+    """(head, row, column), of an absent tensor strides that stand in no way."""
+    if t is None:
+        return (0, 0, 1) if like is None or like.stride(2) == 1 or like.stride(1) != 1 else (0, 1, 0)
+    s = t.stride()
+    return s if len(s) == 3 else (0, *s)
+
+
+@functools.cache
+def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides):
+    """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o."""
+    layout, strides = layout_of(dtype.itemsize, e, strides)
+    config = choose_forward(b, d, dtype.itemsize, gated, layout.unit > 1)
+    launch = forward_launch(kind, dtype, gated, has_b1, has_b2, mean, e % config.hidden == 0, layout, d, config)
+    blocks = -(-b // config.rows) * (1 if mean else h)
+    return launch, blocks, (h, b, e // layout.unit, *strides)
+
+
+def _pointers(x, e, *tensors):
+    """x and the tensors, x again in the place of those that are absent, or without hidden columns empty: never read."""
+    if e:
+        return x, *[x if t is None else t for t in tensors]
+    return x, *[x if t is None or not t.numel() else t for t in tensors]
+
+
+def empty_output(x: torch.Tensor, w1: torch.Tensor, mean: bool) -> torch.Tensor:
+    if x.dim() == 3 and not mean:
+        return torch.empty_like(x)
+    return x.new_empty(x.shape[-2:] if mean else (w1.shape[0], *x.shape))
+
+
+def forward(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: torch.Tensor | None, b2: torch.Tensor | None,
+    w_gate: torch.Tensor | None, kind: str, mean: bool,
+) -> torch.Tensor:  # fmt: skip
+    """O, laid out as x where it has x's shape."""
+    h, d, e = w1.shape
+    o = empty_output(x, w1, mean)
+    if not o.numel():
+        return o
+    b1 = None if b1 is None else b1.contiguous()
+    b2 = None if b2 is None else b2.contiguous()
+    launch, blocks, scalars = _forward_plan(
+        kind, x.dtype, h, x.shape[-2], d, e, w_gate is not None, b1 is not None, b2 is not None, mean,
+        (_strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), _strides(o)),
+    )  # fmt: skip
+    launch(blocks, _pointers(x, e, w1, w_gate, w2, b1, b2, o), scalars)
+    return o
+
+
+@functools.cache
+def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, shared, mean, strides, index):
+    """(launch, blocks, splits, scalars before the partials' length, scale) of a backward call."""
+    layout, strides = layout_of(dtype.itemsize, e, strides)
+    config = choose_backward(b, d, dtype.itemsize, gated, layout.unit > 1)
+    even = e % config.hidden == 0
+    launch = backward_launch(kind, dtype, gated, has_b1, wanted, shared, mean, even, layout, d, config)
+    programs = h * -(-max(e, 1) // config.hidden) if any(wanted) else 0
+    elements = h * d * e * sum(wanted[:3]) + h * e * wanted[3] + h * d * wanted[4]
+    dy_bytes = b * d * dtype.itemsize * (1 if mean else h)
+    splits = choose_splits(programs, b, config.rows, elements, dy_bytes, _processors(index))
+    rows = -(-b // config.rows) * (1 if shared else h) if want_x else 0
+    scalars = (programs * splits, splits, h, b, e // layout.unit, *strides)
+    return launch, programs * splits + rows, splits, scalars, 1.0 / h if mean else 1.0
+
+
+def backward(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: torch.Tensor | None, b2: torch.Tensor | None,
+    w_gate: torch.Tensor | None, dy: torch.Tensor, kind: str, mean: bool, wanted: tuple,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """The gradients of (x, w1, w2, b1, b2, w_gate), None where ``wanted`` says so."""
+    h, d, e = w1.shape
+    b = x.shape[-2]
+    want_x, want_w1, want_w2, want_b1, want_b2, want_wg = wanted
+    b1 = None if b1 is None else b1.contiguous()
+    dx = torch.empty_like(x) if want_x else None
+    shapes = ((h, d, e), (h, d, e), (h, e, d), (h, e), (h, d))
+    of_weights = (want_w1, want_wg, want_w2, want_b1, want_b2)
+    new = w1.new_empty if d else w1.new_zeros  # without any column of X no kernel runs
+    sums = [new(s) if want else None for s, want in zip(shapes, of_weights, strict=True)]
+    y = _strides(dy) if dy.dim() == 3 else (0, *dy.stride())
+    launch, blocks, splits, scalars, scale = _backward_plan(
+        kind, x.dtype, h, b, d, e, w_gate is not None, b1 is not None, want_x, of_weights, x.dim() == 2, mean,
+        (_strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), y, _strides(dx)),
+        x.get_device() if x.is_cuda else None,
+    )  # fmt: skip
+    counts = [0 if t is None else t.numel() for t in sums]
+    into, total = sums, sum(counts)
+    if splits > 1:
+        partials = torch.empty(splits * total, dtype=torch.float32, device=x.device)
+        into, at = [], 0
+        for count in counts:
+            into.append(partials[at:] if count else None)
+            at += count
+    if blocks and d:
+        launch(blocks, _pointers(x, e, w1, w_gate, w2, b1, dy, dx, *into), (*scalars, total, scale))
+    if splits > 1 and total:
+        outputs = tuple([x if t is None else t for t in sums])
+        partials_launch()(-(-total // PARTIAL_BLOCK), (partials, *outputs), (splits, *counts))
+    dw1, dwg, dw2, db1, db2 = sums
+    return [dx, dw1, dw2, db1, db2, dwg]
+
+
+def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool) -> str:
+    """The configuration of a forward call, for ``trinix.explain``."""
+    config = choose_forward(x.shape[-2], x.shape[-1], x.dtype.itemsize, gated)
+    return f"tile {config.rows} rows x {config.hidden} hidden, {config.num_warps} warps, {config.num_stages} stages"
+
+
+def compile_cases(lanes: int = LANES):
+    """Every kind at D = 64 in bfloat16; the widths, gates, transposed weights and odd sizes in silu; silu in other dtypes."""
+    b = 2048
+
+    def pair(name, kind, d, dtype, gated=False, bias=False, mean=False, w_transposed=False, even=True):
+        """Forward's case and backward's."""
+        suffix, unit = str(dtype).removeprefix("torch."), 16 // dtype.itemsize if even else 1
+        t, layout, wanted = (
+            POINTERS[suffix],
+            Layout(True, unit, w_transposed, w_transposed),
+            (True, gated, True, bias, bias),
+        )
+        config = choose_forward(b, d, dtype.itemsize, gated, even, lanes)
+        fwd = forward_launch(kind, dtype, gated, bias, bias, mean, even, layout, d, config, lanes)
+        config = choose_backward(b, d, dtype.itemsize, gated, even, lanes)
+        bwd = backward_launch(kind, dtype, gated, bias, wanted, mean, mean, even, layout, d, config, lanes)
+        # an odd E leaves accesses of one element; narrow tiles and AMD's stores of products are no wider than this
+        bits = 8 * dtype.itemsize if not even else 32 if d < 64 else 64
+        yield compile_case(f"head_mlp/{name}/fwd/{suffix}", fwd, 0.0, (t,) * 7, (), bits)
+        yield compile_case(f"head_mlp/{name}/bwd/{suffix}", bwd, 0.0, (t,) * 12, (), bits)
+
+    for kind in ("none", *activation.FORMULAS):
+        yield from pair(kind, kind, 64, torch.bfloat16)
+    for d in (16, 128, 256):
+        yield from pair(f"silu-{d}", "silu", d, torch.bfloat16)
+    for d in (64, 128, 256):
+        yield from pair(f"silu-gated-{d}", "silu", d, torch.bfloat16, gated=True)
+    yield from pair("silu-bias-mean", "silu", 64, torch.bfloat16, bias=True, mean=True)
+    yield from pair("silu-transposed", "silu", 64, torch.bfloat16, w_transposed=True)
+    yield from pair("silu-odd", "silu", 80, torch.bfloat16, even=False)
+    yield from pair("silu", "silu", 64, torch.float16)
+    for d in (64, 128, 256):
+        yield from pair(f"silu-{d}", "silu", d, torch.float32)
+    yield compile_case("head_mlp/add-partials/bwd/float32", partials_launch(), 0.0, ("*fp32",) * 6, (), 32)

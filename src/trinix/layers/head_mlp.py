@@ -1,0 +1,113 @@
+"""Per-head MLP modules and document 000's functions: parameters, one call into ``trinix.ops.head_mlp``."""
+
+import torch
+from torch import Tensor, nn
+
+from trinix import ops
+from trinix.layers.activation import choose_backend
+from trinix.ops.head_mlp import GATED_KINDS, KINDS, triton_can_run
+
+
+class FlashMLP(nn.Module):
+    """``num_heads`` MLPs side by side, fused: x ``[H, B, hidden_dim]`` -> ``[H, B, hidden_dim]``.
+
+    x of ``[B, hidden_dim]`` goes to every head, and the result is the average over heads, ``[B, hidden_dim]``.
+
+    Args:
+        num_heads: H.
+        hidden_dim: D, the width of x and of the result.
+        intermediate_dim: E, the width between the two projections.
+        activation: a kind of ``trinix.ops.head_mlp``; "" is "none". A gated unit's name ("swiglu", "geglu", ...) adds a
+            gate's weight.
+        bias: add b1 and b2, which begin as zeros.
+        use_triton: None lets trinix choose, False means PyTorch, True means trinix's own kernels wherever they can run.
+
+    Weights begin normal with variance 1 / fan_in: 1 / hidden_dim for w1 and w_gate, 1 / intermediate_dim for w2.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        activation: str = "silu",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        bias: bool = False,
+        use_triton: bool | None = None,
+    ):
+        super().__init__()
+        for name, value in (
+            ("num_heads", num_heads), ("hidden_dim", hidden_dim), ("intermediate_dim", intermediate_dim),
+        ):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+        kind = activation or "none"
+        if kind not in KINDS:
+            known = ["", *KINDS]
+            raise ValueError(f"{type(self).__name__}: activation must be one of {known}, got {activation!r}")
+        self.num_heads, self.hidden_dim, self.intermediate_dim = num_heads, hidden_dim, intermediate_dim
+        self.activation, self.use_triton = kind, use_triton
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(num_heads, *shape, dtype=dtype, device=device))
+
+        self.w1 = parameter(hidden_dim, intermediate_dim)
+        self.w2 = parameter(intermediate_dim, hidden_dim)
+        gated = kind in GATED_KINDS
+        self.register_parameter("w_gate", parameter(hidden_dim, intermediate_dim) if gated else None)
+        self.register_parameter("b1", parameter(intermediate_dim) if bias else None)
+        self.register_parameter("b2", parameter(hidden_dim) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.w1, self.w2, self.w_gate):
+            if weight is not None:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x, choose_backend(self.use_triton, triton_can_run, x, self.w1))
+
+    def _call(self, x: Tensor, backend: str) -> Tensor:
+        return ops.head_mlp(
+            x, self.w1, self.w2, self.activation, b1=self.b1, b2=self.b2, w_gate=self.w_gate,
+            reduce="mean" if x.dim() == 2 else None, backend=backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        shown = f"{self.num_heads}, {self.hidden_dim}, {self.intermediate_dim}, activation={self.activation!r}"
+        if self.b1 is not None:
+            shown += ", bias=True"
+        return shown if self.use_triton is None else f"{shown}, use_triton={self.use_triton}"
+
+
+class PyTorchMLP(FlashMLP):
+    """FlashMLP by PyTorch's own operations: the same arguments, parameters and state_dict, the reference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x, "torch")
+
+
+class FlashMLPFunction:
+    """``FlashMLPFunction.apply(x, w1, w2, activation)``: document 000's differentiable form of ``trinix.ops.head_mlp``."""
+
+    @staticmethod
+    def apply(x: Tensor, w1: Tensor, w2: Tensor, activation: str = "") -> Tensor:
+        return ops.head_mlp(x, w1, w2, activation or "none", reduce="mean" if x.dim() == 2 else None)
+
+
+def flashmlp_fwd(x: Tensor, w1: Tensor, w2: Tensor, activation: str = "") -> Tensor:
+    """O = act(x w1) w2 a head, without a gradient; ``activation`` "" is the identity."""
+    with torch.no_grad():
+        return FlashMLPFunction.apply(x, w1, w2, activation)
+
+
+def flashmlp_bwd(x: Tensor, w1: Tensor, w2: Tensor, do: Tensor, activation: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dw1, dw2) of ``flashmlp_fwd`` for the incoming gradient ``do``."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (x, w1, w2)]
+        return torch.autograd.grad(FlashMLPFunction.apply(*leaves, activation), leaves, do)

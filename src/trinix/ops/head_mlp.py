@@ -1,0 +1,383 @@
+"""Per-head MLPs  O_h = f(X_h W1_h + b1_h) W2_h + b2_h, and gated  O_h = (f(X_h Wg_h) * (X_h W1_h + b1_h)) W2_h + b2_h.
+
+==========  =========================================  ==================================================================
+argument    shape                                      what
+==========  =========================================  ==================================================================
+x           [H, B, D], or [B, D] for all heads         the rows of each head
+w1          [H, D, E]                                  up projection
+w2          [H, E, D]                                  down projection
+b1, b2      [H, E], [H, D], or None                    biases; b1 is of the projection by w1, not of the gate's
+w_gate      [H, D, E], or None                         with it the gated form
+result      [H, B, D]; [B, D] with reduce="mean"       "mean": the average over the heads of what else were the result
+==========  =========================================  ==================================================================
+
+``kind`` names f: any kind of ``ops.activation``, leaky_relu with slope 0.01 and softplus with beta 1 and threshold 20. With
+w_gate also by the gated units' names of ``ops.glu``: "swiglu" (silu), "geglu" (gelu), "geglu_tanh", "reglu",
+"quick_geglu", "bilinear" (none), "glu" (sigmoid).
+
+The hidden values, [H, B, E], are computed a tile at a time and never stored. Backward saves the inputs only and computes
+them again; it writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
+Kernels: D up to 256; float16, bfloat16 and float32; any H, B, E (0 too) and strides, so that [B, H, D] data is passed as
+``x.transpose(0, 1)`` without a copy. Sums are float32, and hidden values are rounded to the dtype between the two products, as
+PyTorch's are. float32 is true float32, not tf32. Gradients are the same bits on every run. Where the heads and E are few,
+the weights' gradients are summed in float32 parts, which need at most dO's size of memory.
+A second derivative (``create_graph=True``) goes through the PyTorch formula.
+
+"auto" takes PyTorch's formula, which stores the hidden values, for CPU tensors, for float32 and float64, and for
+D > 256, with gradients D > 128: an ordinary two-layer MLP is a case for large matrix products, not for this op.
+Backend "hopper" (compute capability 9.0): plain calls with x [H, B, D], D of 64 or 128 (256 without gradients), without
+biases and gate, in half types, rows at multiples of 16 bytes; "auto" takes it from sizes on where it is the fastest.
+Under ``torch.autocast`` all tensors are cast to its dtype first, as for PyTorch's matrix products. Under ``torch.compile``
+the op stays whole on a GPU.
+
+Source: a fused per-head MLP with recomputation in backward, after arXiv:2205.14135 (tiles, recomputation) and
+arXiv:2002.05202 (gated MLPs).
+"""
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from trinix import dispatch
+from trinix.dispatch import Explanation
+from trinix.kernels.torch import head_mlp as reference
+from trinix.kernels.torch.activation import FORMULAS
+
+_triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
+_hopper_module = None
+
+
+def _triton():
+    global _triton_module
+    if _triton_module is None:
+        from trinix.kernels.triton import head_mlp
+
+        _triton_module = head_mlp
+    return _triton_module
+
+
+def _hopper():
+    global _hopper_module
+    if _hopper_module is None:
+        from trinix.kernels.hopper import head_mlp
+
+        _hopper_module = head_mlp
+    return _hopper_module
+
+
+def _torch():
+    return reference
+
+
+BACKENDS = {"hopper": _hopper, "triton": _triton, "torch": _torch}
+GATED_KINDS = {
+    "swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "quick_geglu": "quick_gelu",
+    "bilinear": "none", "glu": "sigmoid",
+}  # fmt: skip
+KINDS = (*FORMULAS, *GATED_KINDS)
+_FUSED_DTYPES = (torch.float16, torch.bfloat16)  # of "auto"
+MOST_D, MOST_D_WITH_GRADIENT = 256, 128  # of "auto": at M-7 PyTorch's backward is 2.8 times as fast
+
+
+def head_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    kind: str = "silu",
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    reduce: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One MLP a head, fused; differentiable in every tensor. See the top of this file for shapes.
+
+    Args:
+        x: ``[H, B, D]``, or ``[B, D]`` shared by all heads.
+        w1, w2: ``[H, D, E]`` and ``[H, E, D]``, of x's dtype and device.
+        kind: the activation; with ``w_gate`` also the name of a gated unit.
+        b1, b2: ``[H, E]`` and ``[H, D]``.
+        w_gate: ``[H, D, E]``: the gated form f(x w_gate) * (x w1 + b1).
+        reduce: None, or "mean" for the average over heads, ``[B, D]``.
+        backend: "auto", "hopper", "triton" or "torch". A named backend never falls back.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or not of x's dtype (outside of autocast).
+        ValueError: unknown ``kind``, ``reduce`` or ``backend``; a gated unit's name without ``w_gate``; shapes or devices
+            that do not fit x's.
+        Unsupported: the named backend cannot run this call.
+
+    >>> x, w1, w2 = torch.ones(2, 3, 4), torch.ones(2, 4, 8), torch.ones(2, 8, 4)
+    >>> trinix.ops.head_mlp(x, w1, w2, "relu").shape, float(trinix.ops.head_mlp(x, w1, w2, "relu")[0, 0, 0])
+    (torch.Size([2, 3, 4]), 32.0)
+    """
+    activation = _activation(kind, w_gate is not None)
+    if reduce not in (None, "mean"):
+        raise ValueError(f"head_mlp: reduce must be None or 'mean', got {reduce!r}")
+    inputs = _cast(x, w1, w2, b1, b2, w_gate)
+    _check(*inputs)
+    mean = reduce is not None
+    given = [t for t in inputs if t is not None]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    named = dispatch.resolve(backend)
+    if named != "auto":
+        dispatch.load_named("head_mlp", BACKENDS, named, *inputs, activation, mean, grad)
+    elif _against_auto(inputs[0], grad):
+        named = "torch"
+    if named == "torch":
+        return reference.forward(*inputs, activation, mean)
+    call = activation, mean, named
+    if torch.compiler.is_compiling() or not dispatch.plain(*given):
+        if named == "auto" and not torch.compiler.is_compiling():
+            return reference.forward(*inputs, activation, mean)
+        # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
+        grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+        return (_RegisteredHeadMLP.apply if grad else _forward_op)(*inputs, *call)
+    return (_apply if grad else _run_forward)(*inputs, *call)
+
+
+def _module(named, inputs, kind, mean, backward):
+    """The kernels of one pass."""
+    if named == "triton" or (named == "auto" and _against_hopper(inputs, kind, mean, backward)):
+        return _triton()
+    return _hopper()
+
+
+def _run_forward(x, w1, w2, b1, b2, w_gate, kind, mean, named):
+    inputs = x, w1, w2, b1, b2, w_gate
+    return _module(named, inputs, kind, mean, False).forward(*inputs, kind, mean)
+
+
+def _run_backward(x, w1, w2, b1, b2, w_gate, dy, kind, mean, named, wanted):
+    inputs = x, w1, w2, b1, b2, w_gate
+    return _module(named, inputs, kind, mean, True).backward(*inputs, dy, kind, mean, tuple(wanted))
+
+
+def _activation(kind: str, gated: bool) -> str:
+    """The activation that a kind means."""
+    if gated and kind in GATED_KINDS:
+        return GATED_KINDS[kind]
+    if kind in FORMULAS:
+        return kind
+    if kind in GATED_KINDS:
+        raise ValueError(f"head_mlp: kind {kind!r} is a gated unit and needs w_gate; pass it, or name an activation")
+    raise ValueError(f"head_mlp: kind must be one of {list(KINDS)}, got {kind!r}")
+
+
+def _cast(*tensors):
+    """The tensors in autocast's dtype where it is on for x's device, as PyTorch casts the operands of a matrix product."""
+    x = tensors[0]
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    wide = torch.float64
+    return tuple(
+        [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != wide else t for t in tensors]
+    )
+
+
+def _check(x, w1, w2, b1, b2, w_gate):
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"head_mlp: x must be a floating-point tensor, got {_name(x)}; convert it with x.float()")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"head_mlp: x must be [H, B, D], or [B, D] for all heads, got shape {list(x.shape)}")
+    if not isinstance(w1, Tensor) or w1.dim() != 3:
+        got = list(w1.shape) if isinstance(w1, Tensor) else type(w1).__name__
+        raise ValueError(f"head_mlp: w1 must be [H, D, E], got {got}; add the missing dimension with w1.unsqueeze(0)")
+    h, d, e = w1.shape
+    if x.shape[-1] != d or (x.dim() == 3 and x.shape[0] != h):
+        wanted = f"[{h}, B, {d}] or [B, {d}]"
+        raise ValueError(f"head_mlp: x must be {wanted} for w1 of shape {[h, d, e]}, got {list(x.shape)}")
+    dtype, device = x.dtype, x.device
+    for name, t, shape in (
+        ("w1", w1, (h, d, e)), ("w2", w2, (h, e, d)), ("b1", b1, (h, e)), ("b2", b2, (h, d)), ("w_gate", w_gate, (h, d, e)),
+    ):  # fmt: skip
+        if t is None and name not in ("w1", "w2"):
+            continue
+        if not isinstance(t, Tensor) or t.dtype != dtype:
+            raise TypeError(
+                f"head_mlp: {name} must be a tensor of x's dtype {dtype}, got {_name(t)}; convert it with {name}.to(x.dtype)"
+            )
+        if t.shape != shape:
+            raise ValueError(
+                f"head_mlp: {name} must be {list(shape)} for w1 of shape {[h, d, e]}, got {list(t.shape)}; "
+                "w1 is [H, D, E], w2 is [H, E, D]"
+            )
+        if t.device != device:
+            raise ValueError(
+                f"head_mlp: {name} must be on x's device {device}, got {t.device}; move it with {name}.to(x.device)"
+            )
+
+
+def _name(value) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def triton_can_run(x: Tensor, w1: Tensor) -> bool:
+    """Whether ``backend="triton"`` takes these tensors."""
+    return (_triton_missing() or _triton().unsupported(x, w1)) is None
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    return dispatch.missing(_triton)
+
+
+@functools.cache
+def _hopper_missing() -> str | None:
+    return dispatch.missing(_hopper)
+
+
+def _against_hopper(inputs, kind, mean, backward) -> str | None:
+    """Why "auto" takes the portable kernels for a pass, or None."""
+    reason = _hopper_missing() or _hopper().unsupported(*inputs, kind, mean, backward)
+    if reason:
+        return reason
+    heads, d, e = inputs[1].shape
+    processors = _hopper().processors(inputs[0].get_device())
+    wins = hopper_wins(heads, inputs[0].shape[1], d, e, backward, processors)
+    return None if wins else "the portable kernels are faster at this size"
+
+
+def hopper_wins(heads: int, rows: int, d: int, e: int, backward: bool, processors: int) -> bool:
+    """Whether Hopper's kernels of a pass are the faster ones, by measurement: from M-3 on, not at M-1 and M-2.
+
+    In backward a program owns 128 columns of E, and there must be enough of them for the card (M-5 leaves half of it idle).
+    """
+    if 4 * heads * rows * d * e < 1 << 32:
+        return False
+    programs = heads * -(-e // 128)
+    return not backward or programs >= 0.8 * processors * -(-programs // processors)
+
+
+def _against_auto(x: Tensor, grad: bool) -> str | None:
+    """Why "auto" takes PyTorch, or None. Shapes of B and E play no part: under torch.compile they may be symbols."""
+    if not x.is_cuda:
+        return f"needs a GPU tensor, got {x.device.type}"
+    if x.dtype not in _FUSED_DTYPES:
+        return f"{x.dtype} has no tensor cores of full accuracy: PyTorch's products are faster, and store the hidden values"
+    most = MOST_D_WITH_GRADIENT if grad else MOST_D
+    if x.shape[-1] > most:
+        with_grad = " with gradient" if grad else ""
+        return f"D = {x.shape[-1]} is more than {most}{with_grad}: large matrix products keep the tensor cores busy by themselves"
+    return _triton_missing()
+
+
+class _HeadMLP(torch.autograd.Function):
+    """The kernels under autograd."""
+
+    @staticmethod
+    def forward(ctx, x, w1, w2, b1, b2, w_gate, kind, mean, named):
+        ctx.save_for_backward(x, w1, w2, b1, b2, w_gate)
+        ctx.call = kind, mean, named
+        return _run_forward(x, w1, w2, b1, b2, w_gate, kind, mean, named)
+
+    @staticmethod
+    def backward(ctx, dy):
+        inputs = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:6]
+        again = torch.is_grad_enabled()  # create_graph=True
+        if not again and dispatch.plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
+            grads = _run_backward(*inputs, dy, *ctx.call, wanted)
+        else:
+            grads = _formula_gradients(inputs, dy, *ctx.call[:2], wanted)
+        return *grads, None, None, None
+
+
+_apply = dispatch.apply_of(_HeadMLP)
+
+
+def _formula_gradients(inputs, dy, kind, mean, wanted):
+    """The same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # aliases: two inputs may be one tensor, or one be computed from another
+        inputs = [
+            None if t is None else t.view_as(t) if again else t.detach().requires_grad_(want)
+            for t, want in zip(inputs, wanted, strict=True)
+        ]
+        y = reference.forward(*inputs, kind, mean)
+    leaves = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    grads = iter(torch.autograd.grad(y, leaves, dy, create_graph=again))
+    return [next(grads) if want else None for want in wanted]
+
+
+# The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch
+# modes, subclasses.
+
+_INPUTS = "Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, Tensor? w_gate"
+
+
+def _fake_backward(x, w1, w2, b1, b2, w_gate, dy, kind, mean, named, wanted):
+    h, d, e = w1.shape
+    shapes = (None, (h, d, e), (h, e, d), (h, e), (h, d), (h, d, e))
+    return [
+        torch.empty_like(x) if shape is None else w1.new_empty(shape)
+        for shape, want in zip(shapes, wanted, strict=True)
+        if want
+    ]
+
+
+_forward_op = dispatch.register(
+    f"head_mlp({_INPUTS}, str kind, bool mean, str backend) -> Tensor",
+    _run_forward,
+    lambda x, w1, w2, b1, b2, w_gate, kind, mean, named: _triton().empty_output(x, w1, mean),
+)
+_backward_op = dispatch.register(
+    f"head_mlp_backward({_INPUTS}, Tensor dy, str kind, bool mean, str backend, bool[] wanted) -> Tensor[]",
+    lambda *call: [t for t in _run_backward(*call) if t is not None],
+    _fake_backward,
+)
+
+
+class _RegisteredHeadMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, w2, b1, b2, w_gate, *call):
+        ctx.save_for_backward(x, w1, w2, b1, b2, w_gate)
+        ctx.call = call
+        return _forward_op(x, w1, w2, b1, b2, w_gate, *call)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        wanted = [ctx.needs_input_grad[i] for i in range(6)]
+        grads = iter(_backward_op(*ctx.saved_tensors, dy, *ctx.call, wanted))
+        return *[next(grads) if want else None for want in wanted], None, None, None
+
+
+def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
+    """Which backend ``head_mlp(x, *args, **kwargs)`` would run on, why, and with which configuration; runs nothing."""
+    call = inspect.signature(op).bind(x, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    inputs = _cast(*[given[name] for name in ("x", "w1", "w2", "b1", "b2", "w_gate")])
+    _check(*inputs)
+    gated = inputs[5] is not None
+    kind, mean = _activation(given["kind"], gated), given["reduce"] is not None
+    name = f"head_mlp[{kind}{', gated' if gated else ''}]"
+    backend = dispatch.resolve(given["backend"])
+    dispatch.check_name("head_mlp", BACKENDS, backend)
+    tensors = [t for t in inputs if t is not None]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if backend == "torch":
+        return Explanation(name, "torch", "named by the caller")
+    if backend != "auto":
+        module = dispatch.load_named("head_mlp", BACKENDS, backend, *inputs, kind, mean, grad)
+        return Explanation(name, backend, "named by the caller", module.describe(*inputs[:2], gated))
+    against = _against_auto(inputs[0], grad)
+    if not against and not dispatch.plain(*tensors):
+        against = f"a raw launch does not see through {type(x).__name__} or an active mode"
+    if against:
+        rejected = {"hopper": against, "triton": against}
+        return Explanation(name, "torch", "the first backend that is right and fastest here", rejected=rejected)
+    why = "one kernel a pass, hidden values never stored"
+    reasons = [_against_hopper(inputs, kind, mean, backward) for backward in (False, True)]
+    chosen = "triton" if reasons[0] else "hopper"
+    if grad:
+        why += f"; backward {'triton' if reasons[1] else 'hopper'}"
+    rejected = {"hopper": reasons[0]} if reasons[0] else {}
+    return Explanation(name, chosen, why, BACKENDS[chosen]().describe(*inputs[:2], gated), rejected)

@@ -1,0 +1,192 @@
+"""Per-head MLPs on Hopper: what the compiler makes of every binary, without a GPU, the pure choices, and the kernels in NumPy
+(gluon_on_cpu.py). On the card: the tests of the op."""
+
+import ast
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gluon_on_cpu
+from trinix.kernels.torch import head_mlp as reference
+from trinix.testing import assert_within_budget, normal, vjp
+
+pytest.importorskip("triton")
+
+from trinix.kernels.hopper import head_mlp as hopper
+
+SHARED_LIMIT = 227 * 1024
+SPILLS = {"weights/64/mish": 112}  # bytes in all: 5 registers of a formula with two divisions
+
+# Runs in a process of its own: here TRITON_INTERPRET may be set.
+COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from trinix.kernels.hopper.head_mlp import compile_cases
+
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+for case in compile_cases():
+    if not case.name.startswith(PREFIX):
+        continue
+    names = case.kernel.arg_names
+    signature = dict.fromkeys(names, "i32") | dict.fromkeys(case.constants, "constexpr")
+    for name, (rows, columns) in case.blocks.items():
+        layout = f"NVMMASharedLayout(swizzle_byte_width={min(128, 2 * columns)}, element_bitwidth=16, rank=3)"
+        signature[name] = f"tensordesc<bf16{[1, rows, columns]},{layout}>"
+    constants = {(names.index(n),): v for n, v in case.constants.items()}
+    source = GluonASTSource(fn=case.kernel, signature=signature, constexprs=constants)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = os.path.join(folder, "k.ptx")
+        open(ptx, "w").write(binary.asm["ptx"])
+        command = [f"{TOOLS}/ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    print(json.dumps({
+        "name": case.name, "shared": binary.metadata.shared, "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
+        "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log))),
+    }))
+"""
+
+
+@pytest.mark.parametrize("prefix", ["forward/64", "rows/64", "weights/64", "forward/128", "rows/128", "weights/128"])
+def test_every_binary_compiles_without_spills_and_no_product_waits_for_itself(prefix, fresh_process):
+    lines = [json.loads(line) for line in fresh_process(COMPILE.replace("PREFIX", repr(prefix))).splitlines()]
+    assert lines
+    for one in lines:
+        assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"
+        assert one["spills"] <= SPILLS.get(one["name"], 0), one
+        assert one["shared"] <= SHARED_LIMIT, one
+
+
+def test_every_kind_has_a_formula_and_halves_mean_the_same():
+    from trinix.ops.head_mlp import GATED_KINDS, KINDS
+
+    assert set(hopper.FORMULAS) == set(KINDS) - set(GATED_KINDS)
+    assert set(hopper.OF_HALF) <= set(hopper.FORMULAS)
+
+
+@pytest.mark.parametrize("d", hopper.WIDTHS)
+def test_the_choices_fit_shared_memory(d):
+    for heads in (1, 8, 12, 16, 32):
+        for rows in (1, 512, 1000, 4096, 8192):
+            c = hopper.choose_forward(heads, rows, d, 132)
+            tiles = c.consumers * (1 + c.x_registers)
+            assert 2 * (64 * d * tiles + 2 * d * c.hidden * c.slots) + 1024 <= SHARED_LIMIT
+    if d in hopper.BACKWARD_WIDTHS:
+        r, w = hopper.choose_rows(d), hopper.choose_weights(d)
+        assert 2 * d * (2 * 64 * r.consumers + 2 * r.hidden * r.slots) + 1024 <= SHARED_LIMIT
+        assert 2 * d * (2 * 128 + 2 * w.rows * w.slots) + 1024 <= SHARED_LIMIT
+
+
+def test_more_warpgroups_only_where_they_leave_none_idle():
+    assert hopper.choose_forward(12, 4096, 64, 132).consumers == 3  # M-5: two rounds of three
+    assert hopper.choose_forward(16, 2048, 64, 132).consumers == 2  # M-3: two rounds of two
+
+
+def test_what_it_cannot_run_has_a_reason():
+    x, w1, w2 = torch.ones(1, 2, 64), torch.ones(1, 64, 8), torch.ones(1, 8, 64)
+    assert "needs a GPU tensor, got cpu" in hopper.unsupported(x, w1, w2, None, None, None)
+
+
+# ---- the kernels themselves, in NumPy: warpgroups as threads, real barriers ---------------------------------------------------
+
+
+def _functions() -> dict:
+    """The kernels as plain Python."""
+
+    def assembly(text, constraints, args, **_):
+        assert text.startswith("tanh.approx")
+        return gluon_on_cpu.Tensor(np.tanh(args[0].a))
+
+    language = gluon_on_cpu.language()
+    language.inline_asm_elementwise = assembly
+    mbarrier = types.SimpleNamespace(
+        MBarrierLayout=lambda: "barriers",
+        init=lambda b, count: b.set_up(count),
+        wait=lambda b, phase: b.wait(int(phase)),
+        arrive=lambda b, count: b.change(arrivals=count),
+        expect=lambda b, n: b.change(arrivals=1, more_bytes=n),
+    )
+    names = {
+        name: getattr(gluon_on_cpu, name) for name in ("tma_load", "tma_store", "warpgroup_mma", "warpgroup_mma_wait")
+    }
+    names |= {"gl": language, "gluon": language, "mbarrier": mbarrier, "fence_async_shared": lambda: None}
+    names["tma"] = types.SimpleNamespace(store_wait=lambda n: None)
+    tree = ast.parse(Path(hopper.__file__).read_text())
+    tree.body = [
+        n
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, n.decorator_list))
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None  # Triton's
+    exec(compile(ast.fix_missing_locations(tree), hopper.__file__, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The backend's launches run here, for float16 tensors, on two multiprocessors."""
+    functions = _functions()
+
+    class OnCpu(hopper._Plan):
+        def __init__(self, kernel, tensors, blocks, items, integers, constants):
+            self.kernel = functions[kernel.__name__]
+            self.blocks, self.programs, self.integers = blocks, min(items, 2), integers
+            self.constants = {k: functions[v.__name__] if hasattr(v, "__name__") else v for k, v in constants.items()}
+
+        def __call__(self, *tensors):
+            boxes = [
+                hopper.Box(t.shape, t.stride(), (1, *b), t.dtype) for t, b in zip(tensors, self.blocks, strict=True)
+            ]
+            there = [gluon_on_cpu.Descriptor(t.data_ptr(), box) for t, box in zip(tensors, boxes, strict=True)]
+            gluon_on_cpu.launch(self.kernel, self.programs, (*there, *self.integers), self.constants)
+
+    monkeypatch.setattr(hopper, "_Plan", OnCpu)
+    monkeypatch.setattr(hopper, "_plans", {})
+    monkeypatch.setattr(hopper, "processors", lambda index: 2)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        ((2, 200, 64, 200), "silu"),
+        ((3, 130, 64, 72), "gelu"),
+        ((1, 1, 64, 8), "softplus"),
+        ((2, 400, 64, 264), "sigmoid"),
+        ((1, 193, 128, 136), "mish"),
+        ((1, 70, 256, 72), "tanh"),
+    ],
+    ids=str,
+)
+def test_the_kernels_hold_the_budget_at_odd_sizes(sizes, kind):
+    h, b, d, e = sizes
+    x = normal((b, h, d), torch.float16, seed=1).transpose(0, 1)
+    w1 = normal((h, d, e), torch.float16, seed=2, scale=d**-0.5)
+    w2 = normal((h, e, d), torch.float16, seed=3, scale=e**-0.5)
+    dy = normal((h, b, d), torch.float16, seed=4)
+    inputs = x, w1, w2, None, None, None
+    backward = d in hopper.BACKWARD_WIDTHS
+    got = [hopper.forward(*inputs, kind, False)]
+    if backward:
+        got += hopper.backward(*inputs, dy, kind, False, (True, True, True, False, False, False))[:3]
+
+    def formula(*tensors):
+        return reference.forward(*tensors, None, None, None, kind, False)
+
+    low = vjp(formula, (x, w1, w2), dy)
+    true = vjp(formula, [t.double() for t in (x, w1, w2)], dy.double())
+    assert_within_budget(got, low[: len(got)], true[: len(got)])
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_three_warpgroups_hold_the_budget_too(monkeypatch):
+    monkeypatch.setattr(hopper, "choose_forward", lambda *_: hopper.ForwardConfig(64, 3, 6, True))
+    test_the_kernels_hold_the_budget_at_odd_sizes((2, 400, 64, 200), "silu")

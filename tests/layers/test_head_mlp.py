@@ -1,0 +1,81 @@
+"""FlashMLP beside the reference module, its initial scales and state_dict, and document 000's functions."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import trinix
+from helpers import same
+from trinix.testing import normal
+
+
+def modules(activation="silu", **more):
+    torch.manual_seed(0)
+    fused = trinix.FlashMLP(3, 16, 24, activation, use_triton=True, **more)
+    reference = trinix.PyTorchMLP(3, 16, 24, activation, **more)
+    reference.load_state_dict(fused.state_dict())
+    return fused, reference
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 16), (9, 16)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["", "silu", "gelu", "swiglu"])
+def test_the_fused_module_is_the_reference(activation, bias, shape):
+    fused, reference = modules(activation, bias=bias)
+    x = normal(shape, torch.float32, seed=1)
+    results = []
+    for module in (fused, reference):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        assert y.shape == x.shape
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*results)
+
+
+def test_two_dimensional_rows_give_the_average_of_the_heads():
+    fused, _ = modules()
+    x = normal((5, 16), torch.float32, seed=1)
+    torch.testing.assert_close(fused(x), fused(x.expand(3, 5, 16)).mean(0))
+
+
+def test_weights_begin_with_variance_one_over_fan_in_so_that_the_output_has_the_inputs_scale():
+    torch.manual_seed(0)
+    module = trinix.FlashMLP(4, 64, 512, "none")
+    assert abs(module.w1.std().item() * 64**0.5 - 1) < 0.02
+    assert abs(module.w2.std().item() * 512**0.5 - 1) < 0.02
+    assert abs(module(torch.randn(4, 256, 64)).std().item() - 1) < 0.1
+    assert not trinix.FlashMLP(1, 4, 8, bias=True).b1.any()
+
+
+def test_the_state_dict_has_only_what_the_form_needs():
+    assert list(trinix.FlashMLP(1, 4, 8).state_dict()) == ["w1", "w2"]
+    assert list(trinix.FlashMLP(1, 4, 8, "geglu", bias=True).state_dict()) == ["w1", "w2", "w_gate", "b1", "b2"]
+    assert trinix.FlashMLP(1, 4, 8, dtype=torch.float16).w1.dtype == torch.float16
+    assert repr(trinix.FlashMLP(1, 4, 8, bias=True)) == "FlashMLP(1, 4, 8, activation='silu', bias=True)"
+
+
+@pytest.mark.parametrize("activation", ["SiLU", "swish", None.__class__.__name__])
+def test_an_unknown_activation_is_refused(activation):
+    with pytest.raises(ValueError, match=f"FlashMLP: activation must be one of .* got {activation!r}"):
+        trinix.FlashMLP(1, 4, 8, activation)
+
+
+def test_sizes_below_one_are_refused():
+    with pytest.raises(ValueError, match="num_heads must be at least 1, got 0"):
+        trinix.FlashMLP(0, 4, 8)
+
+
+@pytest.mark.parametrize("activation", ["", "silu", "leaky_relu", "sigmoid"])
+def test_the_documents_functions(activation):
+    x, w1, w2, do = (
+        normal(s, torch.float32, seed=i) for i, s in enumerate([(2, 5, 8), (2, 8, 6), (2, 6, 8), (2, 5, 8)])
+    )
+    act = {"": lambda t: t, "silu": F.silu, "leaky_relu": F.leaky_relu, "sigmoid": torch.sigmoid}[activation]
+    leaves = [t.clone().requires_grad_() for t in (x, w1, w2)]
+    wanted = act(leaves[0] @ leaves[1]) @ leaves[2]
+    torch.testing.assert_close(trinix.flashmlp_fwd(x, w1, w2, activation), wanted)
+    grads = torch.autograd.grad(wanted, leaves, do)
+    torch.testing.assert_close(trinix.flashmlp_bwd(x, w1, w2, do, activation), grads)
+    y = trinix.FlashMLPFunction.apply(*leaves, activation)
+    same(torch.autograd.grad(y, leaves, do), trinix.flashmlp_bwd(x, w1, w2, do, activation))

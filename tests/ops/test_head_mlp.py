@@ -1,0 +1,557 @@
+"""Per-head MLPs: every kind, dtype, form and layout against float64, and how the op behaves as a citizen of PyTorch.
+
+Backend "triton" runs in Triton's interpreter on the CPU; the tests marked ``gpu`` run it, and Hopper's, on the card."""
+
+import importlib
+import math
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+import trinix
+from helpers import Tagged, Watch, captured, dense, right_or_refused, same
+from trinix.kernels.triton import _launch
+from trinix.kernels.triton import head_mlp as kernels
+from trinix.ops import head_mlp
+from trinix.testing import assert_within_budget, normal, vjp
+
+op = importlib.import_module("trinix.ops.head_mlp")  # the module: ``trinix.ops.head_mlp`` is the function
+
+PLAIN_KINDS = tuple(kind for kind in op.KINDS if kind not in op.GATED_KINDS)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("x", "w1", "w2", "b1", "b2", "w_gate")
+
+
+class Numbers:
+    """One problem: sizes, form and memory layout; its tensors are the same in every run."""
+
+    def __init__(
+        self, h, b, d, e, *, dtype=torch.float32, device="cpu", bias=False, gated=False, shared=False, mean=False,
+        layout="contiguous", seed=1,
+    ):  # fmt: skip
+        def new(shape, at, scale=1.0):
+            return normal(shape, dtype, seed=10 * seed + at, device=device, scale=scale)
+
+        def weight(at):
+            if layout == "transposed":
+                return new((h, e, d), at, d**-0.5).transpose(1, 2)
+            if layout == "packed":
+                return new((h, d, 2 * e + 3), at, d**-0.5)[..., e + 1 : 2 * e + 1]
+            return new((h, d, e), at, d**-0.5)
+
+        if shared:
+            x = new((b, 2 * d), 1)[:, ::2] if layout == "packed" else new((b, d), 1)
+        elif layout == "transposed":
+            x = new((b, h, d), 1).transpose(0, 1)
+        elif layout == "packed":
+            x = new((h, b, 3 * d), 1)[..., d : 2 * d]
+        else:
+            x = new((h, b, d), 1)
+        down = new((h, d, e), 3, e**-0.5).transpose(1, 2) if layout == "transposed" else new((h, e, d), 3, e**-0.5)
+        biases = (new((h, e), 5), new((h, d), 6)) if bias else (None, None)
+        self.slots = (x, weight(2), down, *biases, weight(4) if gated else None)
+        self.mean = mean
+        shape = (b, d) if mean else (h, b, d)
+        self.dy = new((*shape, 2), 7)[..., 0] if layout == "packed" else new(shape, 7)
+
+    @property
+    def tensors(self):
+        return [t for t in self.slots if t is not None]
+
+    def call(self, kind, backend):
+        """The op as a function of the tensors that are there."""
+        there = [name for name, t in zip(NAMES, self.slots, strict=True) if t is not None]
+
+        def function(*tensors):
+            given = dict(zip(there, tensors, strict=True))
+            return head_mlp(**given, kind=kind, reduce="mean" if self.mean else None, backend=backend)
+
+        return function
+
+    def oracle(self, kind, backend="triton"):
+        """THE test: y and every gradient within the budget that float64 and PyTorch in the same dtype give."""
+        got = vjp(self.call(kind, backend), self.tensors, self.dy)
+        low = vjp(self.call(kind, "torch"), [dense(t) for t in self.tensors], dense(self.dy))
+        wide = [dense(t, torch.float64) for t in self.tensors]
+        true = vjp(self.call(kind, "torch"), wide, dense(self.dy, torch.float64))
+        assert_within_budget(got, low, true)
+        return got
+
+
+# ---- right numbers -----------------------------------------------------------------------------------------------------
+
+SIZES = {  # name -> H, B, D, E
+    "whole tiles": (2, 64, 64, 128),
+    "one past the blocks": (2, 65, 65, 65),
+    "primes": (3, 37, 29, 41),
+    "ones": (1, 1, 1, 1),
+    "one row": (2, 1, 16, 33),
+    "one column": (2, 33, 1, 16),
+    "one hidden column": (2, 33, 16, 1),
+    "D above 128": (1, 17, 130, 24),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_size_holds_the_float64_budget(dtype, sizes):
+    Numbers(*SIZES[sizes], dtype=dtype).oracle("silu")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
+def test_every_kind_holds_the_budget_plain_and_gated(kind, gated):
+    for dtype in (torch.float32, torch.bfloat16):
+        Numbers(2, 19, 24, 40, dtype=dtype, gated=gated, bias=True).oracle(kind)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "packed"])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_form_and_layout_holds_the_budget(shared, mean, layout):
+    for bias, gated in ((False, False), (True, False), (True, True)):
+        Numbers(3, 21, 16, 24, bias=bias, gated=gated, shared=shared, mean=mean, layout=layout).oracle("silu")
+
+
+@pytest.mark.parametrize("kind", op.GATED_KINDS)
+def test_a_gated_units_name_is_its_activation(kind):
+    problem = Numbers(2, 5, 8, 8, gated=True)
+    same(problem.call(kind, "triton")(*problem.tensors), problem.call(op.GATED_KINDS[kind], "triton")(*problem.tensors))
+
+
+def test_few_heads_split_the_rows_and_sum_the_same_on_every_run(monkeypatch):
+    monkeypatch.setattr(kernels, "_processors", lambda index: 8)
+    kernels._backward_plan.cache_clear()
+    splits = []
+    chosen = kernels.choose_splits
+    monkeypatch.setattr(kernels, "choose_splits", lambda *a: splits.append(chosen(*a)) or splits[-1])
+    for gated in (False, True):
+        problem = Numbers(1, 700, 16, 16, dtype=torch.bfloat16, bias=True, gated=gated)
+        first = problem.oracle("silu")
+        same(problem.oracle("silu"), first)
+    kernels._backward_plan.cache_clear()
+    assert all(n > 2 for n in splits)
+
+
+def test_splits_need_no_more_memory_than_dy():
+    for h, b, d, e in ((8, 512, 64, 512), (12, 1024, 64, 768), (16, 2048, 64, 1024), (1, 1 << 16, 64, 256)):
+        splits = kernels.choose_splits(h * -(-e // 64), b, 64, 2 * h * d * e, h * b * d * 2, 132)
+        assert splits == 1 or splits * 2 * h * d * e * 4 <= h * b * d * 2
+    assert kernels.choose_splits(4, 1 << 16, 64, 2 * 64 * 256, (1 << 16) * 64 * 2, 132) > 30
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 8, 8), (2, 3, 8, 0), (2, 3, 0, 8), (0, 3, 8, 8)], ids=str)
+def test_empty_sizes_give_empty_or_zero_results(sizes, device):
+    problem = Numbers(1, 1, 1, 1, bias=True)  # for its call
+    h, b, d, e = sizes
+    shapes = ((h, b, d), (h, d, e), (h, e, d), (h, e), (h, d))
+    tensors = [torch.ones(s, device=device) for s in shapes]
+    results = []
+    for backend in ("triton", "torch"):
+        results.append(vjp(problem.call("silu", backend), tensors, torch.ones(h, b, d, device=device)))
+    same(*results)
+
+
+def _phi(x):
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+PAGE = {  # kind -> f, in plain Python
+    "none": lambda x: x,
+    "relu": lambda x: max(x, 0.0),
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
+    "silu": lambda x: x / (1 + math.exp(-x)),
+    "gelu": lambda x: x * _phi(x),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + math.exp(-1.702 * x)),
+    "squared_relu": lambda x: max(x, 0.0) ** 2,
+    "mish": lambda x: x * math.tanh(math.log1p(math.exp(x))),
+    "leaky_relu": lambda x: x if x > 0 else 0.01 * x,
+    "tanh": math.tanh,
+    "softplus": lambda x: math.log1p(math.exp(x)),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
+def test_the_oracle_itself_is_the_formula_on_the_page(kind):
+    h, b, d, e = 2, 2, 3, 2
+    problem = Numbers(h, b, d, e, dtype=torch.float64, bias=True, gated=True)
+    x, w1, w2, b1, b2, w_gate = (t.tolist() for t in problem.slots)
+    wanted = torch.zeros(h, b, d, dtype=torch.float64)
+    for i in range(h):
+        for j in range(b):
+            for k in range(d):
+                wanted[i, j, k] = b2[i][k]
+                for m in range(e):
+                    up = sum(x[i][j][n] * w1[i][n][m] for n in range(d)) + b1[i][m]
+                    gate = sum(x[i][j][n] * w_gate[i][n][m] for n in range(d))
+                    wanted[i, j, k] += PAGE[kind](gate) * up * w2[i][m][k]
+    torch.testing.assert_close(problem.call(kind, "torch")(*problem.tensors), wanted, rtol=1e-12, atol=1e-13)
+    plain = Numbers(h, b, d, e, dtype=torch.float64)
+    hidden = (plain.slots[0] @ plain.slots[1]).apply_(PAGE[kind])
+    torch.testing.assert_close(
+        plain.call(kind, "torch")(*plain.tensors), hidden @ plain.slots[2], rtol=1e-12, atol=1e-13
+    )
+
+
+def test_tanh_approx_keeps_the_sigmoid_within_2_to_the_minus_12():
+    """tanh.approx errs by at most 2^-11 of its value (PTX ISA): whatever the sign of the error, (1 + tanh) / 2 by 2^-12."""
+    x = torch.linspace(-40, 40, 200_001, dtype=torch.float64)
+    for sign in (1, -1):
+        approximate = 0.5 + 0.5 * torch.tanh(0.5 * x) * (1 + sign * 2.0**-11)
+        assert (approximate - torch.sigmoid(x)).abs().max() <= 2.0**-12 * (1 + 1e-9)
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_only_the_wanted_gradient_is_computed_and_it_is_the_same(wanted, device, monkeypatch):
+    problem = Numbers(2, 33, 16, 40, bias=True, gated=True, device=device)
+    everything = dict(zip(NAMES, vjp(problem.call("silu", "triton"), problem.tensors, problem.dy)[1:], strict=True))
+    seen = []
+    run = kernels.backward
+    monkeypatch.setattr(kernels, "backward", lambda *a: seen.append(a[-1]) or run(*a))
+    leaves = [t.detach().requires_grad_(n == wanted) for n, t in zip(NAMES, problem.slots, strict=True)]
+    leaf = leaves[NAMES.index(wanted)]
+    same(torch.autograd.grad(problem.call("silu", "triton")(*leaves), leaf, problem.dy)[0], everything[wanted])
+    assert seen == [tuple(n == wanted for n in NAMES)]
+
+
+def test_backward_saves_the_inputs_alone_and_writes_into_nothing_of_others(device):
+    problem = Numbers(2, 33, 16, 40, bias=True, device=device)
+    before = [t.clone() for t in (*problem.tensors, problem.dy)]
+    leaves = [t.detach().requires_grad_() for t in problem.tensors]
+    y = problem.call("silu", "triton")(*leaves)
+    saved = [t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None]
+    assert saved == [t.data_ptr() for t in problem.tensors]
+    first = torch.autograd.grad(y, leaves, problem.dy, retain_graph=True)
+    bits = [t.clone() for t in first]
+    same(torch.autograd.grad(y, leaves, problem.dy), bits)
+    same(list(first), bits)
+    same([*problem.tensors, problem.dy], before)
+
+
+def test_without_a_gradient_no_function_is_recorded(device):
+    problem = Numbers(1, 3, 16, 16, device=device)
+    y = problem.call("silu", "triton")(*problem.tensors)
+    assert y.grad_fn is None
+    with torch.no_grad():
+        assert problem.call("silu", "triton")(*[t.requires_grad_() for t in problem.tensors]).grad_fn is None
+
+
+def test_results_lie_as_their_inputs(device):
+    problem = Numbers(3, 9, 16, 24, layout="transposed", device=device)
+    y, dx, *_ = vjp(problem.call("silu", "triton"), problem.tensors, problem.dy)
+    assert y.stride() == dx.stride() == problem.slots[0].stride()
+
+
+def test_an_expanded_gradient_is_read_as_it_is(device):
+    problem = Numbers(2, 9, 16, 24, device=device)
+    problem.dy = torch.full((), 0.5, device=device).expand(2, 9, 16)
+    problem.oracle("gelu")
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu", "mish"])
+def test_the_second_derivative_is_pytorchs(kind, device):
+    problem = Numbers(2, 3, 4, 5, bias=True, gated=kind == "swiglu", device=device)
+    results = []
+    for backend in ("triton", "torch"):
+        leaves = [t.detach().requires_grad_() for t in problem.tensors]
+        incoming = problem.dy.detach().requires_grad_()
+        y = problem.call(kind, backend)(*leaves)
+        grads = torch.autograd.grad(y, leaves, incoming, create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        second = torch.autograd.grad(penalty, [*leaves, incoming], materialize_grads=True)  # b2 plays no part
+        results.append([g.detach() for g in grads] + list(second))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_one_tensor_may_be_two_inputs(backend, device):
+    w = normal((2, 8, 8), torch.float32, seed=1, device=device).requires_grad_()
+    x = normal((2, 5, 8), torch.float32, seed=2, device=device)
+    wanted = torch.autograd.grad((F.silu(x @ w) @ w).sum(), w)[0]
+    torch.testing.assert_close(torch.autograd.grad(head_mlp(x, w, w, backend=backend).sum(), w)[0], wanted)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"x": 3}, TypeError, "x must be a floating-point tensor, got int"),
+        ({"x": torch.ones(2, 3, 4, dtype=torch.int32)}, TypeError, "got torch.int32"),
+        ({"x": torch.ones(4)}, ValueError, r"x must be \[H, B, D\]"),
+        ({"x": torch.ones(2, 3, 5)}, ValueError, r"x must be \[2, B, 4\] or \[B, 4\] .* got \[2, 3, 5\]"),
+        ({"x": torch.ones(3, 3, 4)}, ValueError, r"got \[3, 3, 4\]"),
+        ({"w1": torch.ones(4, 6)}, ValueError, r"w1 must be \[H, D, E\], got \[4, 6\]"),
+        ({"w2": torch.ones(2, 4, 6)}, ValueError, r"w2 must be \[2, 6, 4\] .* got \[2, 4, 6\]"),
+        (
+            {"w2": torch.ones(2, 6, 4).half()},
+            TypeError,
+            r"w2 must be a tensor of x's dtype torch.float32, got torch.float16",
+        ),
+        ({"b1": torch.ones(6)}, ValueError, r"b1 must be \[2, 6\]"),
+        ({"b2": torch.ones(2, 6)}, ValueError, r"b2 must be \[2, 4\]"),
+        ({"w_gate": torch.ones(2, 6, 4)}, ValueError, r"w_gate must be \[2, 4, 6\]"),
+        ({"kind": "SiLU"}, ValueError, "kind must be one of .* got 'SiLU'"),
+        ({"kind": "swiglu"}, ValueError, "gated unit and needs w_gate"),
+        ({"reduce": "sum"}, ValueError, "reduce must be None or 'mean', got 'sum'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_wrong_arguments_say_what_was_wanted(change, error, text):
+    call = {"x": torch.ones(2, 3, 4), "w1": torch.ones(2, 4, 6), "w2": torch.ones(2, 6, 4)} | change
+    with pytest.raises(error, match=text):
+        head_mlp(**call)
+
+
+def test_a_named_backend_that_cannot_run_says_why():
+    x, w1, w2 = torch.ones(1, 2, 300), torch.ones(1, 300, 4), torch.ones(1, 4, 300)
+    with pytest.raises(trinix.Unsupported, match="D is at most 256, got 300"):
+        head_mlp(x, w1, w2, backend="triton")
+    with pytest.raises(trinix.Unsupported, match=r"no kernel for torch\.float64"):
+        head_mlp(*[t.double() for t in Numbers(1, 2, 3, 4).tensors], backend="triton")
+
+
+def test_hopper_is_named_only_on_a_hopper_gpu():
+    x, w1, w2 = torch.ones(1, 2, 64), torch.ones(1, 64, 4), torch.ones(1, 4, 64)
+    with pytest.raises(trinix.Unsupported, match="needs a GPU tensor, got cpu"):
+        head_mlp(x, w1, w2, backend="hopper")
+
+
+def test_hopper_wins_where_it_was_measured_to_be_faster():
+    rows = {
+        (8, 512, 64, 512): (False, False), (12, 1024, 64, 768): (False, False), (16, 2048, 64, 1024): (True, True),
+        (32, 4096, 64, 512): (True, True), (12, 4096, 64, 768): (True, False), (16, 8192, 128, 2048): (True, True),
+    }  # fmt: skip
+    for (h, b, d, e), wanted in rows.items():
+        assert tuple(op.hopper_wins(h, b, d, e, backward, 132) for backward in (False, True)) == wanted
+
+
+def test_explain_says_which_backend_and_why():
+    x, w1, w2 = torch.ones(1, 2, 16), torch.ones(1, 16, 4), torch.ones(1, 4, 16)
+    text = str(trinix.explain("head_mlp", x, w1, w2))
+    assert text.startswith("head_mlp[silu] -> torch")
+    assert "needs a GPU tensor, got cpu" in text
+    assert trinix.explain("head_mlp", x, w1, w2, "swiglu", w_gate=w1, backend="triton").op == "head_mlp[silu, gated]"
+    assert "rows x" in trinix.explain("head_mlp", x, w1, w2, backend="triton").config
+
+
+# ---- a citizen of PyTorch ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("form", ["plain", "gated with biases", "mean"])
+def test_compile_keeps_the_op_whole(form, device):
+    problem = Numbers(2, 9, 16, 24, bias="bias" in form, gated="gated" in form, mean=form == "mean", device=device)
+    leaves = [t.requires_grad_() for t in problem.tensors]
+    targets = []
+
+    def recording(graph, example_inputs):
+        targets.extend(str(node.target) for m in graph.modules() for node in m.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    function = problem.call("silu", "triton")
+    y = torch.compile(function, fullgraph=True, backend=recording)(*leaves)
+    same(y, function(*leaves))
+    grads = [torch.autograd.grad(f, leaves, problem.dy) for f in (y, function(*leaves))]
+    same(*grads)
+    assert "trinix.head_mlp.default" in targets
+
+
+def test_the_registered_ops_pass_opcheck(device):
+    for form in ({}, {"bias": True, "gated": True}, {"shared": True, "mean": True}):
+        problem = Numbers(2, 5, 8, 16, device=device, **form)
+        torch.library.opcheck(torch.ops.trinix.head_mlp.default, (*problem.slots, "silu", problem.mean, "triton"))
+        wanted = [t is not None for t in problem.slots]
+        call = (*problem.slots, problem.dy, "silu", problem.mean, "triton", wanted)
+        torch.library.opcheck(torch.ops.trinix.head_mlp_backward.default, call)
+
+
+def test_a_dispatch_mode_sees_one_op_a_pass(device):
+    problem = Numbers(2, 5, 8, 16, device=device)
+    with Watch() as watch:
+        problem.oracle("silu")
+    assert [n for n in watch.seen if "trinix" in n] == ["trinix.head_mlp.default", "trinix.head_mlp_backward.default"]
+
+
+def test_fake_tensors_pass_with_shape_strides_and_dtype_and_no_kernel(device, monkeypatch):
+    monkeypatch.setattr(_launch.Launch, "__call__", lambda *_: pytest.fail("a kernel ran on a fake tensor"))
+    with FakeTensorMode():
+        x = torch.empty(5, 2, 8, device=device, dtype=torch.bfloat16).transpose(0, 1).requires_grad_()
+        w1, w2 = (torch.empty(2, *s, device=device, dtype=torch.bfloat16) for s in ((8, 16), (16, 8)))
+        y = head_mlp(x, w1, w2, backend="triton")
+        y.sum().backward()
+        assert (y.shape, y.stride(), y.dtype, x.grad.shape) == (x.shape, x.stride(), x.dtype, x.shape)
+        assert head_mlp(x[0], w1, w2, reduce="mean", backend="triton").shape == (5, 8)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_function_transforms_forward_mode_and_negative_views_are_right_or_refused(backend, device):
+    problem = Numbers(2, 3, 4, 8, device=device)
+    x, w1, w2 = problem.tensors
+    ours, theirs = problem.call("silu", backend), problem.call("silu", "torch")
+    tangent = torch.ones_like(x)
+    wanted = torch.func.jvp(lambda t: theirs(t, w1, w2), (x,), (tangent,))[1]
+    right_or_refused(lambda: torch.func.jvp(lambda t: ours(t, w1, w2), (x,), (tangent,))[1], wanted)
+    gradient = torch.func.grad(lambda t: theirs(t, w1, w2).sum())(x)
+    right_or_refused(lambda: torch.func.grad(lambda t: ours(t, w1, w2).sum())(x), gradient)
+    torch.testing.assert_close(ours(torch._neg_view(x), w1, w2), theirs(-x, w1, w2))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+def test_autocast_casts_as_a_matrix_product(backend, device):
+    problem = Numbers(2, 5, 8, 16, device=device)
+    leaves = [t.requires_grad_() for t in problem.tensors]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = problem.call("silu", backend)(*leaves)
+        assert y.dtype == torch.bfloat16
+        assert head_mlp(leaves[0].bfloat16(), *leaves[1:], backend=backend).dtype == torch.bfloat16
+    grads = torch.autograd.grad(y.float().sum(), leaves)
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+
+
+def test_checkpointing_works(device):
+    problem = Numbers(2, 5, 8, 16, device=device)
+    x, *weights = problem.tensors
+    x.requires_grad_()
+    wanted = torch.autograd.grad(head_mlp(x, *weights, backend="triton").sum(), x)[0]
+    y = torch.utils.checkpoint.checkpoint(problem.call("silu", "triton"), x, *weights, use_reentrant=False)
+    same(torch.autograd.grad(y.sum(), x)[0], wanted)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_tensor_subclass_keeps_its_type(backend, device):
+    x, w1, w2 = Numbers(2, 5, 8, 16, device=device).tensors
+    assert type(head_mlp(x.as_subclass(Tagged), w1, w2, backend=backend)) is Tagged
+
+
+# ---- the tests can fail ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _value_a_little_high(x, a, b):
+    return x / (1.0 + tl.exp(-x)) * 1.01
+
+
+@triton.jit
+def _gradient_without_its_second_term(x, dy, a, b):
+    return dy / (1.0 + tl.exp(-x))
+
+
+@pytest.fixture
+def no_kept_plans():
+    def clear():
+        for one in (kernels.forward_launch, kernels.backward_launch, kernels._forward_plan, kernels._backward_plan):
+            one.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.mark.usefixtures("no_kept_plans")
+@pytest.mark.parametrize(("broken", "blamed"), [(0, "y"), (1, "d0")])
+def test_a_broken_formula_fails_the_oracle(broken, blamed, device, monkeypatch):
+    good = list(kernels.formula("silu", torch.float32, 32))
+    good[broken] = _value_a_little_high if broken == 0 else _gradient_without_its_second_term
+    monkeypatch.setattr(kernels, "formula", lambda kind, dtype, lanes: tuple(good))
+    with pytest.raises(AssertionError, match=f"^{blamed}: .*OVER BUDGET"):
+        Numbers(2, 33, 16, 40, device=device).oracle("silu")
+
+
+def test_a_program_that_does_not_run_fails_the_oracle(device, monkeypatch):
+    run = _launch.Launch.__call__
+    monkeypatch.setattr(_launch.Launch, "__call__", lambda self, blocks, *rest: run(self, blocks - 1, *rest))
+    with pytest.raises(AssertionError, match="y: error nan"):
+        Numbers(2, 100, 16, 40, device=device).oracle("silu")
+
+
+# ---- on the card -------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+
+
+def random_problem(seed, device="cuda"):
+    """(kind, problem): sizes of 1, primes and one past each block, any form."""
+    draw = random.Random(seed)
+    b = draw.choice([1, 2, 3, 7, 16, 17, 31, 64, 65, 97, 128, 129, 200, 257])
+    e = draw.choice([1, 5, 16, 17, 32, 33, 61, 64, 65, 96, 127, 128, 129, 200])
+    d = draw.choice([1, 3, 8, 16, 17, 24, 31, 32, 40, 64, 65, 80, 96, 127, 128, 129, 192, 256])
+    gated = draw.random() < 0.3
+    kind = draw.choice(op.KINDS if gated else PLAIN_KINDS)
+    problem = Numbers(
+        draw.choice([1, 2, 3, 5]), b, d, e, dtype=draw.choice([*DTYPES, torch.bfloat16]), device=device,
+        bias=draw.random() < 0.4, gated=gated, shared=draw.random() < 0.25, mean=draw.random() < 0.2,
+        layout=draw.choice(["contiguous", "contiguous", "transposed", "packed"]), seed=seed,
+    )  # fmt: skip
+    return kind, problem
+
+
+@gpu
+@pytest.mark.parametrize("seed", range(200))
+def test_on_the_card_random_problems_hold_the_float64_budget(seed):
+    kind, problem = random_problem(seed)
+    for _ in range(2):  # Triton's own path, then the fast launch
+        problem.oracle(kind)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 500, 64, 512), (40, 700, 64, 72), (2, 1000, 128, 200), (1, 1, 128, 8)], ids=str)
+def test_hopper_holds_the_float64_budget_with_the_same_bits(sizes, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    for kind in PLAIN_KINDS:
+        for layout in ("contiguous", "heads inside"):
+            problem = Numbers(*sizes, dtype=dtype, device="cuda")
+            if layout == "heads inside":
+                problem.slots = (problem.slots[0].transpose(0, 1).contiguous().transpose(0, 1), *problem.slots[1:])
+            first = problem.oracle(kind, "hopper")
+            same(problem.oracle(kind, "hopper"), first)
+
+
+@gpu
+@pytest.mark.parametrize("sizes", [(8, 512, 64, 512), (2, 4096, 128, 512), (1, 5000, 256, 300)], ids=str)
+def test_on_the_card_larger_sizes_hold_the_budget_with_the_same_bits(sizes):
+    problem = Numbers(*sizes, dtype=torch.bfloat16, device="cuda")
+    first = problem.oracle("silu", "auto")
+    for _ in range(20):
+        same(vjp(problem.call("silu", "auto"), problem.tensors, problem.dy), first)
+
+
+@gpu
+def test_a_cuda_graph_replays_both_passes_on_new_data():
+    problem = Numbers(4, 300, 64, 200, dtype=torch.bfloat16, device="cuda")
+    function = problem.call("silu", "auto")
+    graph, results = captured(lambda: vjp(function, problem.tensors, problem.dy))
+    for t in (*problem.tensors, problem.dy):
+        t.normal_()
+    graph.replay()
+    same(results, vjp(function, problem.tensors, problem.dy))
+
+
+@gpu
+def test_auto_runs_our_kernels_and_keeps_memory_within_the_documents_figures():
+    """Document 000's peak of forward and backward: O, dO, dX, dW1 and dW2."""
+    for h, b, d, e in ((8, 512, 64, 512), (16, 2048, 64, 1024), (32, 4096, 64, 512)):
+        problem = Numbers(h, b, d, e, dtype=torch.bfloat16, device="cuda")
+        leaves = [t.requires_grad_() for t in problem.tensors]
+        for _ in range(2):
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated() - problem.dy.nbytes
+            torch.cuda.reset_peak_memory_stats()
+            y = problem.call("silu", "auto")(*leaves)
+            assert torch.cuda.memory_allocated() - before == 2 * y.nbytes
+            grads = torch.autograd.grad(y, leaves, problem.dy)
+            peak = torch.cuda.max_memory_allocated() - before
+            assert peak <= 3 * y.nbytes + 2 * leaves[1].nbytes
+            del y, grads

@@ -1,0 +1,543 @@
+"""Attention modules: projections, positions and a cache around one call into ``trinix.ops.attention``.
+
+=============================  ==================  ====================================================================
+module                         key and value heads  projections
+=============================  ==================  ====================================================================
+FastMultiHeadSelfAttention     H                   q, k and v in one matrix product, ``qkv_proj``
+FastGroupedQueryAttention      Hk, a divisor of H  the same
+FastMultiQueryAttention        1                   the same
+FastMultiHeadAttention         H                   ``q_proj``, ``k_proj``, ``v_proj``: also for cross-attention
+FastMultiHeadLatentAttention   H, from a latent    see ``trinix.layers.latent_attention``
+=============================  ==================  ====================================================================
+
+All return one tensor ``[B, S, E]``. (FastMultiHeadAttention returns two where ``need_weights=True`` asks for them.) A cache is
+an object of ``trinix.layers.cache`` that the call changes; it is never returned.
+
+Masks: ``attention_mask`` is bool, True where a key is seen, or floating point, added to the scores; [Sq, Sk], [B, Sq, Sk] or
+broadcastable to [B, H, Sq, Sk]. ``key_padding_mask`` [B, Sk] and FastMultiHeadAttention's ``attn_mask`` are
+``torch.nn.MultiheadAttention``'s, where True means *not* seen. A query that sees no key gives 0 (torch's gives NaN).
+
+Causal attention is aligned at the bottom right: the last query stands at the last key.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from trinix import ops
+from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
+from trinix.layers.norm import FastLayerNorm, FastRMSNorm
+
+
+class _FastAttention(nn.Module):
+    """What the modules share; their other arguments:
+
+    Args:
+        dropout: probability that an attention weight is dropped, in training mode only.
+        bias: every projection has one.
+        head_dim: D; embed_dim / num_heads if None.
+        causal: a query sees no key after it.
+        position_method: "none", "rope", "alibi", or a module that is called as
+            ``q, k = module(q, k, position_ids=..., offset=...)`` with q ``[B, Sq, H, D]`` and k ``[B, Sk, Hk, D]``; offset, an
+            int or a tensor [B], is how many tokens the cache holds.
+        max_seq_len: the first length of RoPE's table, which grows.
+        rope_base, rope_scaling, rope_interleaved: as in ``trinix.FastRoPEPositionEmbedding``.
+        sliding_window_size: (left, right) as in ``trinix.ops.attention``; an int W is the W nearest keys back, the query's
+            own among them, and W - 1 keys ahead where attention is not causal.
+        qk_norm: every head of q and k is normalised, before positions, by a norm with a weight [D].
+        qk_norm_type: "rmsnorm" or "layernorm"; norm_eps: its eps.
+        add_zero_attn: softmax sees one more key and value, both 0.
+        softcap, scale: as in ``trinix.ops.attention``.
+        batch_first: x is ``[B, S, E]``, not ``[S, B, E]``.
+        backend: as in ``trinix.ops.attention``; calls with a cache choose by themselves.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        head_dim: int | None = None,
+        causal: bool = False,
+        position_method: str | nn.Module = "none",
+        max_seq_len: int = 2048,
+        rope_base: float = 10000.0,
+        rope_scaling: dict | None = None,
+        rope_interleaved: bool = False,
+        sliding_window_size: int | tuple[int | None, int | None] | None = None,
+        qk_norm: bool = False,
+        qk_norm_type: str = "rmsnorm",
+        norm_eps: float = 1e-6,
+        add_zero_attn: bool = False,
+        softcap: float = 0.0,
+        scale: float | None = None,
+        batch_first: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(
+                f"{name}: embed_dim {embed_dim} must be a multiple of num_heads {num_heads}; or give head_dim"
+            )
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{name}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout}")
+        if qk_norm_type not in ("rmsnorm", "layernorm"):
+            raise ValueError(f"{name}: qk_norm_type must be 'rmsnorm' or 'layernorm', got {qk_norm_type!r}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        check_sizes(name, head_dim=head_dim)
+        self.dropout = dropout
+        self.causal = causal
+        self.position_method = position_method if isinstance(position_method, str) else "module"
+        self.position = position_of(
+            name, position_method, num_heads, head_dim, max_seq_len, rope_base, rope_scaling, rope_interleaved, device
+        )
+        self.window = window_of(name, sliding_window_size, causal)
+        self.add_zero_attn = add_zero_attn
+        self.softcap = softcap
+        self.scale = scale
+        self.batch_first = batch_first
+        self.backend = backend
+        norm = {"rmsnorm": FastRMSNorm, "layernorm": FastLayerNorm}[qk_norm_type]
+        self.q_norm, self.k_norm = (
+            norm(head_dim, norm_eps, device=device, dtype=dtype) if qk_norm else None for _ in range(2)
+        )
+
+    def reset_parameters(self) -> None:
+        """Weights as Xavier and Glorot draw them, biases 0, as in ``torch.nn.MultiheadAttention``."""
+        draw(self)
+
+    def _attend(self, q, k, v, attention_mask, key_padding_mask, position_ids, cache, causal) -> Tensor:
+        """Attention of the projected heads ``[B, S, heads, D]``, joined: ``[B, Sq, H D]``."""
+        if cache is not None:
+            check_cached_call(self, q, cache, attention_mask, key_padding_mask, causal)
+        q, k = self._placed(q, k, position_ids, cache)
+        options = self._options(q)
+        if cache is not None:
+            out = cache.attend(q, k, v, **options)
+        else:
+            bias, mask = merged(type(self).__name__, q, attention_mask, key_padding_mask)
+            out = ops.attention(
+                q, k, v, causal=causal, bias=bias, mask=mask, dropout_p=self.dropout if self.training else 0.0,
+                backend=self.backend, **options,
+            )  # fmt: skip
+        return out.flatten(2)
+
+    def _options(self, q: Tensor) -> dict:
+        """What attention over new keys and over a cache have in common."""
+        return {
+            "window": self.window,
+            "softcap": self.softcap,
+            "scale": self.scale,
+            "alibi_slopes": self.position.slopes if self.position_method == "alibi" else None,
+            # a zero key scores 0 and a zero value adds nothing: a logit of 0 in the normaliser
+            "sink": q.new_zeros(self.num_heads, dtype=torch.float32) if self.add_zero_attn else None,
+        }
+
+    def _placed(self, q, k, position_ids, cache) -> tuple[Tensor, Tensor]:
+        """q and k after norm and positions."""
+        rotates = self.position_method == "rope"
+        if position_ids is not None and self.position_method in ("none", "alibi"):
+            raise ValueError(
+                f"{type(self).__name__}: position_ids need position_method 'rope' or a module, "
+                f"this one has {self.position_method!r}"
+            )
+        offset = cache.lengths if position_ids is None and cache is not None and cache.lengths is not None else 0
+        together = q.shape[1] == k.shape[1]
+        if rotates and position_ids is None:
+            self.position.grow(max(q.shape[1], k.shape[1]) if cache is None else reach(cache, q.shape[1]))
+        if rotates and together and isinstance(self.q_norm, FastRMSNorm):
+            return ops.qk_norm_rope(
+                q, k, self.q_norm.weight, self.k_norm.weight, self.position.cos, self.position.sin, eps=self.q_norm.eps,
+                interleaved=self.position.interleaved, position_ids=position_ids, offset=offset,
+            )  # fmt: skip
+        if self.q_norm is not None:
+            # under autocast a norm's weights are wider than q: what leaves must still meet v
+            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
+        if rotates and not together:
+            if position_ids is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: position_ids name the positions of queries and keys alike, got {q.shape[1]} "
+                    f"queries and {k.shape[1]} keys; leave them out, both count from 0"
+                )
+            return self.position(q), self.position(k)
+        if rotates or self.position_method == "module":
+            return self.position(q, k, position_ids=position_ids, offset=offset)
+        return q, k
+
+    def extra_repr(self) -> str:
+        shown = {
+            "num_kv_heads": self.num_kv_heads if self.num_kv_heads != self.num_heads else None,
+            "head_dim": self.head_dim,
+            "causal": self.causal or None,
+            "dropout": self.dropout or None,
+            "position_method": None if self.position_method == "none" else self.position_method,
+            "window": self.window,
+            "add_zero_attn": self.add_zero_attn or None,
+            "softcap": self.softcap or None,
+            "scale": self.scale,
+            "backend": None if self.backend == "auto" else self.backend,
+        }
+        sizes = f"{self.embed_dim}, {self.num_heads}"
+        return ", ".join([sizes, *(f"{n}={v}" for n, v in shown.items() if v is not None)])
+
+
+class FastGroupedQueryAttention(_FastAttention):
+    """Self-attention whose H query heads share Hk heads of keys and values (arXiv:2305.13245); ``[B, S, E]`` to ``[B, S, E]``.
+
+    Args:
+        embed_dim, num_heads, num_kv_heads: E, H and Hk.
+
+    Other arguments are ``_FastAttention``'s.
+
+    >>> layer = trinix.FastGroupedQueryAttention(64, 8, 2, causal=True, position_method="rope")
+    >>> layer(torch.randn(2, 5, 64)).shape
+    torch.Size([2, 5, 64])
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float = 0.0, bias: bool = True, **options
+    ):
+        super().__init__(embed_dim, num_heads, num_kv_heads, dropout, bias, **options)
+        place = {"device": options.get("device"), "dtype": options.get("dtype")}
+        heads = num_heads + 2 * num_kv_heads
+        self.qkv_proj = nn.Linear(embed_dim, heads * self.head_dim, bias, **place)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias, **place)
+        self.reset_parameters()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+    ) -> Tensor:
+        """Attention among the tokens of ``hidden_states`` ``[B, S, E]``.
+
+        Args:
+            attention_mask, key_padding_mask: see the top of this file.
+            position_ids: ``[B, S]``, ``[1, S]`` or ``[S]``, instead of 0 .. S - 1 behind the cache.
+            cache: of ``trinix.layers.cache``: the tokens are appended to it, and see all that it holds.
+        """
+        x = hidden_states if self.batch_first else hidden_states.transpose(0, 1)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
+        out = self._attend(q, k, v, attention_mask, key_padding_mask, position_ids, cache, self.causal)
+        out = self.o_proj(out)
+        return out if self.batch_first else out.transpose(0, 1)
+
+    def checkpoint(self, prefix: str = "") -> dict[str, Tensor]:
+        """The parameters under the names that LLaMA's checkpoints use: q_proj, k_proj, v_proj, o_proj; detached views."""
+        state = {}
+        sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        for name, parameter in self.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if module == "qkv_proj":
+                parts = parameter.detach().split(sizes)
+                state |= {f"{prefix}{p}_proj.{kind}": t for p, t in zip("qkv", parts, strict=True)}
+            else:
+                state[prefix + name] = parameter.detach()
+        return state
+
+    def load_checkpoint(self, state: dict[str, Tensor], prefix: str = "") -> None:
+        """Copy separate projections, under the names of ``checkpoint``, from ``state``; its other entries are left alone.
+
+        Raises:
+            ValueError: an entry is missing or has another shape.
+        """
+        load_entries(type(self).__name__, state, self.checkpoint(prefix))
+
+
+class FastMultiHeadSelfAttention(FastGroupedQueryAttention):
+    """Self-attention with as many heads of keys and values as of queries (arXiv:1706.03762), projected by one matrix product.
+
+    Args:
+        embed_dim, num_heads: E and H.
+
+    Other arguments are ``_FastAttention``'s.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, **options):
+        super().__init__(embed_dim, num_heads, num_heads, dropout, bias, **options)
+
+
+class FastMultiQueryAttention(FastGroupedQueryAttention):
+    """Self-attention whose query heads share one head of keys and values (arXiv:1911.02150).
+
+    Args:
+        embed_dim, num_heads: E and H.
+
+    Other arguments are ``_FastAttention``'s.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, **options):
+        super().__init__(embed_dim, num_heads, 1, dropout, bias, **options)
+
+
+class FastMultiHeadAttention(_FastAttention):
+    """Attention of queries over keys and values that may come from elsewhere, with the arguments of
+    ``torch.nn.MultiheadAttention``; ``from_torch`` takes one over.
+
+    Differences: ``batch_first`` is True unless told otherwise, ``need_weights`` False, and without it one tensor is returned:
+    code that takes ``[0]`` of torch's pair, as ``torch.nn.TransformerEncoderLayer`` does, would take the first of the batch.
+
+    Args:
+        embed_dim, num_heads: E and H.
+        kdim, vdim: widths of key and value; E if None.
+
+    Other arguments are ``_FastAttention``'s.
+
+    >>> layer = trinix.FastMultiHeadAttention(8, 2, kdim=6, vdim=6)
+    >>> layer(torch.randn(2, 5, 8), torch.randn(2, 3, 6)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        **options,
+    ):
+        super().__init__(embed_dim, num_heads, num_heads, dropout, bias, **options)
+        place = {"device": options.get("device"), "dtype": options.get("dtype")}
+        width = num_heads * self.head_dim
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        check_sizes("FastMultiHeadAttention", kdim=self.kdim, vdim=self.vdim)
+        self.q_proj = nn.Linear(embed_dim, width, bias, **place)
+        self.k_proj = nn.Linear(self.kdim, width, bias, **place)
+        self.v_proj = nn.Linear(self.vdim, width, bias, **place)
+        self.o_proj = nn.Linear(width, embed_dim, bias, **place)
+        self.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of ``query`` ``[B, Sq, E]`` over ``key`` ``[B, Sk, kdim]`` and ``value`` ``[B, Sk, vdim]``.
+
+        Args:
+            key, value: the query, and the key, if None.
+            key_padding_mask, attn_mask: torch's, True where a key is *not* seen, or floating point to be added; attn_mask is
+                [Sq, Sk] or [B * H, Sq, Sk].
+            need_weights: return (out, weights) with weights ``[B, Sq, Sk]``, or ``[B, H, Sq, Sk]`` without
+                ``average_attn_weights``; they are in memory then. With ``add_zero_attn`` they have a last column for the zero.
+            is_causal: this call is causal.
+            attention_mask, position_ids, cache: as in ``FastGroupedQueryAttention``.
+        """
+        if cache is not None and key is not None and key is not query:
+            raise ValueError("FastMultiHeadAttention: a cache is for self-attention; leave key and value out")
+        key = query if key is None else key
+        value = key if value is None else value
+        unbatched = query.dim() == 2
+        if unbatched:
+            query, key, value = query[None], key[None], value[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        if attn_mask is not None:
+            attention_mask = self._as_seen(attn_mask, attention_mask, q)
+        causal = self.causal or is_causal
+        weights = None
+        if need_weights:
+            out, weights = self._with_weights(q, k, v, attention_mask, key_padding_mask, position_ids, cache, causal)
+        else:
+            out = self._attend(q, k, v, attention_mask, key_padding_mask, position_ids, cache, causal)
+        out = self.o_proj(out)
+        out = out[0] if unbatched else out if self.batch_first else out.transpose(0, 1)
+        if not need_weights:
+            return out
+        weights = weights.mean(1) if average_attn_weights else weights
+        return out, weights[0] if unbatched else weights
+
+    def _as_seen(self, attn_mask, attention_mask, q) -> Tensor:
+        """torch's mask as one of ours."""
+        if attention_mask is not None:
+            raise ValueError("FastMultiHeadAttention: attn_mask and attention_mask are one thing; give one of them")
+        if attn_mask.dim() == 3 and attn_mask.shape[0] == q.shape[0] * self.num_heads:
+            attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
+        return ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+
+    def _with_weights(self, q, k, v, attention_mask, key_padding_mask, position_ids, cache, causal):
+        """(out ``[B, Sq, H D]``, weights ``[B, H, Sq, Sk]``)."""
+        if cache is not None:
+            raise ValueError("FastMultiHeadAttention: need_weights does not go with a cache; leave one of them out")
+        q, k = self._placed(q, k, position_ids, None)
+        bias, mask = merged(type(self).__name__, q, attention_mask, key_padding_mask)
+        # the weights are what attention makes of an identity
+        keys = k.shape[1]
+        identity = torch.eye(keys, dtype=k.dtype, device=k.device)[:, None].expand(
+            k.shape[0], keys, self.num_heads, keys
+        )
+        weights = ops.attention(
+            q, k, identity, causal=causal, bias=bias, mask=mask, backend="torch", **self._options(q)
+        ).transpose(1, 2)
+        if self.add_zero_attn:
+            weights = torch.cat((weights, 1 - weights.sum(-1, keepdim=True)), -1)
+        weights = nn.functional.dropout(weights, self.dropout, self.training)
+        out = weights[..., :keys] @ v.transpose(1, 2)
+        return out.transpose(1, 2).flatten(2), weights
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, **options) -> "FastMultiHeadAttention":
+        """A module that computes what ``module`` computes, with copies of its parameters; ``options`` are added.
+
+        Raises:
+            ValueError: ``module`` was made with ``add_bias_kv=True``.
+
+        >>> theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        >>> ours, x = trinix.FastMultiHeadAttention.from_torch(theirs), torch.randn(2, 3, 8)
+        >>> torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
+        True
+        """
+        if module.bias_k is not None:
+            raise ValueError("FastMultiHeadAttention: from_torch knows no add_bias_kv; make the module without it")
+        out = module.out_proj
+        ours = cls(
+            module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None, kdim=module.kdim,
+            vdim=module.vdim, add_zero_attn=module.add_zero_attn, batch_first=module.batch_first,
+            **{"device": out.weight.device, "dtype": out.weight.dtype} | options,
+        )  # fmt: skip
+        if module.in_proj_weight is None:
+            weights = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+        else:
+            weights = module.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        places = zip(
+            (ours.q_proj, ours.k_proj, ours.v_proj, ours.o_proj),
+            (*weights, out.weight),
+            (*biases, out.bias),
+            strict=True,
+        )
+        with torch.no_grad():
+            for linear, weight, bias in places:
+                linear.weight.copy_(weight)
+                if bias is not None:
+                    linear.bias.copy_(bias)
+        return ours.train(module.training)
+
+
+# ---- shared with latent attention -----------------------------------------------------------------------------------------
+
+
+def check_sizes(name: str, **sizes: int) -> None:
+    for argument, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name}: {argument} must be an int from 1 on, got {size!r}")
+
+
+def draw(layer: nn.Module) -> None:
+    """New weights for a layer's projections and norms."""
+    for module in layer.children():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def check_cached_call(layer: nn.Module, x: Tensor, cache, attention_mask, key_padding_mask, causal: bool) -> None:
+    """Refuse what a call with a cache cannot do; x is ``[B, S, ...]``."""
+    name = type(layer).__name__
+    if attention_mask is not None or key_padding_mask is not None:
+        raise ValueError(f"{name}: a cache takes no mask; pad prompts on the right, then cache.truncate(their lengths)")
+    if not causal:
+        raise ValueError(f"{name}: a cache needs causal attention; make the layer with causal=True")
+    if layer.training and layer.dropout:
+        raise ValueError(f"{name}: a cache knows no dropout; call eval() first")
+    cache.check(*x.shape[:2])
+
+
+def window_of(name: str, size, causal: bool) -> tuple[int | None, int | None] | None:
+    """``sliding_window_size`` as attention's window."""
+    if size is None or isinstance(size, tuple):
+        return size
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{name}: sliding_window_size must be an int from 1 on, (left, right) or None, got {size!r}")
+    return size - 1, 0 if causal else size - 1
+
+
+def position_of(name, method, num_heads, rotary_dim, length, base, scaling, interleaved, device) -> nn.Module | None:
+    """The module behind a ``position_method``."""
+    if isinstance(method, nn.Module) or method == "none":
+        return method if isinstance(method, nn.Module) else None
+    if method == "rope":
+        if rotary_dim % 2:
+            raise ValueError(f"{name}: position_method 'rope' needs an even head_dim, got {rotary_dim}")
+        made = FastRoPEPositionEmbedding(rotary_dim, length, base, interleaved=interleaved, scaling=scaling)
+    elif method == "alibi":
+        made = FastALiBiPositionEmbedding(num_heads)
+    else:
+        raise ValueError(f"{name}: position_method must be 'none', 'rope', 'alibi' or a module, got {method!r}")
+    return made.to(device) if device is not None else made
+
+
+def reach(cache, tokens: int) -> int:
+    """How many positions a table must have for ``tokens`` behind a cache, and for all that a static one will ever hold."""
+    return cache.longest + tokens if cache.capacity is None else cache.capacity
+
+
+def merged(name: str, q: Tensor, attention_mask: Tensor | None, key_padding_mask: Tensor | None):
+    """(bias, mask) of ``trinix.ops.attention``."""
+    bias = mask = None
+    for argument, given in (("attention_mask", attention_mask), ("key_padding_mask", key_padding_mask)):
+        if given is None:
+            continue
+        if given.dtype != torch.bool and not given.is_floating_point():
+            raise TypeError(
+                f"{name}: {argument} must be bool or floating point, got {given.dtype}; convert numbers 0 and 1 with .bool()"
+            )
+        if argument == "key_padding_mask":
+            if given.dim() != 2 or given.shape[0] != q.shape[0]:
+                raise ValueError(f"{name}: key_padding_mask must be [B, Sk], B = {q.shape[0]}, got {list(given.shape)}")
+            given = (~given if given.dtype == torch.bool else given)[:, None, None]
+        elif given.dim() == 3:
+            given = given[:, None]
+        if given.dtype == torch.bool:
+            mask = given if mask is None else mask & given
+        else:
+            bias = given if bias is None else bias + given
+    return bias, mask
+
+
+def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor]) -> None:
+    """Copy ``state``'s entries into the views ``places``, all of them or none."""
+    for key, place in places.items():
+        if key not in state:
+            raise ValueError(f"{name}: load_checkpoint found no {key}; check the prefix, bias and qk_norm")
+        if state[key].shape != place.shape:
+            raise ValueError(f"{name}: {key} must be {list(place.shape)}, got {list(state[key].shape)}")
+    for key, place in places.items():
+        place.copy_(state[key])

@@ -1,0 +1,336 @@
+"""What attention keeps of earlier tokens: one object a layer, which the layer appends to and attends over.
+
+=============  ==============================================  ===========================================================
+cache          memory                                          for
+=============  ==============================================  ===========================================================
+StaticCache    batch x capacity tokens, taken at once          decode steps in CUDA graphs
+DynamicCache   grows with the tokens                           a length that nobody knows before
+PagedCache     pages of ``page_size`` tokens from a pool       sequences of very different lengths
+LatentCache    one row of L + R numbers a token, no heads      FastMultiHeadLatentAttention
+=============  ==============================================  ===========================================================
+
+``lengths``, int32 [B] on the device, counts every sequence's tokens; new tokens go behind them. ``longest`` is the host's own
+count of the longest one, for checks that must not wait for the device. A replayed CUDA graph moves ``lengths`` only: tell
+the host by ``count``, or by ``sync``. (Behind the capacity results are NaN on a GPU.)
+
+A batch of prompts of different lengths is padded on the right; ``truncate(prompt_lengths)`` after the prefill forgets the
+padding. Keys are kept as attention reads them, after norm and rotation. A cache holds no graph: it refuses tensors that want
+a gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from trinix import ops
+
+
+class _Cache:
+    """Lengths and what all caches do with them."""
+
+    capacity: int | None  # tokens that a sequence may reach; None: no bound
+
+    def __init__(self, batch: int, capacity: int | None, device: torch.device | str | None):
+        self.capacity = capacity
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.longest = 0
+        self.leader: _Cache | None = None
+
+    def follow(self, leader: "_Cache") -> None:
+        """Let ``leader``, the cache of the layer that runs last, count for this one too: a model's layers count alike, and one
+        kernel a step does it. Both are empty."""
+        self.leader, self.lengths = leader, leader.lengths
+
+    def sync(self) -> None:
+        """Read ``longest`` from the device, after CUDA graphs have moved ``lengths``."""
+        self.longest = int(self.lengths.max()) if self.lengths.numel() else 0
+
+    def truncate(self, lengths: Tensor | int) -> None:
+        """Forget the tokens of every sequence from ``lengths`` (int, or int tensor [B]) on."""
+        self.lengths.copy_(torch.minimum(self.lengths, torch.as_tensor(lengths).to(self.lengths)))
+        self.sync()
+
+    def count(self, tokens: int) -> None:
+        """Note on the host that every sequence has ``tokens`` more, or fewer below 0; ``lengths`` say so already."""
+        self.longest += tokens
+
+    def rewind(self, tokens: int) -> None:
+        """Take back the last ``tokens`` of every sequence; the host does not wait for the device."""
+        if self.leader is None:
+            self.lengths.sub_(tokens)
+        self.count(-tokens)
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        self.lengths.zero_()
+        self.longest = 0
+
+    def reorder(self, index: Tensor) -> None:
+        """Sequence b becomes what sequence ``index[b]`` ([B], integers) was: the step of a beam search. Copies."""
+        if index.shape != self.lengths.shape:
+            raise ValueError(
+                f"{type(self).__name__}: reorder wants index [B] = {list(self.lengths.shape)}, got {list(index.shape)}"
+            )
+        self._reorder(index.to(self.lengths.device, torch.int64))
+        if self.leader is None:
+            self.lengths.copy_(self.lengths[index])
+
+    def _reorder(self, index: Tensor) -> None:
+        raise NotImplementedError
+
+    def check(self, batch: int, tokens: int) -> None:
+        """Refuse what does not fit."""
+        name = type(self).__name__
+        if self.lengths is not None and batch != self.lengths.shape[0]:
+            raise ValueError(f"{name}: made for a batch of {self.lengths.shape[0]}, got {batch}; make one of that size")
+        if self.capacity is not None and self.longest + tokens > self.capacity:
+            raise ValueError(
+                f"{name}: {self.longest} tokens and {tokens} more exceed its capacity of {self.capacity}; make a larger "
+                "one, or reset() it"
+            )
+
+    def _admit(self, *tensors: Tensor) -> int:
+        """How many tokens come in, once they are found to fit."""
+        batch, tokens = tensors[0].shape[:2]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise ValueError(f"{type(self).__name__}: a cache keeps no gradient; call the model under torch.no_grad()")
+        self.check(batch, tokens)
+        return tokens
+
+    def _advance(self, tokens: int) -> None:
+        if self.leader is None:
+            self.lengths.add_(tokens)
+        self.count(tokens)
+
+
+class StaticCache(_Cache):
+    """Keys ``[B, capacity, Hk, D]`` and values ``[B, capacity, Hk, Dv]`` at addresses that never change.
+
+    Args:
+        batch, capacity: B, and the tokens that a sequence may reach.
+        kv_heads, head_dim, v_head_dim: Hk, D and Dv (D if None) of the layer.
+
+    >>> layer = trinix.FastMultiHeadSelfAttention(8, 2, causal=True)
+    >>> x = torch.randn(1, 5, 8)
+    >>> cache = trinix.StaticCache(1, capacity=16, kv_heads=2, head_dim=4)
+    >>> with torch.no_grad():
+    ...     steps = [layer(x[:, :4], cache=cache), layer(x[:, 4:], cache=cache)]
+    >>> torch.allclose(torch.cat(steps, 1), layer(x), atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(batch, capacity, device)
+        shape = batch, capacity, kv_heads
+        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, v_head_dim or head_dim, device=device, dtype=dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        """Append k and v ``[B, S, Hk, D]``; causal attention of q ``[B, S, H, D]`` over all that is kept."""
+        tokens = self._admit(q, k, v)
+        if self.longest:
+            out = ops.attention_decode(q, self.keys, self.values, self.lengths, k_new=k, v_new=v, **options)
+        else:  # nothing is kept yet: the new tokens attend among themselves
+            self.keys[:, :tokens] = k
+            self.values[:, :tokens] = v
+            out = ops.attention(q, k, v, causal=True, **options)
+        self._advance(tokens)
+        return out
+
+    def _reorder(self, index: Tensor) -> None:
+        for kept in (self.keys, self.values):
+            kept[:, : self.longest] = kept[index, : self.longest]
+
+
+class DynamicCache(StaticCache):
+    """Keys and values that grow by a half whenever they are full; shapes, dtype and device are the first tokens'."""
+
+    def __init__(self):
+        self.capacity = self.leader = self.lengths = self.keys = self.values = None
+        self.longest = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        self._grow(k, v)
+        return super().attend(q, k, v, **options)
+
+    def _grow(self, k: Tensor, v: Tensor) -> None:
+        batch, tokens = k.shape[:2]
+        if self.lengths is None:
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
+            self.keys, self.values = (t.new_empty(batch, 0, *t.shape[2:]) for t in (k, v))
+        room = self.keys.shape[1]
+        if self.longest + tokens > room:
+            room = max(self.longest + tokens, room * 3 // 2)
+            self.keys, self.values = (self._enlarged(t, room) for t in (self.keys, self.values))
+
+    def _enlarged(self, kept: Tensor, room: int) -> Tensor:
+        larger = kept.new_zeros(kept.shape[0], room, *kept.shape[2:])
+        larger[:, : self.longest] = kept[:, : self.longest]
+        return larger
+
+    def truncate(self, lengths: Tensor | int) -> None:
+        if self.lengths is not None:
+            super().truncate(lengths)
+
+    def reset(self) -> None:
+        self.__init__()
+
+
+class PagedCache(_Cache):
+    """Keys ``[pages, page_size, Hk, D]`` and values of a pool; ``page_table``, int32 ``[B, max_pages]``, says whose they are.
+
+    Every sequence takes a page when its last one is full, and ``truncate`` gives pages back. Before a CUDA graph is captured,
+    ``reserve`` the pages that its replays will fill.
+
+    Args:
+        batch, pages, page_size: B, and the pool.
+        kv_heads, head_dim, v_head_dim: as in ``StaticCache``.
+        capacity: tokens that a sequence may reach; all pages if None.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(batch, pages * page_size if capacity is None else capacity, device)
+        self.page_size = page_size
+        shape = pages, page_size, kv_heads
+        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, v_head_dim or head_dim, device=device, dtype=dtype)
+        self.page_table = torch.zeros(batch, -(-self.capacity // page_size), dtype=torch.int32, device=device)
+        self._free = list(range(pages - 1, -1, -1))
+        self._owned: list[list[int]] = [[] for _ in range(batch)]
+        self._counts = [0] * batch  # the host's own copy of lengths
+
+    def reserve(self, tokens: int) -> None:
+        """Take the pages that ``tokens`` more of every sequence will need.
+
+        Raises:
+            ValueError: the pool has too few.
+        """
+        missing = [
+            max(0, -(-(count + tokens) // self.page_size) - len(owned))
+            for count, owned in zip(self._counts, self._owned, strict=True)
+        ]
+        if sum(missing) > len(self._free):
+            raise ValueError(
+                f"PagedCache: {tokens} more tokens need {sum(missing)} pages, {len(self._free)} are free; make a larger "
+                "pool, or truncate() it"
+            )
+        if any(missing):
+            for owned, pages in zip(self._owned, missing, strict=True):
+                owned.extend(self._free.pop() for _ in range(pages))
+            self._write_table()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        """As ``StaticCache.attend``."""
+        tokens = self._admit(q, k, v)
+        self.reserve(tokens)
+        if self.longest:
+            out = ops.attention_decode(
+                q, self.keys, self.values, self.lengths, k_new=k, v_new=v, page_table=self.page_table, **options
+            )
+        else:
+            page, row = self._places(torch.arange(tokens, device=k.device))
+            self.keys[page, row], self.values[page, row] = k, v
+            out = ops.attention(q, k, v, causal=True, **options)
+        self._advance(tokens)
+        return out
+
+    def count(self, tokens: int) -> None:
+        super().count(tokens)
+        self._counts = [count + tokens for count in self._counts]
+
+    def sync(self) -> None:
+        self._counts = self.lengths.tolist()
+        self.longest = max(self._counts, default=0)
+
+    def truncate(self, lengths: Tensor | int) -> None:
+        super().truncate(lengths)
+        for owned, count in zip(self._owned, self._counts, strict=True):
+            kept = -(-count // self.page_size)
+            self._free += owned[kept:]
+            del owned[kept:]
+
+    def reset(self) -> None:
+        self.truncate(0)
+
+    def _write_table(self) -> None:
+        width = self.page_table.shape[1]
+        rows = [owned + [0] * (width - len(owned)) for owned in self._owned]
+        self.page_table.copy_(torch.tensor(rows, dtype=torch.int32))
+
+    def _places(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """(page [B, tokens], row in it) of the tokens at ``at``."""
+        return self.page_table[:, at // self.page_size].long(), at % self.page_size
+
+    def _reorder(self, index: Tensor) -> None:
+        counts = [self._counts[i] for i in index.tolist()]
+        page, row = self._places(torch.arange(self.longest, device=index.device))
+        kept = [pool[page[index], row] for pool in (self.keys, self.values)]  # gathered before any page changes hands
+        self._counts = counts
+        self.reserve(0)
+        page, row = self._places(torch.arange(self.longest, device=index.device))
+        mine = torch.arange(self.longest, device=index.device) < torch.tensor(counts, device=index.device)[:, None]
+        for pool, rows in zip((self.keys, self.values), kept, strict=True):
+            pool[page[mine], row.expand_as(page)[mine]] = rows[mine]
+
+
+class LatentCache(_Cache):
+    """Rows ``[B, capacity, 1, L + R]``: a token's latent, which is key and value of every head, and its rotated key channels.
+
+    Args:
+        batch, capacity: as in ``StaticCache``.
+        latent_dim, rope_head_dim: L and R of the layer, R being 0 without RoPE.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        latent_dim: int,
+        rope_head_dim: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(batch, capacity, device)
+        self.latent_dim = latent_dim
+        self.rows = torch.zeros(batch, capacity, 1, latent_dim + rope_head_dim, device=device, dtype=dtype)
+
+    def append(self, rows: Tensor) -> None:
+        """Keep the rows ``[B, S, 1, L + R]`` of a prompt; the cache is empty."""
+        tokens = self._admit(rows)
+        self.rows[:, :tokens] = rows
+        self._advance(tokens)
+
+    def attend(self, q: Tensor, rows: Tensor, **options) -> Tensor:
+        """Append rows ``[B, S, 1, L + R]``; causal attention of q ``[B, S, H, L + R]`` over all rows: ``[B, S, H, L]``."""
+        tokens = self._admit(q, rows)
+        width = self.latent_dim
+        out = ops.attention_decode(
+            q, self.rows, self.rows[..., :width], self.lengths, k_new=rows, v_new=rows[..., :width], **options
+        )
+        self._advance(tokens)
+        return out
+
+    def _reorder(self, index: Tensor) -> None:
+        self.rows[:, : self.longest] = self.rows[index, : self.longest]

@@ -1,0 +1,245 @@
+"""A decoder-only Transformer: GPT, LLaMA or DeepSeek in shape, by its configuration. Small enough to read at one sitting.
+
+Every block adds to the residual stream h what attention and the feed-forward block make of its norm::
+
+    h = h + attention(norm(h))        h = h + feed_forward(norm(h))
+
+The sum and the norm behind it are one kernel, so blocks hand on two tensors: what is still to be added, and h without it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trinix.layers.activation import FastGELU
+from trinix.layers.attention import FastGroupedQueryAttention
+from trinix.layers.cache import DynamicCache, LatentCache, PagedCache, StaticCache
+from trinix.layers.glu import FastSwiGLU
+from trinix.layers.latent_attention import FastMultiHeadLatentAttention
+from trinix.layers.norm import FastFusedResidualLayerNorm, FastFusedResidualRMSNorm
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a decoder is made of; ``gpt``, ``llama`` and ``deepseek`` fill it in."""
+
+    vocabulary: int = 256  # bytes
+    dim: int = 64
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    hidden: int = 256  # width of the feed-forward block
+    length: int = 128  # the positions of a learned table, and RoPE's first length
+    head_dim: int | None = None  # dim / heads
+    latent_dim: int | None = None  # latent attention, with this latent
+    q_latent_dim: int | None = None
+    rope_head_dim: int = 64  # of latent attention
+    gated: bool = True  # SwiGLU and RMSNorm; otherwise GELU and LayerNorm, with biases
+    learned_positions: bool = False  # a table added to the embeddings; otherwise RoPE
+    tied: bool = False  # the output projection is the embedding
+    rope_base: float = 10000.0
+    sliding_window_size: int | None = None
+    dropout: float = 0.0
+
+
+def gpt(**sizes) -> Config:
+    """LayerNorm, learned positions, GELU, biases, tied embeddings."""
+    return Config(**{"gated": False, "learned_positions": True, "tied": True} | sizes)
+
+
+def llama(**sizes) -> Config:
+    """RMSNorm, RoPE, grouped heads, SwiGLU."""
+    return Config(**{"kv_heads": 2, "hidden": 176} | sizes)
+
+
+def deepseek(**sizes) -> Config:
+    """RMSNorm, latent attention with a rotated part of its own, SwiGLU; without experts."""
+    return Config(**{"latent_dim": 32, "rope_head_dim": 16, "hidden": 176} | sizes)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, **place):
+        super().__init__()
+        norm = FastFusedResidualRMSNorm if config.gated else FastFusedResidualLayerNorm
+        self.attention_norm = norm(config.dim, 1e-5, dropout=config.dropout, **place)
+        self.attention = _attention(config, **place)
+        self.feed_forward_norm = norm(config.dim, 1e-5, dropout=config.dropout, **place)
+        self.feed_forward = _feed_forward(config, **place)
+
+    def forward(self, x: Tensor, h: Tensor, cache=None) -> tuple[Tensor, Tensor]:
+        """(what is to be added to the stream, the stream without it)."""
+        y, h = self.attention_norm(x, h)
+        y, h = self.feed_forward_norm(self.attention(y, cache=cache), h)
+        return self.feed_forward(y), h
+
+
+def _attention(config: Config, **place) -> nn.Module:
+    options = {
+        "causal": True, "bias": not config.gated, "dropout": config.dropout, "head_dim": config.head_dim,
+        "position_method": "none" if config.learned_positions else "rope", "rope_base": config.rope_base,
+        "max_seq_len": config.length, "sliding_window_size": config.sliding_window_size, **place,
+    }  # fmt: skip
+    if config.latent_dim is None:
+        return FastGroupedQueryAttention(config.dim, config.heads, config.kv_heads, **options)
+    return FastMultiHeadLatentAttention(
+        config.dim, config.heads, config.latent_dim, q_latent_dim=config.q_latent_dim,
+        rope_head_dim=config.rope_head_dim, **options,
+    )  # fmt: skip
+
+
+def _feed_forward(config: Config, **place) -> nn.Module:
+    if config.gated:
+        return FastSwiGLU(config.dim, config.hidden, config.dim, bias=False, **place)
+    up, down = nn.Linear(config.dim, config.hidden, **place), nn.Linear(config.hidden, config.dim, **place)
+    return nn.Sequential(up, FastGELU(approximate="tanh"), down)
+
+
+class Decoder(nn.Module):
+    """Tokens ``[B, S]`` to logits ``[B, S, vocabulary]``.
+
+    >>> model = trinix.models.Decoder(trinix.models.llama())
+    >>> model(torch.zeros(1, 5, dtype=torch.int64)).shape
+    torch.Size([1, 5, 256])
+    """
+
+    def __init__(self, config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.dim, **place)
+        self.positions = nn.Embedding(config.length, config.dim, **place) if config.learned_positions else None
+        self.blocks = nn.ModuleList(Block(config, **place) for _ in range(config.layers))
+        norm = FastFusedResidualRMSNorm if config.gated else FastFusedResidualLayerNorm
+        self.norm = norm(config.dim, 1e-5, **place)
+        self.output = nn.Linear(config.dim, config.vocabulary, False, **place)
+        for table in (self.embedding, self.positions):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
+        if config.tied:
+            self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, caches: Sequence | None = None, *, last: bool = False) -> Tensor:
+        """Logits of every token, or with ``last`` of the last one ``[B, 1, vocabulary]``.
+
+        Args:
+            caches: one a block, from ``self.caches``; the tokens follow what they hold.
+        """
+        x = self.embedding(tokens)
+        h = torch.zeros_like(x)
+        if self.positions is not None:
+            at = torch.arange(tokens.shape[1], device=tokens.device)
+            if caches is not None and caches[0].lengths is not None:
+                at = caches[0].lengths[:, None] + at
+            h = h + self.positions(at)
+        for i, block in enumerate(self.blocks):
+            x, h = block(x, h, None if caches is None else caches[i])
+        y, _ = self.norm(x, h)
+        return self.output(y[:, -1:] if last else y)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy of every token given those before it, in float32."""
+        logits = self(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    def caches(self, batch: int, capacity: int, kind: str = "static", page_size: int = 16) -> list:
+        """An empty cache for every block: "static", "dynamic" or "paged"; latent attention has its own, which is static."""
+        caches = [self._cache(block.attention, batch, capacity, kind, page_size) for block in self.blocks]
+        if kind != "dynamic":
+            for cache in caches[:-1]:
+                cache.follow(caches[-1])
+        return caches
+
+    def _cache(self, layer, batch, capacity, kind, page_size):
+        place = {"device": self.embedding.weight.device, "dtype": self.embedding.weight.dtype}
+        if self.config.latent_dim is not None:
+            return LatentCache(batch, capacity, layer.latent_dim, layer.rope_head_dim, **place)
+        heads = layer.num_kv_heads, layer.head_dim
+        if kind == "static":
+            return StaticCache(batch, capacity, *heads, **place)
+        if kind == "dynamic":
+            return DynamicCache()
+        if kind == "paged":
+            pages = batch * -(-capacity // page_size)
+            return PagedCache(batch, pages, page_size, *heads, capacity=capacity, **place)
+        raise ValueError(f"Decoder: kind must be 'static', 'dynamic' or 'paged', got {kind!r}")
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, steps: int, *, kind: str | None = "static", graph: bool = False) -> Tensor:
+        """``tokens`` ``[B, S]`` and the ``steps`` likeliest after them, one by one: ``[B, S + steps]``.
+
+        Args:
+            kind: of the caches; None computes the whole sequence again for every token.
+            graph: steps are replays of a CUDA graph; not for dynamic caches.
+        """
+        caches = None if kind is None else self.caches(tokens.shape[0], tokens.shape[1] + steps, kind)
+        step, new = None, tokens
+        for _ in range(steps):
+            if step is not None:
+                logits = step(new)
+            else:
+                logits = self(tokens if caches is None else new, caches, last=True)
+                step = self.captured(caches) if graph else None
+            new = logits.argmax(-1)
+            tokens = torch.cat((tokens, new), 1)
+        return tokens
+
+    @torch.no_grad()
+    def captured(self, caches: Sequence) -> Callable[[Tensor], Tensor]:
+        """A decoding step, tokens ``[B, 1]`` to logits ``[B, 1, vocabulary]``, as a CUDA graph over these caches.
+
+        The caches hold their prompts already, and have room for a token. The logits are overwritten by the next step.
+        """
+        tokens = torch.zeros(caches[0].lengths.shape[0], 1, dtype=torch.int64, device=self.embedding.weight.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles and chooses what a capture must not
+            for _ in range(2):
+                self(tokens, caches, last=True)
+                for cache in caches:
+                    cache.rewind(1)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self(tokens, caches, last=True)
+        for cache in caches:
+            cache.count(-1)  # capturing ran nothing
+            if isinstance(cache, PagedCache):
+                cache.reserve(cache.capacity - cache.longest)
+
+        def step(new: Tensor) -> Tensor:
+            for cache in caches:
+                cache.check(len(new), 1)
+                cache.count(1)
+            tokens.copy_(new)
+            graph.replay()
+            return logits
+
+        return step
+
+
+def tiny_text() -> str:
+    """Three sonnets of Shakespeare."""
+    return (Path(__file__).parent / "tiny.txt").read_text(encoding="utf-8")
+
+
+def train(
+    model: Decoder, text: str, steps: int, *, length: int = 64, batch: int = 16, rate: float = 3e-3, seed: int = 0
+) -> list[float]:
+    """AdamW on random pieces of ``text``, a token a byte; the loss of every step."""
+    data = torch.tensor(list(text.encode()), dtype=torch.int64)
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(data) - length, (batch, 1), generator=generator)
+        loss = model.loss(data[starts + torch.arange(length + 1)].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,567 @@
+"""Attention modules: outputs and the gradient of every parameter against float64 twins of plain matrix products, the drop-in
+for torch.nn.MultiheadAttention, and what modules must survive. Caches: test_cache.py.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import trinix
+from trinix.testing import normal, vjp
+
+LAYERS = {
+    "self": lambda **o: trinix.FastMultiHeadSelfAttention(12, 3, **o),
+    "grouped": lambda **o: trinix.FastGroupedQueryAttention(16, 4, 2, **o),
+    "multi-query": lambda **o: trinix.FastMultiQueryAttention(12, 3, **o),
+    "separate": lambda **o: trinix.FastMultiHeadAttention(12, 3, **o),
+    "latent": lambda **o: trinix.FastMultiHeadLatentAttention(12, 3, 8, **{"rope_head_dim": 2} | o),
+}
+HEADED = [name for name in LAYERS if name != "latent"]
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "no bias": {"bias": False},
+    "head_dim": {"head_dim": 6},
+    "rope": {"position_method": "rope"},
+    "rope in pairs": {"position_method": "rope", "rope_interleaved": True},
+    "alibi": {"position_method": "alibi", "causal": True},
+    "window": {"sliding_window_size": 2, "causal": True},
+    "window to both sides": {"sliding_window_size": (1, 2)},
+    "softcap and scale": {"softcap": 1.5, "scale": 0.7},
+    "sequence first": {"batch_first": False},
+}
+MORE = {  # what latent attention does not have
+    "qk_norm": {"qk_norm": True},
+    "qk_norm and rope": {"qk_norm": True, "position_method": "rope"},
+    "qk_norm by layernorm": {"qk_norm": True, "qk_norm_type": "layernorm", "position_method": "rope"},
+    "zero": {"add_zero_attn": True, "causal": True},
+}
+LATENT = {
+    "no position": {"position_method": "none"},
+    "queries without a latent": {"q_latent_dim": 0},
+    "no norm": {"latent_norm": False, "q_latent_dim": 6},
+    "value width": {"v_head_dim": 6},
+}
+CASES = (
+    [(n, o) for n in LAYERS for o in OPTIONS] + [(n, o) for n in HEADED for o in MORE] + [("latent", o) for o in LATENT]
+)
+BATCH, LENGTH = 2, 5
+
+
+def filled(layer):
+    with torch.no_grad():
+        for i, parameter in enumerate(layer.parameters()):
+            scale = 1.0 if parameter.dim() == 1 else 0.4
+            parameter.copy_(normal(parameter.shape, parameter.dtype, seed=7 + i, device=parameter.device, scale=scale))
+    return layer
+
+
+# ---- the twin: plain products, softmax written out, a loop over nothing that the layer could share -----------------------------
+
+
+def turned(x, base, interleaved):
+    """RoPE of [B, S, H, R] for positions 0 .. S - 1, with a float32 table as the layer has it."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    angle = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)[:, None, None] * frequency
+    cos, sin = angle.cos().float().to(x.dtype), angle.sin().float().to(x.dtype)
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    return torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+
+
+def softmax_of(layer, q, k, v, causal, more=None):
+    """[B, Sq, H Dv] of heads [B, S, H, D]; ``more`` is added to the scores, or False in it hides."""
+    keys, group = k.shape[1], q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(group, 2).transpose(1, 2) for t in (k, v))
+    z = q.transpose(1, 2) @ k.mT * (layer.scale or q.shape[-1] ** -0.5)
+    if layer.softcap:
+        z = layer.softcap * torch.tanh(z / layer.softcap)
+    distance = torch.arange(keys, device=q.device) - torch.arange(keys - q.shape[1], keys, device=q.device)[:, None]
+    if layer.position_method == "alibi":
+        z = z - trinix.ops.alibi_slopes(q.shape[2], q.device)[:, None, None] * distance.abs()
+    left, right = layer.window or (None, None)
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    seen &= distance <= 0 if causal else seen
+    seen &= distance >= -left if left is not None else seen
+    seen &= distance <= right if right is not None else seen
+    z = z.masked_fill(~seen, float("-inf"))
+    if more is not None:
+        z = z.masked_fill(~more, float("-inf")) if more.dtype == torch.bool else z + more
+    if getattr(layer, "add_zero_attn", False):
+        z = torch.cat((z, z.new_zeros(*z.shape[:-1], 1)), -1)
+    p = z.softmax(-1)[..., :keys]
+    return (p @ v).transpose(1, 2).flatten(2)
+
+
+def normed(layer, norm, x, weights, name):
+    if getattr(layer, norm) is None:
+        return x
+    eps = getattr(layer, norm).eps
+    if isinstance(getattr(layer, norm), nn.LayerNorm):
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+    return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], eps)
+
+
+def twin(layer, causal=None, more=None):
+    """The layer as a function of x and its parameters, or of (query, key, value) and its parameters."""
+    names = [name for name, _ in layer.named_parameters()]
+    causal = layer.causal if causal is None else causal
+
+    def heads(x, w, name):
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias")).unflatten(-1, (-1, layer.head_dim))
+
+    def placed(x, w, norm):
+        x = normed(layer, norm, x, w, norm)
+        return turned(x, layer.position.base, layer.position.interleaved) if layer.position_method == "rope" else x
+
+    def latent(x, w):
+        rope, n, wide = layer.rope_head_dim, layer.head_dim, layer.latent_dim
+
+        def linear(x, name):
+            return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+        down = normed(layer, "q_norm", linear(x, "q_down_proj"), w, "q_norm") if layer.q_latent_dim else x
+        q = linear(down, "q_up_proj").unflatten(-1, (layer.num_heads, -1))
+        row = linear(x, "kv_down_proj")
+        kv = linear(normed(layer, "kv_norm", row[..., :wide], w, "kv_norm"), "kv_up_proj").unflatten(
+            -1, (layer.num_heads, -1)
+        )
+        k, v = kv[..., :n], kv[..., n:]
+        if rope:
+            base, pairs = layer.position.base, layer.position.interleaved
+            k_rope = turned(row[..., None, wide:], base, pairs).expand(-1, -1, layer.num_heads, -1)
+            q = torch.cat((turned(q[..., :rope], base, pairs), q[..., rope:]), -1)
+            k = torch.cat((k_rope, k), -1)
+        return q, k, v
+
+    def call(*inputs):
+        count = len(inputs) - len(names)
+        xs, w = inputs[:count], dict(zip(names, inputs[count:], strict=True))
+        if not layer.batch_first:
+            xs = [x.transpose(0, 1) for x in xs]
+        query, key, value = xs if count == 3 else xs * 3
+        if isinstance(layer, trinix.FastMultiHeadLatentAttention):
+            q, k, v = latent(query, w)
+        elif isinstance(layer, trinix.FastMultiHeadAttention):
+            q, k, v = (heads(x, w, f"{n}_proj") for n, x in (("q", query), ("k", key), ("v", value)))
+        else:
+            q, k, v = heads(query, w, "qkv_proj").split((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), 2)
+        if not isinstance(layer, trinix.FastMultiHeadLatentAttention):
+            q, k = placed(q, w, "q_norm"), placed(k, w, "k_norm")
+        out = softmax_of(layer, q, k, v, causal, more)
+        out = F.linear(out, w["o_proj.weight"], w.get("o_proj.bias"))
+        return out if layer.batch_first else out.transpose(0, 1)
+
+    return call
+
+
+def called(layer, **arguments):
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(*inputs):
+        count = len(inputs) - len(names)
+        return torch.func.functional_call(
+            layer, dict(zip(names, inputs[count:], strict=True)), inputs[:count], arguments
+        )
+
+    return call
+
+
+def judge(layer, xs, dy, arguments=None, **plain):
+    """Output and gradients of the inputs and of every parameter, against the twin's in float64.
+
+    The layer runs in float64 too: exactly the twin, to float64's rounding. In the dtype at hand its root mean square error
+    may be twice the twin's plus a rounding, the budget of ``trinix.testing``; the largest of a few hundred errors behind five
+    products is luck, and the ops' own tests judge it. A parameter's gradient is a sum over the tokens that may cancel
+    (k_proj.bias's does, to 0): it has the roundings of its terms, as large as the largest gradient.
+    """
+    arguments = arguments or {}
+    leaves = [*xs, *(p.detach() for p in layer.parameters())]
+    doubles = [t.double() for t in leaves]
+    true = vjp(twin(layer, **plain), doubles, dy.double())
+    if xs[0].device.type == "cpu":
+        exact = copy.deepcopy(layer).double()
+        torch.testing.assert_close(vjp(called(exact, **as_double(arguments)), doubles, dy.double()), true)
+    got = vjp(called(layer, **arguments), leaves, dy)
+    low = vjp(twin(layer, **plain), leaves, dy)
+    names = ["y", *(f"dx{i}" for i in range(len(xs))), *(name for name, _ in layer.named_parameters())]
+    rounding = torch.finfo(dy.dtype).eps * max(rms(t) for t in true) * (BATCH * LENGTH) ** 0.5
+    for name, ours, theirs, exactly in zip(names, got, low, true, strict=True):
+        budget = 2 * rms(theirs - exactly) + rounding
+        assert ours.dtype == dy.dtype, name
+        assert rms(ours - exactly) <= budget, (name, rms(ours - exactly), budget)
+
+
+def as_double(arguments):
+    return {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in arguments.items()}
+
+
+def rms(t):
+    return float(t.double().square().mean().sqrt())
+
+
+def alike(got, wanted):
+    """Equal to float32's rounding of sums that may cancel."""
+    size = max(rms(t) for t in wanted)
+    assert all(rms(a - b) <= 1e-5 * size for a, b in zip(got, wanted, strict=True))
+
+
+def made(name, options, dtype=torch.float32, device="cpu"):
+    layer = filled(LAYERS[name](**options, dtype=dtype, device=device))
+    shape = (BATCH, LENGTH, layer.embed_dim) if layer.batch_first else (LENGTH, BATCH, layer.embed_dim)
+    x, dy = (normal(shape, dtype, seed=i, device=device) for i in (1, 2))
+    return layer, x, dy
+
+
+@pytest.mark.parametrize(("name", "option"), CASES)
+def test_output_and_every_gradient_are_those_of_plain_products(name, option, device):
+    layer, x, dy = made(name, (OPTIONS | MORE | LATENT)[option], device=device)
+    judge(layer, [x], dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("option", ["plain", "causal", "rope"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_half_precision_is_as_good_as_pytorchs(name, option, dtype, device):
+    layer, x, dy = made(name, OPTIONS[option], dtype, device)
+    judge(layer, [x], dy)
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------------
+
+SEEN = torch.rand(BATCH, 3, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) > 0.3
+SEEN[..., 0] = True
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [SEEN[0, 0], SEEN[:, 0], SEEN[:, :1], SEEN, SEEN[:, :, :1]],
+    ids=lambda m: "x".join(map(str, m.shape)),
+)
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("name", ["self", "separate", "latent"])
+def test_a_mask_says_what_is_seen_or_what_is_added(name, mask, additive, device):
+    layer, x, dy = made(name, {}, device=device)
+    mask = (normal(mask.shape, torch.float32, seed=5) if additive else mask).to(device)
+    judge(layer, [x], dy, {"attention_mask": mask}, more=mask[:, None] if mask.dim() == 3 else mask)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_padding_is_hidden_and_goes_with_a_mask(name, device):
+    layer, x, dy = made(name, {"causal": True}, device=device)
+    padding = torch.tensor([[False] * 5, [False, False, False, True, True]], device=device)
+    judge(layer, [x], dy, {"key_padding_mask": padding}, more=~padding[:, None, None])
+    seen = SEEN[:, :1].to(device)
+    judge(layer, [x], dy, {"key_padding_mask": padding, "attention_mask": seen}, more=seen & ~padding[:, None, None])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_query_that_sees_nothing_gives_what_o_proj_makes_of_0(name, device):
+    layer, x, _ = made(name, {}, device=device)
+    nothing = torch.zeros(LENGTH, LENGTH, dtype=torch.bool, device=device)
+    y = layer(x, attention_mask=nothing)
+    torch.testing.assert_close(y, layer.o_proj.bias.expand_as(y))
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+def test_a_mask_of_another_kind_is_refused_by_name():
+    layer, x, _ = made("self", {})
+    with pytest.raises(TypeError, match=r"attention_mask must be bool or floating point, got torch.int64; convert"):
+        layer(x, torch.ones(LENGTH, LENGTH, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\], B = 2, got \[5\]"):
+        layer(x, key_padding_mask=torch.zeros(5, dtype=torch.bool))
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_position_ids_replace_the_count(name, qk_norm, device):
+    if name == "latent" and qk_norm:
+        pytest.skip("latent attention norms its latents")
+    layer, x, _ = made(name, {"position_method": "rope"} | ({"qk_norm": True} if qk_norm else {}), device=device)
+    order = torch.tensor([4, 2, 0, 1, 3], device=device)
+    shuffled = layer(x[:, order], position_ids=order[None].expand(BATCH, -1))
+    torch.testing.assert_close(shuffled, layer(x)[:, order])
+    torch.testing.assert_close(layer(x, position_ids=torch.arange(7, 7 + LENGTH, device=device)), layer(x))
+
+
+def test_a_module_of_ones_own_places_q_and_k(device):
+    class Doubling(nn.Module):
+        def forward(self, q, k, position_ids=None, offset=0):
+            self.given = position_ids, offset
+            return q * 2, k
+
+    layer, x, _ = made("grouped", {"position_method": Doubling()}, device=device)
+    plain = LAYERS["grouped"](scale=2 * layer.head_dim**-0.5).to(device)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), plain(x))
+    assert layer.position.given == (None, 0)
+
+
+def test_positions_that_nobody_reads_are_refused():
+    layer, x, _ = made("self", {"position_method": "alibi"})
+    with pytest.raises(ValueError, match="position_ids need position_method 'rope' or a module, this one has 'alibi'"):
+        layer(x, position_ids=torch.arange(LENGTH))
+
+
+def test_a_window_of_one_number_is_the_nearest_keys_back_with_ones_own():
+    for causal, wanted in ((True, (2, 0)), (False, (2, 2))):
+        assert trinix.FastMultiHeadSelfAttention(12, 3, causal=causal, sliding_window_size=3).window == wanted
+    layer, x, _ = made("self", {"causal": True, "sliding_window_size": 3})
+    back = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    layer.window, wanted = None, layer(x)
+    torch.testing.assert_close(layer(x, attention_mask=back < 3), wanted)
+
+
+# ---- torch.nn.MultiheadAttention ---------------------------------------------------------------------------------------------
+
+
+def cross(device, **options):
+    layer = filled(trinix.FastMultiHeadAttention(12, 3, kdim=6, vdim=7, device=device, **options))
+    xs = [normal(s, torch.float32, seed=i, device=device) for i, s in enumerate([(2, 5, 12), (2, 4, 6), (2, 4, 7)])]
+    return layer, xs, normal((2, 5, 12), torch.float32, seed=9, device=device)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "bias": False}, {"qk_norm": True}, {"add_zero_attn": True}])
+def test_cross_attention_has_widths_lengths_and_gradients_of_its_own(options, device):
+    layer, xs, dy = cross(device, **options)
+    if options.get("causal"):
+        xs[0], dy = xs[0][:, :3], dy[:, :3]
+    judge(layer, xs, dy)
+    few = [xs[0][:, :3], *xs[1:]]  # a first query sees a key
+    judge(layer, few, dy[:, :3], {"is_causal": True}, causal=True)
+
+
+def test_queries_and_keys_of_different_lengths_count_their_positions_from_0(device):
+    layer, xs, dy = cross(device, position_method="rope")
+    judge(layer, xs, dy)
+    with pytest.raises(ValueError, match="got 5 queries and 4 keys"):
+        layer(*xs, position_ids=torch.arange(5, device=device))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True}, {"bias": False}, {"kdim": 6, "vdim": 7}, {"add_zero_attn": True}]
+)
+def test_it_takes_over_torchs_module_and_all_its_arguments(options, device):
+    theirs = filled(nn.MultiheadAttention(12, 3, **options, device=device))
+    ours = trinix.FastMultiHeadAttention.from_torch(theirs)
+    first = options.get("batch_first", False)
+    shapes = [(2, 5, 12), (2, 4, options.get("kdim", 12)), (2, 4, options.get("vdim", 12))]
+    xs = [normal(s, torch.float32, seed=i, device=device) for i, s in enumerate(shapes)]
+    xs = xs if first else [x.transpose(0, 1).contiguous() for x in xs]
+    padding = torch.tensor([[False] * 4, [False, False, True, True]], device=device)
+    masks = [
+        {},
+        {"key_padding_mask": padding},
+        {"attn_mask": torch.ones(5, 4, dtype=torch.bool, device=device).triu(1)},
+        {"attn_mask": normal((6, 5, 4), torch.float32, seed=5, device=device)},
+        {"attn_mask": normal((5, 4), torch.float32, seed=5, device=device), "key_padding_mask": padding.float() * -3},
+    ]
+    for arguments in masks:
+        for average in (True, False):
+            wanted = theirs(*xs, **arguments, average_attn_weights=average)
+            torch.testing.assert_close(ours(*xs, **arguments, need_weights=True, average_attn_weights=average), wanted)
+        torch.testing.assert_close(ours(*xs, **arguments), wanted[0])
+    alone = [x[0] if first else x[:, 0] for x in xs]
+    torch.testing.assert_close(ours(*alone, need_weights=True), theirs(*alone))
+    for one in (ours, theirs):
+        y = one(*xs, need_weights=True)[0]
+        one.zero_grad()
+        y.square().sum().backward()
+    alike([ours.o_proj.weight.grad], [theirs.out_proj.weight.grad])
+
+
+def test_weights_and_output_share_one_dropout(device):
+    layer, xs, _ = cross(device, dropout=0.5)
+    out, weights = layer(*xs, need_weights=True, average_attn_weights=False)
+    assert bool((weights == 0).any())
+    value = layer.v_proj(xs[2]).unflatten(-1, (3, 4)).transpose(1, 2)
+    torch.testing.assert_close(out, layer.o_proj((weights @ value).transpose(1, 2).flatten(2)))
+
+
+def test_masks_of_torch_and_ours_are_not_given_together():
+    layer, xs, _ = cross("cpu")
+    mask = torch.zeros(5, 4)
+    with pytest.raises(ValueError, match="attn_mask and attention_mask are one thing"):
+        layer(*xs, attn_mask=mask, attention_mask=mask)
+    with pytest.raises(ValueError, match="from_torch knows no add_bias_kv"):
+        trinix.FastMultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, add_bias_kv=True))
+
+
+# ---- what modules must survive --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dropout_is_for_training_and_keeps_the_mean(name, device):
+    layer, x, _ = made(name, {"dropout": 0.4, "position_method": "none"}, device=device)
+    many = x[:1].expand(400, -1, -1)
+    assert not torch.equal(layer(x), layer(x))
+    samples = layer(many)
+    layer.eval()
+    error, spread = (samples.mean(0) - layer(x[:1])[0]).abs(), samples.std(0) / len(samples) ** 0.5
+    assert bool((error <= 6 * spread + 1e-6).all())
+    torch.testing.assert_close(layer(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("method", ["none", "rope", "alibi"])
+def test_a_layer_survives_copying_pickling_loading_and_the_meta_device(name, method):
+    layer, x, _ = made(name, {"position_method": method} | ({} if name == "latent" else {"qk_norm": True}))
+    with torch.device("meta"):
+        empty = LAYERS[name](position_method=method, **({} if name == "latent" else {"qk_norm": True}))
+    assert all(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+    loaded = empty.to_empty(device="cpu")
+    loaded.reset_parameters()
+    assert all(p.isfinite().all() for p in loaded.parameters())
+    assert loaded(x).isfinite().all()
+    assert loaded.state_dict().keys() == layer.state_dict().keys()
+    loaded.load_state_dict(layer.state_dict())
+    for one in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+        torch.testing.assert_close(one(x), layer(x), rtol=0, atol=0)
+    assert type(layer).__name__ in repr(layer)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("method", ["none", "rope"])
+def test_it_compiles_whole_with_the_same_gradients(name, method, fresh_dynamo, device):
+    layer, x, _ = made(name, {"position_method": method, "causal": True}, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    alike(*(torch.autograd.grad(one(x).square().sum(), list(layer.parameters())) for one in (compiled, layer)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_gives_the_lower_dtype_and_full_gradients(name, device):
+    options = {"position_method": "rope"} | ({} if name == "latent" else {"qk_norm": True})
+    layer, x, _ = made(name, options, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), atol=0.3, rtol=0.1)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["self", "grouped", "multi-query"])
+def test_separate_projections_of_a_checkpoint_come_in_and_go_out(name):
+    layer, x, _ = made(name, {"qk_norm": True})
+    state = layer.checkpoint("layers.0.self_attn.")
+    kv = layer.num_kv_heads * layer.head_dim
+    assert state["layers.0.self_attn.k_proj.weight"].shape == (kv, layer.embed_dim)
+    assert {k.removeprefix("layers.0.self_attn.") for k in state} == {
+        *(f"{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias")), "q_norm.weight", "k_norm.weight",
+    }  # fmt: skip
+    other = LAYERS[name](qk_norm=True)
+    other.load_checkpoint(copy.deepcopy(state) | {"other": x}, "layers.0.self_attn.")
+    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"found no q_\w+\.weight; check the prefix"):
+        other.load_checkpoint(state)
+    with pytest.raises(ValueError, match=r"k_proj.weight must be \[\d+, \d+\], got \[1\]"):
+        other.load_checkpoint(layer.checkpoint() | {"k_proj.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize("option", ["plain", "queries without a latent"])
+def test_an_attention_of_deepseek_comes_in_and_goes_out(option):
+    """Against the published form: q_b_proj's heads are [not rotated, rotated], pairs are neighbours."""
+    layer, x, _ = made("latent", (OPTIONS | LATENT)[option] | {"causal": True, "rope_interleaved": True, "bias": False})
+    heads, n, rope, wide = layer.num_heads, layer.head_dim, layer.rope_head_dim, layer.latent_dim
+    state = copy.deepcopy(layer.checkpoint("attn."))
+    w = {name.removeprefix("attn."): t for name, t in state.items()}
+    down = F.rms_norm(x @ w["q_a_proj.weight"].T, (wide,), w["q_a_layernorm.weight"], 1e-6) if layer.q_latent_dim else x
+    q = (down @ w["q_b_proj.weight" if layer.q_latent_dim else "q_proj.weight"].T).unflatten(-1, (heads, n + rope))
+    row = x @ w["kv_a_proj_with_mqa.weight"].T
+    latent = F.rms_norm(row[..., :wide], (wide,), w["kv_a_layernorm.weight"], 1e-6)
+    kv = (latent @ w["kv_b_proj.weight"].T).unflatten(-1, (heads, 2 * n))
+    q = torch.cat((q[..., :n], turned(q[..., n:], 10000.0, True)), -1)
+    k_rope = turned(row[..., None, wide:], 10000.0, True).expand(-1, -1, heads, -1)
+    heads_of = q, torch.cat((kv[..., :n], k_rope), -1), kv[..., n:]
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in heads_of), is_causal=True)
+    out = out.transpose(1, 2).flatten(2) @ w["o_proj.weight"].T
+    torch.testing.assert_close(layer(x), out)
+    other = LAYERS["latent"](**(OPTIONS | LATENT)[option], causal=True, rope_interleaved=True, bias=False)
+    other.load_checkpoint(state | {"mlp.weight": x}, "attn.")
+    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"FastMultiHeadLatentAttention: load_checkpoint found no q_\w+\.weight"):
+        other.load_checkpoint(state)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_exports_for_any_length(name):
+    layer, x, _ = made(name, {"position_method": "rope", "causal": True})
+    first = "query" if name == "separate" else "hidden_states"
+    exported = torch.export.export(layer, (x,), dynamic_shapes={first: {1: torch.export.Dim("length", min=2, max=64)}})
+    longer = torch.cat((x, x), 1)
+    torch.testing.assert_close(exported.module()(longer), layer(longer))
+
+
+REFUSED = {
+    "embed_dim": (
+        lambda: trinix.FastMultiHeadSelfAttention(10, 3),
+        "embed_dim 10 must be a multiple of num_heads 3; or give",
+    ),
+    "kv heads": (
+        lambda: trinix.FastGroupedQueryAttention(12, 4, 3),
+        "num_heads 4 must be a multiple of num_kv_heads 3",
+    ),
+    "no heads": (lambda: trinix.FastMultiQueryAttention(12, 0), "num_heads must be an int from 1 on, got 0"),
+    "dropout": (lambda: trinix.FastMultiHeadAttention(12, 3, 1.0), "dropout must be at least 0 and below 1, got 1.0"),
+    "position": (
+        lambda: trinix.FastMultiHeadAttention(12, 3, position_method="rotary"),
+        "must be 'none', 'rope', 'alibi' or a",
+    ),
+    "odd rope": (lambda: trinix.FastMultiQueryAttention(9, 3, position_method="rope"), "needs an even head_dim, got 3"),
+    "norm": (lambda: trinix.FastMultiQueryAttention(9, 3, qk_norm_type="l2"), "'rmsnorm' or 'layernorm', got 'l2'"),
+    "window": (
+        lambda: trinix.FastMultiQueryAttention(9, 3, sliding_window_size=0),
+        "sliding_window_size must be an int from 1",
+    ),
+    "latent": (lambda: trinix.FastMultiHeadLatentAttention(12, 3, 0), "latent_dim must be an int from 1 on, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arguments_that_do_not_fit_are_named(case):
+    make, text = REFUSED[case]
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_named_backend_is_the_ops(name):
+    layer, x, _ = made(name, {"backend": "torch"})
+    assert layer(x).shape == x.shape
+    layer.backend = "no such"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        layer(x)
+
+
+def test_without_triton_every_layer_and_cache_runs_on_the_cpu(fresh_process):
+    code = """
+        import sys
+        sys.modules["triton"] = None
+        import torch, trinix
+        from trinix import models
+        x = torch.randn(2, 5, 16)
+        for layer in (
+            trinix.FastMultiHeadSelfAttention(16, 4, causal=True, position_method="rope", qk_norm=True),
+            trinix.FastGroupedQueryAttention(16, 4, 2, causal=True, position_method="alibi"),
+            trinix.FastMultiQueryAttention(16, 4, causal=True, add_zero_attn=True),
+            trinix.FastMultiHeadAttention(16, 4, causal=True),
+            trinix.FastMultiHeadLatentAttention(16, 4, 8, causal=True, rope_head_dim=2),
+            trinix.FastSwiGLU(16, 24, 16, use_triton=True),
+        ):
+            layer(x).sum().backward()
+            assert all(p.grad is not None for p in layer.parameters()), type(layer)
+        for shape in (models.gpt, models.llama, models.deepseek):
+            for kind in ("static", "dynamic", "paged"):
+                models.Decoder(shape(layers=1)).generate(torch.zeros(1, 2, dtype=torch.int64), 2, kind=kind)
+        print("done")
+    """
+    assert fresh_process(code) == "done"

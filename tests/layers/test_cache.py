@@ -1,0 +1,245 @@
+"""Caches: prompt and steps give what the whole sequence gives at once, for every layer, cache and option; and what a cache does
+to its sequences."""
+
+import pytest
+import torch
+
+import trinix
+from helpers import captured
+from trinix.testing import normal
+
+LAYERS = {
+    "self": lambda **o: trinix.FastMultiHeadSelfAttention(16, 4, **o),
+    "grouped": lambda **o: trinix.FastGroupedQueryAttention(16, 4, 2, **o),
+    "multi-query": lambda **o: trinix.FastMultiQueryAttention(16, 4, **o),
+    "separate": lambda **o: trinix.FastMultiHeadAttention(16, 4, **o),
+    "latent": lambda **o: trinix.FastMultiHeadLatentAttention(16, 4, 16, **{"rope_head_dim": 4} | o),
+}
+KINDS = ("static", "dynamic", "paged")
+OPTIONS = {
+    "plain": {},
+    "rope": {"position_method": "rope"},
+    "alibi": {"position_method": "alibi"},
+    "window": {"sliding_window_size": 3},
+    "softcap": {"softcap": 2.0, "scale": 0.4},
+    "sequence first": {"batch_first": False},
+}
+MORE = {"qk_norm": {"qk_norm": True, "position_method": "rope"}, "zero": {"add_zero_attn": True}}
+CASES = [(n, o, k) for n in LAYERS if n != "latent" for o in OPTIONS | MORE for k in KINDS]
+CASES += [("latent", o, "latent") for o in OPTIONS]
+BATCH, LENGTH = 3, 9
+
+
+def made(name, options, device="cpu", dtype=torch.float32):
+    layer = LAYERS[name](causal=True, device=device, dtype=dtype, **options)
+    with torch.no_grad():
+        for i, p in enumerate(layer.parameters()):
+            p.copy_(normal(p.shape, dtype, seed=20 + i, device=device, scale=1.0 if p.dim() == 1 else 0.4))
+    return layer, normal((BATCH, LENGTH, 16), dtype, seed=1, device=device)
+
+
+def cache_of(layer, kind, capacity=LENGTH, device="cpu", dtype=torch.float32):
+    place = {"device": device, "dtype": dtype}
+    if kind == "latent":
+        return trinix.LatentCache(BATCH, capacity, layer.latent_dim, layer.rope_head_dim, **place)
+    heads = layer.num_kv_heads, layer.head_dim
+    if kind == "paged":
+        return trinix.PagedCache(BATCH, BATCH * -(-capacity // 2), 2, *heads, **place)
+    return trinix.StaticCache(BATCH, capacity, *heads, **place) if kind == "static" else trinix.DynamicCache()
+
+
+def in_parts(layer, x, cache, *sizes):
+    first = layer.batch_first
+    parts = [layer(part if first else part.transpose(0, 1), cache=cache) for part in x.split(sizes, 1)]
+    return torch.cat([part if first else part.transpose(0, 1) for part in parts], 1)
+
+
+def at_once(layer, x):
+    return layer(x) if layer.batch_first else layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("name", "option", "kind"), CASES)
+@torch.no_grad()
+def test_prompt_and_steps_give_what_the_whole_gives(name, option, kind, device):
+    layer, x = made(name, (OPTIONS | MORE)[option], device)
+    wanted = at_once(layer, x)
+    for sizes in [(4, 1, 1, 3), (1,) * LENGTH, (LENGTH,)]:
+        cache = cache_of(layer, kind, device=device)
+        torch.testing.assert_close(in_parts(layer, x, cache, *sizes), wanted, atol=1e-4, rtol=1e-4)
+        assert cache.longest == LENGTH
+        assert cache.lengths.tolist() == [LENGTH] * BATCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "kind"), [("grouped", k) for k in KINDS] + [("latent", "latent")])
+@torch.no_grad()
+def test_half_precision_agrees_to_its_rounding(name, kind, dtype, device):
+    layer, x = made(name, {"position_method": "rope"}, device, dtype)
+    got = in_parts(layer, x, cache_of(layer, kind, device=device, dtype=dtype), 5, 1, 1, 2)
+    true = layer.double()(x.double())
+    assert float((got - true).square().mean().sqrt() / true.square().mean().sqrt()) < 8 * torch.finfo(dtype).eps
+
+
+WITH_CACHE = [("grouped", k) for k in KINDS] + [("latent", "latent")]
+
+
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
+def test_prompts_of_different_lengths_are_padded_and_the_padding_is_forgotten(name, kind, device):
+    layer, x = made(name, {"position_method": "rope"}, device)
+    lengths = [2, 5, 3]
+    cache = cache_of(layer, kind, device=device)
+    layer(x[:, :5], cache=cache)
+    cache.truncate(torch.tensor(lengths, device=device))
+    assert cache.longest == 5
+    steps = in_parts(layer, x[:, 5:8], cache, 1, 1, 1)
+    for b, n in enumerate(lengths):
+        alone = torch.cat((x[b : b + 1, :n], x[b : b + 1, 5:8]), 1)
+        torch.testing.assert_close(steps[b], layer(alone)[0, n:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("index", [[2, 0, 0], [1, 2, 0], [0, 1, 2]])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
+def test_beams_change_places_with_their_lengths(name, kind, ragged, index, device):
+    layer, x = made(name, {"position_method": "rope"}, device)
+    lengths = [2, 5, 3] if ragged else [5, 5, 5]
+    cache = cache_of(layer, kind, device=device)
+    layer(x[:, :5], cache=cache)
+    cache.truncate(torch.tensor(lengths, device=device))
+    cache.reorder(torch.tensor(index, device=device))
+    steps = in_parts(layer, x[:, 5:7], cache, 1, 1)
+    for b, origin in enumerate(index):
+        alone = torch.cat((x[origin : origin + 1, : lengths[origin]], x[b : b + 1, 5:7]), 1)
+        torch.testing.assert_close(steps[b], layer(alone)[0, lengths[origin] :], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"index \[B\] = \[3\], got \[2\]"):
+        cache.reorder(torch.tensor([0, 1], device=device))
+
+
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
+def test_a_cache_starts_again_and_goes_back(name, kind, device):
+    layer, x = made(name, {"position_method": "rope"}, device)
+    wanted, cache = layer(x), cache_of(layer, kind, device=device)
+    layer(x.flip(1), cache=cache)
+    cache.reset()
+    assert cache.longest == 0
+    torch.testing.assert_close(in_parts(layer, x, cache, 4, 5), wanted, atol=1e-4, rtol=1e-4)
+    cache.truncate(6)
+    assert cache.lengths.tolist() == [6] * BATCH
+    torch.testing.assert_close(in_parts(layer, x[:, 6:], cache, 1, 2), wanted[:, 6:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
+def test_the_last_tokens_are_taken_back(name, kind, device):
+    layer, x = made(name, {"position_method": "rope"}, device)
+    wanted, cache = layer(x), cache_of(layer, kind, capacity=LENGTH + 1, device=device)
+    layer(x[:, :6], cache=cache)
+    layer(x[:, :2], cache=cache)
+    cache.rewind(2)
+    assert (cache.longest, cache.lengths.tolist()) == (6, [6] * BATCH)
+    torch.testing.assert_close(in_parts(layer, x[:, 6:], cache, 1, 2), wanted[:, 6:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_pages_are_taken_as_needed_and_given_back():
+    layer, x = made("grouped", {})
+    cache = trinix.PagedCache(BATCH, 8, 2, 2, 4, capacity=16)
+    layer(x[:, :3], cache=cache)
+    assert len(cache._free) == 2
+    cache.truncate(torch.tensor([1, 3, 2]))
+    assert len(cache._free) == 4
+    owned = cache._owned
+    assert len({page for pages in owned for page in pages}) == 4
+    assert all(cache.page_table[b, : len(pages)].tolist() == pages for b, pages in enumerate(owned))
+    with pytest.raises(ValueError, match=r"9 more tokens need 13 pages, 4 are free"):
+        cache.reserve(9)
+    cache.reset()
+    assert len(cache._free) == 8
+
+
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+def test_what_a_cache_cannot_do_is_refused_by_name(name, kind):
+    layer, x = made(name, {"dropout": 0.1})
+    cache = cache_of(layer, kind)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"a cache knows no dropout; call eval\(\) first"):
+            layer(x, cache=cache)
+        layer.eval()
+        with pytest.raises(ValueError, match="a cache takes no mask; pad prompts on the right"):
+            layer(x, torch.zeros(LENGTH, LENGTH), cache=cache)
+        layer(x, cache=cache)
+        cache.capacity = LENGTH
+        with pytest.raises(ValueError, match="9 tokens and 1 more exceed its capacity of 9; make a larger one"):
+            layer(x[:, :1], cache=cache)
+        cache.capacity = 2 * LENGTH
+        with pytest.raises(ValueError, match="made for a batch of 3, got 2"):
+            layer(x[:2, :1], cache=cache)
+        layer.causal = False
+        with pytest.raises(ValueError, match="a cache needs causal attention; make the layer with causal=True"):
+            layer(x, cache=cache)
+        layer.causal = True
+    cache.reset()
+    with pytest.raises(ValueError, match=r"a cache keeps no gradient; call the model under torch\.no_grad\(\)"):
+        layer(x, cache=cache)
+
+
+@torch.no_grad()
+def test_a_cache_is_for_self_attention():
+    layer, x = made("separate", {})
+    with pytest.raises(ValueError, match="a cache is for self-attention; leave key and value out"):
+        layer(x, x[:, :1], cache=trinix.DynamicCache())
+
+
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
+def test_positions_may_be_named_with_a_cache_too(name, kind, device):
+    layer, x = made(name, {"position_method": "rope"}, device)
+    cache, at = cache_of(layer, kind, device=device), torch.arange(3, 3 + LENGTH, device=device)
+    parts = [
+        layer(part, position_ids=where, cache=cache) for part, where in zip(x.split(4, 1), at.split(4), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x, position_ids=at), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_latent_attention_wants_its_own_cache():
+    layer, x = made("latent", {})
+    with pytest.raises(TypeError, match="cache must be a LatentCache, got DynamicCache"):
+        layer(x, cache=trinix.DynamicCache())
+
+
+@torch.no_grad()
+def test_a_table_of_positions_reaches_as_far_as_the_cache():
+    layer, x = made("grouped", {"position_method": "rope", "max_seq_len": 2})
+    cache = cache_of(layer, "static", capacity=40)
+    layer(x, cache=cache)
+    assert layer.position.cos.shape[0] >= 40
+    torch.testing.assert_close(in_parts(layer, x, cache_of(layer, "dynamic"), 1, 8), layer(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "kind"), [("grouped", "static"), ("grouped", "paged"), ("latent", "latent")])
+@torch.no_grad()
+def test_a_captured_step_runs_as_the_cache_grows(name, kind):
+    layer, x = made(name, {"position_method": "rope"}, "cuda", torch.bfloat16)
+    x = normal((BATCH, 32, 16), torch.bfloat16, seed=1, device="cuda")
+    cache = cache_of(layer, kind, capacity=32, device="cuda", dtype=torch.bfloat16)
+    wanted = in_parts(layer, x, cache_of(layer, kind, 32, "cuda", torch.bfloat16), 8, *(1,) * 24)
+    layer(x[:, :8], cache=cache)
+    if kind == "paged":
+        cache.reserve(24)
+    step = x[:, 8:9].clone()
+    graph, y = captured(lambda: layer(step, cache=cache))
+    cache.truncate(8)
+    if kind == "paged":
+        cache.reserve(24)
+    for at in range(8, 32):
+        step.copy_(x[:, at : at + 1])
+        graph.replay()
+        torch.testing.assert_close(y[:, 0], wanted[:, at], atol=0.05, rtol=0.05)
+    assert cache.lengths.tolist() == [32] * BATCH
+    cache.sync()
+    assert cache.longest == 32

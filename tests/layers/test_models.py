@@ -1,0 +1,124 @@
+"""The reference decoder: it learns, it generates the same with every cache as without, and it compiles whole."""
+
+import pytest
+import torch
+
+import trinix
+from trinix import models
+from trinix.testing import normal
+
+SHAPES = {"gpt": models.gpt, "llama": models.llama, "deepseek": models.deepseek}
+
+
+def made(shape, device="cpu", **sizes):
+    torch.manual_seed(0)
+    return models.Decoder(SHAPES[shape](**{"dim": 32, "heads": 4, "hidden": 48, "length": 64} | sizes), device=device)
+
+
+def tokens_of(device, *shape):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_learns_the_tiny_text(shape):
+    torch.manual_seed(0)
+    text = models.tiny_text()
+    losses = models.train(models.Decoder(SHAPES[shape]()), text, 80)
+    counts = torch.tensor([text.encode().count(byte) for byte in set(text.encode())], dtype=torch.float64)
+    shares = counts / counts.sum()
+    frequencies = float(
+        -(shares * shares.log()).sum()
+    )  # the loss of one who knows nothing but how often each byte comes
+    assert losses[0] > 5 > frequencies
+    assert sum(losses[-5:]) / 5 < frequencies - 0.2, losses[::10]
+    assert losses[0] > losses[20] > losses[-1]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_generation_is_the_same_with_a_cache_as_without(shape, kind, device):
+    model = made(shape, device)
+    prompt = tokens_of(device, 2, 5)
+    wanted = model.generate(prompt, 12, kind=None)
+    assert wanted.shape == (2, 17)
+    assert torch.equal(model.generate(prompt, 12, kind=kind), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["static", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_captured_step_generates_the_same(shape, kind):
+    model = made(shape, "cuda")
+    prompt = tokens_of("cuda", 2, 5)
+    assert torch.equal(model.generate(prompt, 20, kind=kind, graph=True), model.generate(prompt, 20, kind=kind))
+    caches = model.caches(2, 6, kind)
+    with torch.no_grad():
+        model(prompt, caches)
+        step = model.captured(caches)
+        step(prompt[:, :1])
+    with pytest.raises(ValueError, match="6 tokens and 1 more exceed its capacity of 6"):
+        step(prompt[:, :1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_logits_of_a_prompt_and_steps_are_those_of_the_whole(shape, device):
+    model, tokens = made(shape, device), tokens_of(device, 2, 9)
+    caches = model.caches(2, 9)
+    got = torch.cat([model(part, caches) for part in tokens.split((5, 1, 3), 1)], 1)
+    torch.testing.assert_close(got, model(tokens), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(tokens, last=True), model(tokens)[:, -1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_parameter_learns_and_the_whole_compiles(shape, fresh_dynamo, device):
+    model, tokens = made(shape, device, layers=1), tokens_of(device, 2, 9)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(normal(p.shape, p.dtype, seed=i, device=device, scale=0.02))
+    grads = []
+    for call in (model.loss, torch.compile(model.loss, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        call(tokens).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+    assert all(bool(g.any()) for g in grads[0])
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_the_caches_of_a_model_are_cut_and_reordered_as_one(shape, kind, device):
+    model, tokens = made(shape, device, layers=3), tokens_of(device, 3, 9)
+    caches = model.caches(3, 9, kind)
+    model(tokens[:, :5], caches)
+    index, lengths = torch.tensor([1, 2, 0], device=device), torch.tensor([5, 3, 4], device=device)
+    for cache in caches:
+        cache.truncate(lengths)
+    for cache in caches:
+        cache.reorder(index)
+    got = torch.cat([model(tokens[:, at : at + 1], caches) for at in (5, 6)], 1)
+    for b, origin in enumerate(index.tolist()):
+        alone = torch.cat((tokens[origin, : lengths[origin]], tokens[b, 5:7]))[None]
+        torch.testing.assert_close(got[b], model(alone)[0, -2:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_causal_model_does_not_look_ahead():
+    model, tokens = made("llama", sliding_window_size=4), tokens_of("cpu", 1, 9)
+    other = tokens.clone()
+    other[:, 6:] += 1
+    a, b = model(tokens), model(other % 256)
+    torch.testing.assert_close(a[:, :6], b[:, :6], rtol=0, atol=0)
+    assert not torch.equal(a[:, 6:], b[:, 6:])
+
+
+def test_an_unknown_cache_is_refused():
+    with pytest.raises(ValueError, match="kind must be 'static', 'dynamic' or 'paged', got 'lazy'"):
+        made("gpt").caches(1, 8, "lazy")
+
+
+def test_the_embedding_may_be_the_output():
+    model = made("gpt")
+    assert model.output.weight is model.embedding.weight
+    assert "output.weight" in model.state_dict()
+    assert trinix.models.Decoder is models.Decoder

@@ -1,5 +1,7 @@
 """What the tests of several ops share."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,3 +60,17 @@ def captured(run):
     with torch.cuda.graph(graph):
         result = run()
     return graph, result
+
+
+def small_layer(case):
+    """A lab case of a whole layer in a size for a CPU."""
+    from trinix.lab import layers
+
+    args = dict(case.args)
+    if case.op == "attention_layers":
+        args |= {"heads": 4, "kv_heads": {"gqa": 2, "mqa": 1}.get(args["layer"], 4), "head_dim": 16}
+    few = {"latent_dim": 24, "q_latent_dim": 20, "hidden_dim": 48, "output_dim": 32}
+    args |= {name: n for name, n in few.items() if name in args}
+    case = dataclasses.replace(case, args=args, shape={"x": (2, 10, 32)})
+    parameters = {name: tuple(p.shape) for name, p in layers.module_of(case).named_parameters()}
+    return dataclasses.replace(case, shape=case.shape | parameters)

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ops": "trinix.ops",
+    "models": "trinix.models",
     "explain": "trinix.ops",
     "use_backend": "trinix.dispatch",
     "Unsupported": "trinix.dispatch",
@@ -18,12 +19,23 @@ _HOMES = {
         "FastTanh", "FastSoftplus",
     ),
     "trinix.layers.activation",
+) | dict.fromkeys(
+    ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "triton_attn_func"), "trinix.flash_attn"
 ) | dict.fromkeys(("FastRoPEPositionEmbedding", "FastALiBiPositionEmbedding"), "trinix.layers.embedding") | dict.fromkeys(
     (
         "FastLayerNorm", "FastRMSNorm", "FastFusedResidualLayerNorm", "FastFusedResidualRMSNorm",
         "FastFusedRMSNormActivation", "fuse",
     ),
     "trinix.layers.norm",
+) | dict.fromkeys(("FastSwiGLU", "FastGeGLU", "FastReGLU"), "trinix.layers.glu") | dict.fromkeys(
+    ("FlashMLP", "PyTorchMLP", "FlashMLPFunction", "flashmlp_fwd", "flashmlp_bwd"), "trinix.layers.head_mlp"
+) | dict.fromkeys(
+    (
+        "FastMultiHeadSelfAttention", "FastMultiHeadAttention", "FastGroupedQueryAttention", "FastMultiQueryAttention",
+    ),
+    "trinix.layers.attention",
+) | dict.fromkeys(("FastMultiHeadLatentAttention",), "trinix.layers.latent_attention") | dict.fromkeys(
+    ("StaticCache", "DynamicCache", "PagedCache", "LatentCache"), "trinix.layers.cache"
 )  # fmt: skip
 
 __all__ = [*_HOMES, "__version__"]

@@ -254,7 +254,7 @@ def test_a_compiler_error_is_shown_in_the_table(screen):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(device, "card", lambda index=0: H100)
-    monkeypatch.setattr(measure, "Gpu", lambda: "a clock")
+    monkeypatch.setattr(measure, "Gpu", lambda **_: "a clock")
     reasons = {}
 
     def run_gpu(case, impls, clock):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trinix.lab import gate, peers, roofline, run
+from helpers import small_layer
+from trinix.lab import gate, layers, peers, roofline, run
 from trinix.lab.case import Case, load_cases
 from trinix.lab.peers import eager
 
@@ -16,19 +17,32 @@ WHOLE, SLICED = 1 << 26, 64
 
 def small(case: Case) -> Case:
     """The case with sizes that a CPU takes: 12 rows of 10."""
+    if case.op in layers.OPS:
+        return small_layer(case)
     args = dict(case.args)
     if "offset" in args:
         args["offset"] = 3
     if "seq_q" in args:
         args["seq_q"] = 7
+    if "latent" in args:
+        args["latent"] = 4
+    if "page" in args:
+        args["page"] = 3
     shape = {}
     for name, size in case.shape.items():
-        if "q" in case.shape:
+        if case.op == "attention":
+            b, s, h, d = (2, 6, 4, 8) if name == "q" else (2, 6, 2, 8)
+            shape[name] = (b, h, s, d) if "layout" in args else (b, s, h, d)
+        elif case.op == "attention_decode":
+            shape[name] = (2, 1, 4, 8) if name == "queries" else (4, 3, 2, 8) if "page" in args else (2, 6, 2, 8)
+        elif "q" in case.shape:
             shape[name] = SMALL[name]
         elif name in ("weight", "bias", "slopes"):
             shape[name] = (10,)
         elif name == "mask":
             shape[name] = (6, 10)
+        elif name in ("w1", "w2", "w_gate"):
+            shape[name] = (2, 10, 10)
         else:
             shape[name] = (*([1] * (len(size) - 3)), *((2, 6)[: len(size) - 1] if len(size) > 2 else (12,)), 10)
     return dataclasses.replace(case, shape=shape, args=args)
@@ -114,7 +128,7 @@ def spoiled(case, name, change):
 
 def last_row(t):
     """Wrong in the last row only, which only the last slice has."""
-    t = t.clone()
+    t = t.clone(memory_format=torch.contiguous_format)
     t.view(-1, t.shape[-1])[-1] *= 1.01
     return t
 
@@ -124,6 +138,7 @@ TENSORS = [
     ("rms_norm_residual", "y1"), ("rms_norm_residual", "y2"), ("rms_norm_residual", "dx"),
     ("rms_norm_residual", "dresidual"), ("rms_norm_residual", "dweight"), ("glu", "y"), ("glu", "dup"), ("softmax", "dx"),
     ("log_softmax", "y"), ("rope", "y1"), ("rope", "y2"), ("rope", "dk"), ("qk_norm_rope", "dq_weight"), ("alibi_bias", "y"),
+    ("attention", "y"), ("attention", "dq"), ("attention", "dv"), ("attention_decode", "y"),
 ]  # fmt: skip
 
 
@@ -299,7 +314,7 @@ def test_alibi_only_writes_and_layers_that_share_an_input_have_no_limit():
 
 
 def test_every_op_with_an_eager_form_has_a_model_and_a_form_of_ours():
-    assert set(eager.FORMS) == set(roofline.WORK) == set(peers.trinix.OPS)
+    assert set(eager.FORMS) == set(roofline.WORK) == set(peers.trinix.OPS) | set(layers.OPS)
 
 
 def test_layers_are_run_as_often_as_the_case_says():

@@ -36,6 +36,9 @@ KERNEL_MODULES = (
     "trinix.kernels.triton.softmax",
     "trinix.kernels.triton.rope",
     "trinix.kernels.triton.alibi",
+    "trinix.kernels.triton.attention",
+    "trinix.kernels.triton.head_mlp",
+    "trinix.kernels.triton.attention_decode",
 )
 TARGETS = tuple(LIMITS)
 ELEMENTS = 12 * 12 * 4096 * 128  # of the estimate: the cases X-*-4096

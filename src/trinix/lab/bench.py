@@ -39,13 +39,17 @@ def bench_cases(
     *,
     kernels: bool = True,
     cpu_elements: int = CPU_ELEMENTS,
+    runs: int | None = None,
 ) -> int:
-    """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels=False`` leaves only the CPU times there."""
+    """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels=False`` leaves only the CPU times there.
+
+    ``runs`` is ``measure.Gpu``'s.
+    """
     out.mkdir(parents=True, exist_ok=True)  # a file in its place is an error now, not after the first hour
     card = device.card()
     if card:
         console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
-        return _on_gpu(cases, impls, out / card.slug, console)
+        return _on_gpu(cases, impls, out / card.slug, console, runs)
     if kernels:
         console.print(
             "No GPU here: kernels in the interpreter, PyTorch's CPU times, the compilers' report. No GPU speed."
@@ -55,15 +59,15 @@ def bench_cases(
     return _without_gpu(cases, impls, out / "cpu", console, kernels, cpu_elements)
 
 
-def _on_gpu(cases, impls, folder: Path, console: Console) -> int:
-    clock = measure.Gpu()
+def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None = None) -> int:
+    clock = measure.Gpu(runs=runs)
     lines, interrupted = _collect(cases, folder, console, lambda case: run.run_gpu(case, impls, clock))
     console.print(summary(lines))
     _show_not_built(cases, console)
     console.print(verdict(lines))
     if interrupted:
         return 130
-    return int(any(not one["ok"] and _is_ours(one) and not _is_skip(one) for one in lines))
+    return int(any(not one["ok"] and _is_ours(one) and not record.is_skip(one) for one in lines))
 
 
 def _collect(
@@ -103,7 +107,7 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cp
     console.print(_cpu_table(lines))
     if interrupted:
         return 130
-    failed += sum(not one["ok"] and _is_ours(one) and not _is_skip(one) for one in lines)
+    failed += sum(not one["ok"] and _is_ours(one) and not record.is_skip(one) for one in lines)
     if skipped := sum(trinix.is_built(c) for c in cases) - sum(trinix.is_built(c) for c in small):
         console.print(f"Skipped: {skipped} built cases above {cpu_elements:,} elements are timed on a GPU only.")
     if kernels:
@@ -158,10 +162,6 @@ def _is_ours(one: dict) -> bool:
     return one["impl"].startswith("trinix")
 
 
-def _is_skip(one: dict) -> bool:
-    return (one["reason"] or "").startswith("skipped")
-
-
 def _show_not_built(cases: Sequence[Case], console: Console) -> None:
     missing = report.not_built(cases)
     if not missing:
@@ -210,14 +210,14 @@ def _ms(one: dict | None) -> str:
     if not one:
         return "-"
     if not one["ok"]:
-        return "skipped" if _is_skip(one) else "FAILED" if _is_ours(one) else "not timed"
+        return "skipped" if record.is_skip(one) else "FAILED" if _is_ours(one) else "not timed"
     return f"{one['device_ms']['p50']:.4f}"
 
 
 def verdict(lines: Sequence[dict]) -> Text:
     """Counts, and every failure of trinix with its reason; as plain text, since reasons may hold brackets."""
     ours = [one for one in lines if one["impl"] == "trinix"]
-    failures = [one for one in lines if _is_ours(one) and not one["ok"] and not _is_skip(one)]
+    failures = [one for one in lines if _is_ours(one) and not one["ok"] and not record.is_skip(one)]
     slow = [row for row in report.rows(lines) if row.speedup() is not None and row.speedup() < 1 / 1.03]
     text = [
         f"{len(ours)} rows of trinix, {len(failures)} failed, {len(slow)} slower than the best rival by more than 3%."
@@ -241,7 +241,7 @@ def _interpreter_table(checks: Sequence[dict]) -> Table:
 def _cpu_table(lines: Sequence[dict]) -> Table:
     table = Table("case", "pass", "impl", "runs", "CPU ms", "error / PyTorch's")
     for one in lines:
-        if _is_skip(one):
+        if record.is_skip(one):
             continue
         time = f"{one['wall_ms']:.2f}" if one["ok"] else escape(f"FAILED: {one['reason']}")
         table.add_row(one["case"], one["pass"], one["impl"], one["backend"] or "-", time, _ratio(one))

@@ -126,6 +126,9 @@ def ops_table() -> str:
         "rope": (heads, heads, table, table),
         "qk_norm_rope": (heads, heads, weight, weight, table, table),
         "alibi_bias": (slopes, 8),
+        "attention": (heads, heads, heads),
+        "attention_decode": (heads, heads, heads, torch.zeros(1, dtype=torch.int32, device=where)),
+        "head_mlp": (heads[0], heads[0].mT, heads[0]),
     }
     lines = []
     for name, (op, _) in sorted(ops.EXPLAIN.items()):

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -76,6 +77,41 @@ def benchmark_embeddings(argv: list[str] | None = None) -> int:
     return _run(parser, flags, cases)
 
 
+MODELS = {  # name -> cases
+    "document": tuple(f"A-{layer}-{i}" for layer in ("MHSA", "MHA", "GQA", "MQA", "MLA") for i in (1, 2, 3)),
+    "llama3_70b": ("A-llama3-70b",),
+    "llama3_405b": ("A-llama3-405b",),
+    "deepseek_v3": ("A-deepseek-v3",),
+}
+
+
+def benchmark_attention(argv: list[str] | None = None) -> int:
+    """Document 004: its fifteen layers, and those of the models that ``--models`` names."""
+    parser = _parser(
+        "attention", "Attention layers of seed document 004 against PyTorch, torch.compile and their own formula."
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["document"], help="whose layers (default: document)"
+    )
+    parser.add_argument(
+        "--num_runs", type=int, help="times that each is timed on a GPU; by default what fits a budget of time"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="instead of the document's float16 and the models' bfloat16")
+    parser.add_argument("--causal", action="store_true", help="the document's layers causal; the models' are")
+    flags = _parse(parser, argv)
+    if flags.num_runs is not None and flags.num_runs < 1:
+        parser.error(f"--num_runs must be positive, got {flags.num_runs}")
+    chosen = {c.id: c for c in load_cases("full", ("attention_layers",))}
+    cases = [chosen[id_] for model in dict.fromkeys(flags.models) for id_ in MODELS[model]]
+    if flags.causal:
+        cases = [replace(c, args=c.args | {"causal": True}) for c in cases]
+    if flags.dtype:
+        cases = [replace(c, dtype=DTYPES[flags.dtype]) for c in cases]
+    from trinix.lab.bench import CPU_ELEMENTS
+
+    return _run(parser, flags, cases, runs=flags.num_runs, cpu_elements=CPU_ELEMENTS)
+
+
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"benchmark_{name}.py", description=description)
     parser.add_argument("--out", type=Path, default=Path(f"out/benchmark_{name}"), help="folder of result files")
@@ -140,7 +176,7 @@ def _times(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
 
 
-def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequence[Case]) -> int:
+def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequence[Case], **more: int | None) -> int:
     from rich.console import Console
 
     from trinix.lab import bench
@@ -148,6 +184,8 @@ def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequ
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
-        return bench.bench_cases(cases, tuple(PREPARE), flags.out, console, kernels=False, cpu_elements=1 << 62)
+        return bench.bench_cases(
+            cases, tuple(PREPARE), flags.out, console, kernels=False, **{"cpu_elements": 1 << 62} | more
+        )
     except OSError as error:
         parser.error(f"--out {flags.out}: {error}")

@@ -18,7 +18,7 @@ from trinix.lab.peers import eager
 
 SLICE = 1 << 26  # elements of the first input or output
 
-CONSTANT = ("cos", "sin", "mask", "slopes")  # inputs that need no gradient
+CONSTANT = ("cos", "sin", "mask", "slopes", "queries", "k_cache", "v_cache")  # inputs that need no gradient
 # op -> the inputs that can be cut into rows, and how many trailing dimensions a row keeps; outputs are cut likewise
 ROWS: dict[str, Callable[[Case], tuple[tuple[str, ...], int]]] = {
     "activation": lambda case: (("x",), 0),
@@ -28,6 +28,7 @@ ROWS: dict[str, Callable[[Case], tuple[tuple[str, ...], int]]] = {
     "layer_norm_residual": lambda case: (("x", "residual"), 1),
     "glu": lambda case: (tuple(case.shape), 1),
     "alibi_bias": lambda case: (("slopes",), 0),
+    "attention_decode": lambda case: (tuple(case.shape), 3) if "page" not in case.args else ((), 0),
 }
 ROWS |= {
     "log_softmax": ROWS["softmax"],
@@ -76,7 +77,11 @@ def inputs_of(case: Case, where: str) -> Inputs:
             steps = torch.arange(1, shape[0] + 1, dtype=torch.float32, device=where)
             tensors.append(2.0 ** (-8.0 * steps / shape[0]))
         else:
-            tensors.append(testing.normal(shape, case.dtype, seed=i, device=where))
+            # a projection keeps the size of what it projects, as trained ones do
+            scale = shape[-1] ** -0.5 if name.endswith("_proj.weight") else 1.0
+            if name in ("w1", "w2", "w_gate"):  # [heads, in, out]
+                scale = shape[1] ** -0.5
+            tensors.append(testing.normal(shape, case.dtype, seed=i, device=where, scale=scale))
     wanted = outputs_of(case) if set(case.shape) - set(CONSTANT) else ()
     dys = [testing.normal(s, case.dtype, seed=99 - i, device=where) for i, s in enumerate(wanted)]
     return Inputs(tuple(case.shape), tuple(tensors), tuple(dys))
@@ -85,10 +90,14 @@ def inputs_of(case: Case, where: str) -> Inputs:
 def outputs_of(case: Case) -> tuple[tuple[int, ...], ...]:
     """The outputs' shapes."""
     first, *rest = case.shape.values()
+    if case.op == "glu_layers":
+        return ((*first[:-1], case.args.get("output_dim", case.args["hidden_dim"])),)
     if case.op in ("layer_norm_residual", "rms_norm_residual", "rope", "qk_norm_rope"):
         return first, rest[0]
     if case.op == "glu" and not rest:
         return ((*first[:-1], first[-1] // 2),)
+    if case.op in ("attention", "attention_decode"):
+        return ((*first[:-1], case.args.get("latent", rest[-1][-1])),)
     if case.op == "alibi_bias":
         return ((first[0], case.args["seq_q"], case.args["seq_q"]),)
     return (first,)
@@ -134,6 +143,9 @@ class Oracle:
                 detail = f"shape {list(t.shape)}, wanted {list(shapes[name])}"
                 yield testing.Verdict(name, float("inf"), 0.0, float("inf"), False, detail)
                 return
+        if self.case.op == "attention" and elements(self.case) > SLICE:
+            yield from self._judge_heads(got)
+            return
         rows, keep = ROWS[self.case.op](self.case) if self.case.op in ROWS else ((), 0)
         if not rows or elements(self.case) <= SLICE:
             yield from self._judge_whole(got)
@@ -147,6 +159,13 @@ class Oracle:
         low, true = self._whole
         for name, t in got.items():
             yield testing.judge(name, t, low[name], true[name])
+
+    def _judge_heads(self, got):
+        call = eager.prepare(self.case)
+        for part, cut in _heads(self.case, self.inputs):
+            low, true = derive(call, part), derive(call, part.double())
+            for name, t in true.items():
+                yield testing.judge(name, cut(got[name]), low[name], t)
 
     def _judge_slices(self, got, rows, keep):
         call = eager.prepare(self.case)
@@ -168,7 +187,15 @@ class Oracle:
 
 
 def elements(case: Case) -> int:
-    """Of the first input or output, whichever is larger."""
+    """Of the first input or output, whichever is larger; of attention's scores, which the oracle holds."""
+    if case.op == "attention_layers":
+        batch, length, _ = case.shape["x"]
+        return batch * case.args["heads"] * length**2
+    if case.op == "attention":
+        batch, length, heads, _ = _by_tokens(case, case.shape["q"])
+        return batch * heads * length * _by_tokens(case, case.shape["k"])[1]
+    if case.op == "attention_decode":  # the keys, once for every query head
+        return prod(case.shape["k_cache"]) * case.shape["queries"][2] // case.shape["k_cache"][2]
     return max(prod(next(iter(case.shape.values()))), prod(outputs_of(case)[0]))
 
 
@@ -185,6 +212,27 @@ def _slices(case: Case, inputs: Inputs, rows: Sequence[str], keep: int) -> Itera
 
         tensors = (cut(t) if n in rows else t for n, t in zip(inputs.names, inputs.tensors, strict=True))
         yield Inputs(inputs.names, tuple(tensors), tuple(cut(dy) for dy in inputs.dys)), cut
+
+
+def _by_tokens(case: Case, shape: Sequence[int]) -> Sequence[int]:
+    """[B, S, heads, D] of a shape in the case's layout."""
+    return (shape[0], shape[2], shape[1], shape[3]) if case.args.get("layout") == "BHSD" else shape
+
+
+def _heads(case: Case, inputs: Inputs) -> Iterator[tuple[Inputs, Callable]]:
+    """As ``_slices``: some key heads of one sequence, with the query heads that are theirs."""
+    axis = 1 if case.args.get("layout") == "BHSD" else 2
+    batch, key_heads = case.shape["k"][0], case.shape["k"][axis]
+    step = max(1, SLICE // (elements(case) // (batch * key_heads)))
+    for b in range(batch):
+        for start in range(0, key_heads, step):
+
+            def cut(t: Tensor, b=b, start=start) -> Tensor:
+                group = t.shape[axis] // key_heads
+                count = min(step, key_heads - start) * group
+                return t[b : b + 1].narrow(axis, start * group, count)
+
+            yield Inputs(inputs.names, tuple(map(cut, inputs.tensors)), tuple(map(cut, inputs.dys))), cut
 
 
 def gate(oracle: Oracle, call: Callable, *, overwrites: bool = False) -> tuple[str | None, float | None]:

@@ -182,7 +182,62 @@ def _embeddings() -> Iterator[dict]:
                 yield _result(kernel, name, layout, ("y",), [got], [low], [true])
 
 
-CHECKS = (_activations, _norms, _glus, _softmaxes, _embeddings)
+def _attention() -> Iterator[dict]:
+    """24 queries of 2 heads, 40 keys of one; the layout is the queries'."""
+    import torch
+
+    from trinix import ops, testing
+
+    bias = testing.normal((2, 24, 40), torch.float32, seed=6)
+    forms = {
+        "full": {}, "causal": {"causal": True}, "window, cap": {"window": (20, 6), "softcap": 3.0}, "bias": {"bias": bias},
+        "alibi, sink": {"alibi_slopes": ops.alibi_slopes(2), "sink": bias[:, 0, 0]},
+    }  # fmt: skip
+    for form, options in forms.items():
+        for name in DTYPES:
+            dtype = getattr(torch, name)
+            base = testing.normal((24, 24), dtype, seed=1)
+            for layout in LAYOUTS:
+                q = _view(base, layout)[None].unflatten(-1, (2, -1))
+                k, v = (testing.normal((1, 40, 1, q.shape[-1]), dtype, seed=seed) for seed in (2, 3))
+                dy = testing.normal(q.shape, dtype, seed=4)
+                ours, plain = (partial(ops.attention, backend=backend, **options) for backend in ("triton", "torch"))
+                got, low = testing.vjp(ours, [q, k, v], dy), testing.vjp(plain, [q, k, v], dy)
+                true = testing.vjp(plain, [t.double() for t in (q, k, v)], dy.double())
+                yield _result(f"attention/{form}", name, layout, ("out", "dq", "dk", "dv"), got, low, true)
+
+
+def _decoding() -> Iterator[dict]:
+    """Two tokens appended to a cache of 40 keys, or to its pages, in three shares; the layout is the queries'."""
+    import torch
+
+    from trinix import ops, testing
+
+    for paged in (False, True):
+        for name in DTYPES:
+            dtype = getattr(torch, name)
+            base = testing.normal((16, 16), dtype, seed=1)
+            lengths = torch.tensor([38, 7], dtype=torch.int32)
+            table = torch.arange(9, -1, -1, dtype=torch.int32).view(2, 5) if paged else None
+            for layout in LAYOUTS:
+                q = _view(base, layout).unflatten(0, (2, 2, 4))
+                shape = (*((10, 8) if paged else (2, 40)), 2, q.shape[-1])
+                k, v = (testing.normal(shape, dtype, seed=seed) for seed in (2, 3))
+                new = testing.normal((2, 2, *shape[2:]), dtype, seed=4)
+
+                def run(backend, wide, table=table, lengths=lengths, tensors=(q, k, v, new)):
+                    q, k, v, new = (t.to(wide) for t in tensors)  # keeps q's layout
+                    return ops.attention_decode(
+                        q, k.clone(), v.clone(), lengths, k_new=new, v_new=new, page_table=table, num_splits=3,
+                        return_lse=True, backend=backend,
+                    )  # fmt: skip
+
+                got, low, true = run("triton", dtype), run("torch", dtype), run("torch", torch.float64)
+                kernel = "attention_decode/pages" if paged else "attention_decode"
+                yield _result(kernel, name, layout, ("out", "lse"), got, low, true)
+
+
+CHECKS = (_activations, _norms, _glus, _softmaxes, _embeddings, _attention, _decoding)
 
 
 def main() -> int:

@@ -36,9 +36,14 @@ class Spread:
 
 
 class Gpu:
-    """Clocks for CUDA calls. One instance holds the buffer that clears the L2 cache."""
+    """Clocks for CUDA calls. One instance holds the buffer that clears the L2 cache.
 
-    def __init__(self, l2_bytes: int | None = None):
+    Args:
+        runs: how many times a call is timed for its device_ms, whatever that takes; None lets a budget of seconds decide.
+    """
+
+    def __init__(self, l2_bytes: int | None = None, runs: int | None = None):
+        self.runs = runs
         self.l2_bytes = l2_bytes or torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(max(4 * self.l2_bytes, 64 << 20), dtype=torch.int8, device="cuda")
 
@@ -51,7 +56,10 @@ class Gpu:
         spin = {n: int(min(2.5 * self._spin_us(call) + 30, 20_000) * 1000 * SPIN_GHZ) for n, call in calls.items()}
         names = list(calls)
         cost = sum(self._once(calls[n], spin[n]) for n in names)
-        rounds, reps = _plan(cost, budget_s, rounds, (2, 20))
+        if self.runs is None:
+            rounds, reps = _plan(cost, budget_s, rounds, (2, 20))
+        else:
+            rounds, reps = min(rounds, self.runs), -(-self.runs // min(rounds, self.runs))
 
         def repeat(name: str) -> list[float]:
             events = [_events() for _ in range(reps)]

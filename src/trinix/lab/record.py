@@ -105,3 +105,8 @@ def read(path: Path) -> list[dict]:
             raise ValueError(f"{path}: line {number} is not a result line")
         lines.append(one)
     return lines
+
+
+def is_skip(one: dict) -> bool:
+    """Whether a line says that its implementation does not do this: not that it failed, or was wrong."""
+    return (one["reason"] or "").startswith(("skipped", "Unsupported"))

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trinix.lab import record
+from trinix.lab import record, roofline
 from trinix.lab.case import Case, load_cases
 from trinix.lab.peers import PREPARE, RIVALS, trinix
 
@@ -53,7 +53,7 @@ def rows(lines: Iterable[dict]) -> list[ResultRow]:
 
 def others(lines: Iterable[dict]) -> list[str]:
     """The implementations beside "trinix" that have a column: those of which anything was more than skipped."""
-    there = {one["impl"] for one in lines if not (one["reason"] or "").startswith("skipped")}
+    there = {one["impl"] for one in lines if not record.is_skip(one)}
     return [impl for impl in PREPARE if impl in there and impl != "trinix"]
 
 
@@ -110,7 +110,7 @@ def markdown(lines: list[dict], source: str) -> str:
 
 def _reasons(failed: list[dict]) -> list[str]:
     """A line for each row that was not timed, one for all rows of an implementation skipped for one and the same reason."""
-    skips = [(one["impl"], one["reason"]) for one in failed if one["reason"].startswith("skipped")]
+    skips = [(one["impl"], one["reason"]) for one in failed if record.is_skip(one)]
     common = {skip: times for skip in dict.fromkeys(skips) if (times := skips.count(skip)) > MOST_SKIPS}
     texts = [f"{impl}, {times} rows: {reason}" for (impl, reason), times in common.items()]
     rest = [one for one in failed if (one["impl"], one["reason"]) not in common]
@@ -190,7 +190,11 @@ def not_built(cases: Iterable[Case]) -> list[Case]:
 def _published(case: Case | None, pass_: str, unit: str) -> str:
     figures = case.published(pass_, unit) if case else {}
     if figures:
-        return ", ".join(f"{name} {_figure(value)}" for name, value in figures.items()) + f" ({case.gpu})"
+        shown = []
+        for name, value in figures.items():
+            beyond = unit == "ms" and roofline.published_beyond_its_card(case, pass_, value)
+            shown.append(f"{name} {_figure(value)}" + (" (exceeds that card's peak)" if beyond else ""))
+        return ", ".join(shown) + f" ({case.gpu})"
     return "TBD in the document" if case and any(r.pass_ == pass_ and r.unit == unit for r in case.rows) else ""
 
 

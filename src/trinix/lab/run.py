@@ -141,7 +141,7 @@ def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
             calls.pop(subject.impl, None)
             torch.cuda.empty_cache()
     work = roofline.work(case, pass_)
-    probes, scale = roofline.traffic_probes(work.bytes, work.ceiling) if work and work.bytes else ({}, 1.0)
+    probes, scale = roofline.probes_of(work) if work and work.bytes else ({}, 1.0)
     times, fell = _clocked(clock, calls, probes)
     failed |= fell
     reached = {name: times.device_ms[name].p50 * scale for name in probes if name in times.device_ms}
@@ -165,7 +165,11 @@ def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
         spread = times.device_ms[subject.impl]
         # a backward right after its forward finds what that left in the cache
         cached = clock.l2_bytes if pass_ == "fwd_bwd" else 0
-        wrong = roofline.impossible(spread.p50, work.bytes, ceiling_ms, device.card(), cached) if ceiling_ms else None
+        wrong = None
+        if ceiling_ms and work.ceiling == "matmul":
+            wrong = roofline.too_many_flops(spread.p50, work.flops, device.card())
+        elif ceiling_ms:
+            wrong = roofline.impossible(spread.p50, work.bytes, ceiling_ms, device.card(), cached)
         leaves = inputs.tensors if pass_ == "fwd" else inputs.leaves()[0]
         lines.append(
             record.line(

@@ -19,8 +19,14 @@ from trinix.ops.activation import (
 from trinix.ops.activation import explain as _explain_activation
 from trinix.ops.alibi import alibi_bias, alibi_slopes
 from trinix.ops.alibi import explain as _explain_alibi
+from trinix.ops.attention import attention
+from trinix.ops.attention import explain as _explain_attention
+from trinix.ops.attention_decode import attention_decode
+from trinix.ops.attention_decode import explain as _explain_attention_decode
 from trinix.ops.glu import explain as _explain_glu
 from trinix.ops.glu import geglu, glu, reglu, swiglu
+from trinix.ops.head_mlp import explain as _explain_head_mlp
+from trinix.ops.head_mlp import head_mlp
 from trinix.ops.norm import explain as _explain_norm
 from trinix.ops.norm import layer_norm, layer_norm_residual, rms_norm, rms_norm_activation, rms_norm_residual
 from trinix.ops.rope import explain as _explain_rope
@@ -29,8 +35,8 @@ from trinix.ops.softmax import explain as _explain_softmax
 from trinix.ops.softmax import log_softmax, softmax
 
 __all__ = [
-    "KINDS", "activation", "alibi_bias", "alibi_slopes", "geglu", "gelu", "glu", "identity", "layer_norm",
-    "layer_norm_residual", "leaky_relu", "log_softmax", "mish", "qk_norm_rope", "quick_gelu", "reglu", "relu",
+    "KINDS", "activation", "alibi_bias", "alibi_slopes", "attention", "attention_decode", "geglu", "gelu", "glu", "head_mlp", "identity",
+    "layer_norm", "layer_norm_residual", "leaky_relu", "log_softmax", "mish", "qk_norm_rope", "quick_gelu", "reglu", "relu",
     "rms_norm", "rms_norm_activation", "rms_norm_residual", "rope", "rope_table", "sigmoid", "silu", "softmax",
     "softplus", "squared_relu", "swiglu", "tanh",
 ]  # fmt: skip
@@ -47,6 +53,9 @@ EXPLAIN |= {
 EXPLAIN |= {op.__name__: (op, _explain_rope) for op in (qk_norm_rope, rope)}
 EXPLAIN |= {op.__name__: (op, _explain_softmax) for op in (log_softmax, softmax)}
 EXPLAIN["alibi_bias"] = alibi_bias, _explain_alibi
+EXPLAIN["head_mlp"] = head_mlp, _explain_head_mlp
+EXPLAIN["attention"] = attention, _explain_attention
+EXPLAIN["attention_decode"] = attention_decode, _explain_attention_decode
 
 
 def explain(op, *args, **kwargs) -> Explanation:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trinix.lab import attention, layers
 from trinix.lab.case import Case
 
 ACTIVATIONS = {
@@ -152,6 +153,24 @@ def _alibi_bias(case: Case) -> Callable:
     return call
 
 
+def _head_mlp(case: Case) -> Callable:
+    if "w_gate" in case.shape:
+        activation = GATES[case.args["kind"]]
+        return lambda x, w1, w2, w_gate: torch.bmm(activation(torch.bmm(x, w_gate)) * torch.bmm(x, w1), w2)
+    activation = ACTIVATIONS[case.args["kind"]]
+    return lambda x, w1, w2: torch.bmm(activation(torch.bmm(x, w1)), w2)
+
+
+def _glu_layer(case: Case) -> Callable:
+    activation = GATES[case.args["kind"]]
+
+    def gated(packed):
+        gate, up = packed.chunk(2, -1)
+        return activation(gate) * up
+
+    return layers.of(case, gated)
+
+
 FORMS: dict[str, Callable[[Case], Callable]] = {
     "activation": lambda case: ACTIVATIONS[case.args["kind"]],
     "softmax": lambda case: softmax_of(case, F.softmax),
@@ -162,9 +181,14 @@ FORMS: dict[str, Callable[[Case], Callable]] = {
     "rms_norm_residual": lambda case: with_residual(_rms_norm(case)),
     "rms_norm_activation": _rms_norm_activation,
     "glu": lambda case: glu_of(case, GATES),
+    "head_mlp": _head_mlp,
     "rope": _rope,
     "qk_norm_rope": _qk_norm_rope,
     "alibi_bias": _alibi_bias,
+    "glu_layers": _glu_layer,
+    "attention_layers": lambda case: layers.of(case, layers.sdpa),
+    "attention": attention.sdpa,
+    "attention_decode": attention.sdpa_decode,
 }
 AROUND = {"rope": _widened, "qk_norm_rope": _widened}  # what callers prepare once, kept out of the clock
 

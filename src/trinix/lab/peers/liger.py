@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from trinix.lab import layers
 from trinix.lab.case import Case
 
 OVERWRITES = ("rms_norm", "glu", "rope")
@@ -49,6 +50,17 @@ def _glu(ops, case: Case) -> Callable | str:
     return "liger's packed form is swiglu with the gate first"
 
 
+def _glu_layer(ops, case: Case) -> Callable | str:
+    """One product for gate and up around liger's activation, its fastest MLP; its backward overwrites what the product gave."""
+    functions = {"swiglu": ops.LigerSiLUMulFunction, "geglu_tanh": ops.LigerGELUMulFunction}
+    if case.args["kind"] == "swiglu":
+        return layers.of(case, ops.LigerFusedGateUpSiLUMulFunction.apply)
+    if case.args["kind"] not in functions:
+        return f"liger has {list(functions)} only"
+    apply = functions[case.args["kind"]].apply
+    return layers.of(case, lambda packed: apply(*packed.chunk(2, -1)))
+
+
 def _rope(ops, case: Case) -> Callable | str:
     if case.args.get("interleaved"):
         return "liger has the half-split form only"
@@ -72,6 +84,7 @@ FORMS: dict[str, Callable] = {
     "rms_norm_residual": _rms_norm_residual,
     "glu": _glu,
     "rope": _rope,
+    "glu_layers": _glu_layer,
 }
 
 

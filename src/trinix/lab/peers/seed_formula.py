@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from trinix.lab import attention, layers
 from trinix.lab.case import Case
 from trinix.lab.peers import eager
 
@@ -42,6 +43,8 @@ FORMS: dict[str, Callable[[Case], Callable | str | None]] = {
     "activation": _activation,
     "softmax": _softmax,
     "rms_norm": _rms_norm,
+    "attention_layers": lambda case: layers.of(case, layers.naive),
+    "attention": attention.naive,
 }
 
 

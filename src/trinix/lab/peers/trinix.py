@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
-from trinix import ops
+from trinix import device, ops
+from trinix.lab import attention, layers
 from trinix.lab.case import Case
 
 # Every form is ``form(case, op, **more)``: the op with the case's arguments, still to be called on its inputs. ``op`` is the
@@ -50,12 +52,30 @@ def _glu(case: Case, op: Callable, **more) -> Callable:
     return partial(op, **case.args, **more)
 
 
+def _head_mlp(case: Case, op: Callable, **more) -> Callable:
+    call = partial(op, kind=case.args["kind"], **more)
+    return lambda x, w1, w2, w_gate=None: call(x, w1, w2, w_gate=w_gate)
+
+
 def _rope(case: Case, op: Callable, **more) -> Callable:
     return partial(op, **case.args, **more)
 
 
 def _alibi_bias(case: Case, op: Callable, **more) -> Callable:
     return partial(op, seq_q=case.args["seq_q"], causal=case.args["causal"], dtype=case.dtype, **more)
+
+
+def _attention(case: Case, op: Callable, **more) -> Callable:
+    return attention.of(case, partial(op, causal=case.args["causal"], **more))
+
+
+def _attention_decode(case: Case, op: Callable, **more) -> Callable:
+    def call(queries, *caches):
+        where, v_cache = queries.device, attention.values(case, caches)
+        table = attention.page_table(case, where)
+        return op(queries, caches[0], v_cache, attention.lengths(case, where), page_table=table, **more)
+
+    return call
 
 
 OPS: dict[str, Callable] = {
@@ -68,17 +88,22 @@ OPS: dict[str, Callable] = {
     "rms_norm_residual": _rms_norm_residual,
     "rms_norm_activation": _rms_norm_activation,
     "glu": _glu,
+    "head_mlp": _head_mlp,
     "rope": _rope,
     "qk_norm_rope": _rope,
     "alibi_bias": _alibi_bias,
+    "attention": _attention,
+    "attention_decode": _attention_decode,
 }
 
 
 def is_built(case: Case) -> bool:
-    return case.op in OPS and case.op in ops.EXPLAIN
+    return case.op in layers.OPS or (case.op in OPS and case.op in ops.EXPLAIN)
 
 
 def prepare_auto(case: Case) -> Callable:
+    if case.op in layers.OPS:
+        return layers.ours(case)
     if case.op == "activation":  # as users call it: the short names
         kind = case.args["kind"]
         if kind == "gelu_tanh":
@@ -88,6 +113,8 @@ def prepare_auto(case: Case) -> Callable:
 
 
 def prepare_triton(case: Case) -> Callable | str:
+    if case.op in layers.OPS:
+        return layers.ours(case, "triton")
     if case.args.get("kind") == "none":
         return "the identity runs no kernel"
     if case.op == "activation":
@@ -95,9 +122,19 @@ def prepare_triton(case: Case) -> Callable | str:
     return OPS[case.op](case, getattr(ops, case.op), backend="triton")
 
 
+def prepare_hopper(case: Case) -> Callable | str | None:
+    if case.op in layers.OPS or "hopper" not in import_module(ops.EXPLAIN[case.op][0].__module__).BACKENDS:
+        return None
+    if device.card() is None or device.card().target != "sm_90":
+        return "runs on sm_90 only"
+    return OPS[case.op](case, getattr(ops, case.op), backend="hopper")
+
+
 def backend_of(case: Case, impl: str, *inputs) -> str:
     """What really runs under an impl's name, asked of trinix for these inputs."""
     if not impl.startswith("trinix"):
         return impl
     more = {"backend": impl.partition(":")[2]} if ":" in impl else {}
+    if case.op in layers.OPS:
+        return layers.backend_of(case, more.get("backend", "auto"), *inputs)
     return OPS[case.op](case, partial(ops.explain, case.op), **more)(*inputs).backend

@@ -1,0 +1,106 @@
+"""Attention as cases: how each implementation is called on a case's tensors.
+
+``attention`` has q, k and v, [B, S, heads, D] or with ``layout = "BHSD"`` [B, heads, S, D], as document 001 has them.
+``attention_decode`` has queries, k_cache and v_cache, the cache full; with ``page`` the caches are pages in a shuffled order, and
+with ``latent`` there is no v_cache: values are the keys' first channels.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trinix.lab.case import Case
+
+
+def of(case: Case, core: Callable) -> Callable:
+    """``core(q, k, v)`` on [B, S, heads, D] as a function of the case's tensors."""
+    if case.args.get("layout") != "BHSD":
+        return core
+
+    def call(*tensors):
+        y = core(*(t.transpose(1, 2) for t in tensors))
+        return y.transpose(1, 2) if isinstance(y, Tensor) else y
+
+    return call
+
+
+def heads_first(case: Case, core: Callable) -> Callable:
+    """``core(q, k, v)`` on [B, heads, S, D] as a function of the case's tensors."""
+    return of(case, lambda *tensors: core(*(t.transpose(1, 2) for t in tensors)).transpose(1, 2))
+
+
+def grouped(case: Case) -> bool:
+    axis = 1 if case.args.get("layout") == "BHSD" else 2
+    return case.shape["q"][axis] != case.shape["k"][axis]
+
+
+def sdpa(case: Case) -> Callable:
+    """PyTorch's fused attention, whichever of its kernels it chooses; in float64 its formula."""
+    causal, gqa = case.args["causal"], grouped(case)
+    return heads_first(case, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa))
+
+
+def naive(case: Case) -> Callable:
+    """The documents' formula: scores, mask, softmax, values, each a tensor in memory."""
+    causal, gqa = case.args["causal"], grouped(case)
+
+    def core(q, k, v):
+        if gqa:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return torch.softmax(scores, -1) @ v
+
+    return heads_first(case, core)
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def lengths(case: Case, device: torch.device) -> Tensor:
+    return _lengths(case.shape["queries"][0], keys(case), device)
+
+
+@cache
+def _lengths(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.full((batch,), length, dtype=torch.int32, device=device)
+
+
+def keys(case: Case) -> int:
+    """How many keys a sequence has."""
+    pages, length = case.shape["k_cache"][:2]
+    return pages // case.shape["queries"][0] * length if "page" in case.args else length
+
+
+def page_table(case: Case, device: torch.device) -> Tensor | None:
+    return _page_table(case.shape["queries"][0], case.shape["k_cache"][0], device) if "page" in case.args else None
+
+
+@cache
+def _page_table(batch: int, pages: int, device: torch.device) -> Tensor:
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+    return order.view(batch, -1).to(device, torch.int32)
+
+
+def values(case: Case, caches: tuple[Tensor, ...]) -> Tensor:
+    return caches[0][..., : case.args["latent"]] if "latent" in case.args else caches[1]
+
+
+def sdpa_decode(case: Case) -> Callable:
+    """PyTorch's fused attention over the whole cache, of pages over a copy of them."""
+    gqa = case.shape["queries"][2] != case.shape["k_cache"][2]
+
+    def call(queries, *caches):
+        k, v = caches[0], values(case, caches)
+        table = page_table(case, queries.device)
+        if table is not None:
+            k, v = (t[table].flatten(1, 2) for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (queries, k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa).transpose(1, 2)
+
+    return call

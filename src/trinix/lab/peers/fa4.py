@@ -1,0 +1,48 @@
+"""flash-attn-4 (written against 4.0.0b36): CuTe kernels for Hopper and later."""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from trinix.lab import attention, layers
+from trinix.lab.case import Case
+
+PACKAGES = {
+    "flash_attn.cute": "flash-attn-4",
+    "quack": "quack-kernels",
+    "tvm_ffi": "apache-tvm-ffi",
+    "cutlass": "nvidia-cutlass-dsl",
+}
+
+
+def lacking() -> str | None:
+    """What is not there, in words."""
+    for module, package in PACKAGES.items():
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # of the part before the dot
+            found = None
+        if found is None and module == "cutlass":
+            return (
+                f"{package} is not installed, or lies in a folder that pip --target filled: its .pth file has to be processed "
+                "by site.addsitedir"
+            )
+        if found is None:
+            return f"{package} is not installed"
+    return None
+
+
+def prepare(case: Case) -> Callable | str | None:
+    if case.op not in ("attention", "attention_layers"):
+        return None
+    if reason := lacking():
+        return reason
+    if not torch.cuda.is_available():
+        return "timed on a GPU only"
+    from flash_attn.cute import flash_attn_func
+
+    causal = case.args["causal"]
+    if case.op == "attention_layers":
+        return layers.of(case, lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)[0])
+    return attention.of(case, lambda q, k, v: flash_attn_func(q, k, v, causal=causal)[0])

@@ -48,7 +48,12 @@ def test_help_lists_every_command(command):
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("doctor", []), ("ops", []), ("bench", ["--op", "--suite", "--impl", "--out"]), ("report", ["--results"])],
+    [
+        ("doctor", []),
+        ("ops", []),
+        ("bench", ["--op", "--suite", "--case", "--resume", "--impl", "--out"]),
+        ("report", ["--results"]),
+    ],
 )
 def test_help_of_a_command_lists_its_flags(name, flags, capsys):
     with pytest.raises(SystemExit) as done:
@@ -122,6 +127,7 @@ def test_ops_lists_every_op_with_each_backend(command):
         (["--suite", "nonsense"], "trinix: bench: suite must be one of ['quick', 'seeds', 'full'], got 'nonsense'"),
         (["--op", "reluu"], "trinix: bench: op must be among ['activation', "),
         (["--impl", "eagle"], "trinix: bench: impl must be among ['trinix', "),
+        (["--case", "eagle"], "trinix: bench: case 'eagle' matches none of the "),
     ],
 )
 def test_bench_refuses_what_it_does_not_know_and_lists_what_it_does(words, message, command, tmp_path):

@@ -150,11 +150,16 @@ def test_rotation_by_the_places_in_the_cache(causal, interleaved):
         ("does not go with block_table", {"cache_batch_idx": torch.zeros(2), "block_table": torch.zeros(2, 1)}),
         ("must say where k goes", {"k": K, "v": V}),
         ("rotary_cos needs rotary_sin and k", {"rotary_cos": torch.ones(9, 4)}),
+        ("cache_seqlens must be from 0 to 9, with 0 new tokens in a cache of 9, got 10", {"cache_seqlens": 10}),
+        ("cache_seqlens must be from 0 to 0, with 9 new tokens", {"k": K, "v": V, "cache_seqlens": 1}),
+        (r"window_size must be \(left, right\), -1 for no bound, got 3", {"window_size": 3}),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(words, arguments):
     with pytest.raises(ValueError, match=words):
         flash_attn_with_kvcache(Q, K, V, **arguments)
+    with pytest.raises(TypeError, match=r"cache_batch_idx must be an int32 tensor \[B\], got torch.float32"):
+        flash_attn_with_kvcache(Q, K, V, cache_batch_idx=torch.zeros(2))
 
 
 @pytest.mark.gpu

@@ -32,6 +32,18 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="correctness, then timings, of a suite of cases")
     bench.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
     bench.add_argument("--suite", default="quick", help="quick, seeds or full (default: quick)")
+    bench.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        help="only cases whose id matches this pattern, as 'AS-64-*' (may be repeated); a file that lacks cases of the suite stays "
+        "<family>.jsonl.partial",
+    )
+    bench.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the finished cases of <family>.jsonl.partial, of this card, commit and versions only, and run the others",
+    )
     bench.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
     bench.add_argument("--out", type=Path, default=Path("out"), help="folder of result files (default: out)")
     bench.set_defaults(run=_bench)
@@ -67,7 +79,13 @@ def _bench(arguments) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     return bench.bench(
-        suite=arguments.suite, ops=arguments.op, impls=arguments.impl, out=arguments.out, console=console
+        suite=arguments.suite,
+        ops=arguments.op,
+        impls=arguments.impl,
+        ids=arguments.case,
+        resume=arguments.resume,
+        out=arguments.out,
+        console=console,
     )
 
 

@@ -25,6 +25,8 @@ def _sides(window_size) -> tuple[int | None, int | None] | None:
     """-1 (or any negative number) is no bound there, None here."""
     if window_size is None:
         return None
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"flash_attn: window_size must be (left, right), -1 for no bound, got {window_size!r}")
     left, right = window_size
     return None if left is None or left < 0 else left, None if right is None or right < 0 else right
 
@@ -170,14 +172,26 @@ def flash_attn_with_kvcache(
             raise ValueError(
                 "flash_attn_with_kvcache: cache_batch_idx does not go with block_table, got both; pick rows of the table"
             )
+        if not isinstance(cache_batch_idx, Tensor) or cache_batch_idx.dtype not in (torch.int32, torch.int64):
+            got = cache_batch_idx.dtype if isinstance(cache_batch_idx, Tensor) else type(cache_batch_idx).__name__
+            raise TypeError(
+                f"flash_attn_with_kvcache: cache_batch_idx must be an int32 tensor [B], got {got}; convert it"
+            )
         block_table = cache_batch_idx.to(torch.int32)[:, None]
     if not isinstance(cache_seqlens, Tensor):
+        capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         if cache_seqlens is None:
             if k is not None:
                 raise ValueError(
                     "flash_attn_with_kvcache: cache_seqlens must say where k goes, got None; pass the lengths before this call"
                 )
-            cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+            cache_seqlens = capacity
+        new = 0 if k is None else k.shape[1]
+        if not 0 <= cache_seqlens <= capacity - new:
+            raise ValueError(
+                f"flash_attn_with_kvcache: cache_seqlens must be from 0 to {capacity - new}, with {new} new tokens in a cache of "
+                f"{capacity}, got {cache_seqlens}; make a larger cache"
+            )
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     window = _sides(window_size)
     if rotary_cos is not None:

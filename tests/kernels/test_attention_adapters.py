@@ -206,6 +206,23 @@ def test_a_gradient_of_lse_with_softcap_is_refused_in_words(package):
         flash.backward(q, torch.zeros(1, 1, 4), q, q, q, q, torch.zeros(1, 1, 4), options, (True,) * 3)
 
 
+def test_rows_of_a_gradient_that_lie_askew_are_copied(package, monkeypatch):
+    given = []
+    monkeypatch.setattr(flash, "_backward", lambda name, dout, *_: given.append(dout) or (dout,) * 3)
+    q, lse = torch.zeros(1, 4, 1, 8), torch.zeros(1, 1, 4)
+    for dout in (torch.randn(1, 4, 1, 9)[..., :8], torch.randn(40)[1:33].view(q.shape)):
+        flash.backward(dout, None, q, q, q, q, lse, Options(scale=1.0), (True,) * 3)
+        assert flash._rows_are_aligned(given[-1])
+        torch.testing.assert_close(given[-1], dout)
+
+
+def test_only_a_scale_above_zero_is_taken(package):
+    q = torch.zeros(1, 4, 1, 8)
+    name, reasons = flash._names(q, q, q, Options(scale=-1.0), False)
+    assert name is None
+    assert reasons[package[0]] == "does not take a scale of 0 or below here"
+
+
 def test_a_package_of_another_version_is_passed_over(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("flash_attn_interface"))
     flash._module.cache_clear()

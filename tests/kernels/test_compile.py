@@ -107,7 +107,9 @@ def test_every_head_mlp_kernel_is_listed():
     forms = (*ops.KINDS, "silu-16", "silu-128", "silu-256", "silu-gated-64", "silu-gated-128", "silu-gated-256")
     cases = [f"{form}/bfloat16" for form in (*forms, "silu-bias-mean", "silu-transposed", "silu-odd")]
     cases += ["silu/float16", *(f"silu-{d}/float32" for d in (64, 128, 256))]
-    wanted = {f"head_mlp/{form}/{way}/{dtype}" for form, dtype in (one.split("/") for one in cases) for way in ("fwd", "bwd")}
+    wanted = {
+        f"head_mlp/{form}/{way}/{dtype}" for form, dtype in (one.split("/") for one in cases) for way in ("fwd", "bwd")
+    }
     assert listed("head_mlp") == wanted | {"head_mlp/add-partials/bwd/float32"}
 
 

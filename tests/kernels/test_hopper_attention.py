@@ -139,6 +139,24 @@ def test_the_copy_engine_reads_what_is_aligned():
     assert hopper.copy_engine_reads(x[:1, :, 1:2])  # strides of single rows do not matter
 
 
+def test_gradients_that_lie_askew_are_copied():
+    flat = torch.arange(73, dtype=torch.bfloat16)
+    for t in (flat[:72].view(1, 4, 2, 9)[..., :8], flat[1:65].view(1, 4, 2, 8), flat[:1].expand(1, 4, 2, 8)):
+        assert not hopper.copy_engine_reads(t)
+        assert hopper.copy_engine_reads(hopper.readable(t))
+        torch.testing.assert_close(hopper.readable(t), t)
+    fine = flat[:64].view(1, 4, 2, 8)
+    assert hopper.readable(fine) is fine
+
+
+def test_rows_are_counted_in_32_bits():
+    assert hopper.counts_fit((2**21, 16, 128), (2**21, 16, 128), 64)  # sequences one behind the other
+    assert hopper.counts_fit((4, 2**21, 16, 128), (4, 2**21, 16, 128), None)
+    assert not hopper.counts_fit((4, 2**21, 256, 8), (4, 2**21, 256, 8), None)
+    assert not hopper.counts_fit((2**20, 16, 128), (2**20, 16, 128), 2**20)  # each is padded
+    assert not hopper.counts_fit((2**20, 16, 128), (2**31, 1, 128), 64)
+
+
 def test_a_cpu_tensor_is_refused_with_the_reason():
     x = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
     assert "needs a GPU tensor" in hopper.unsupported(x, x, x, Options(scale=1.0), False)
@@ -228,6 +246,15 @@ def test_emulated_lengths_slopes_and_sink(monkeypatch, d):
         return torch.autograd.grad([out, lse], leaf, [dout.to(dtype), dlse.to(dtype)])[0]
 
     torch.testing.assert_close(dsink.double(), gradient(torch.float64), rtol=5e-3, atol=5e-3)
+
+
+def test_emulated_rows_without_a_key_and_a_sink_of_minus_infinity(monkeypatch):
+    shapes = (1, 70, 2, 64), (1, 30, 2, 64), (1, 30, 2, 64)
+    q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
+    options = Options(scale=0.125, sink=torch.tensor([float("-inf"), 0.5]), **CAUSAL)
+    _, _, dsink = emulated(monkeypatch, q, k, v, options)
+    assert dsink[0] == 0
+    assert dsink[1].isfinite()
 
 
 # ---- on the card -------------------------------------------------------------------------------------------------------

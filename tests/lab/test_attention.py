@@ -6,7 +6,8 @@ import importlib.util
 import pytest
 import torch
 
-from trinix.lab import attention, gate
+from trinix import device
+from trinix.lab import attention, gate, run
 from trinix.lab.case import Case, load_cases
 from trinix.lab.peers import PREPARE, fa4
 
@@ -74,6 +75,42 @@ def test_the_cases_are_the_issue_s():
     batches = {(c.shape["queries"][0], attention.keys(c)) for c in CASES.values() if c.op == "attention_decode"}
     assert {(1, 1024), (1, 131072), (16, 32768), (64, 1024), (64, 8192)} <= batches
     assert len([c for c in CASES if c.startswith("AC-") and c.endswith("-causal")]) == 13
+
+
+DECODING = {
+    "plain": ({}, (2, 1, 4, 8), (2, 6, 2, 8)),
+    "four queries": ({}, (2, 4, 4, 8), (2, 6, 2, 8)),
+    "pages": ({"page": 3}, (2, 1, 4, 8), (4, 3, 2, 8)),
+    "latents": ({"latent": 4}, (2, 1, 4, 8), (2, 6, 1, 8)),
+}
+
+
+@pytest.mark.parametrize("form", DECODING)
+def test_every_form_of_decoding_is_ours(form):
+    args, queries, cache = DECODING[form]
+    shape = {"queries": queries, "k_cache": cache} | ({} if "latent" in args else {"v_cache": cache})
+    case = Case("D", "attention_decode", args, shape, torch.float32, ("fwd",), "trinix", "", ("full",))
+    subject = run.admit(case, "trinix", gate.Oracle(case, gate.inputs_of(case, "cpu")))
+    assert subject.reason is None
+
+
+def test_every_case_of_decoding_has_a_form_that_was_compared():
+    for case in CASES.values():
+        if case.op == "attention_decode":
+            several = case.shape["queries"][1] > 1
+            assert any(
+                set(case.args) == set(args) and several == (queries[1] > 1) for args, queries, _ in DECODING.values()
+            )
+
+
+def test_the_formula_is_skipped_in_words_on_a_card_that_cannot_hold_its_scores(monkeypatch):
+    case = CASES["AS-64-16384-causal"]
+    assert attention.scores(case) == 32 * 16384**2
+    monkeypatch.setattr(device, "card", lambda index=0: device.Card("NVIDIA A100-SXM4-40GB", "sm_80", 108, 39.4))
+    assert PREPARE["seed_formula"](case) == "its scores would take 64 GiB of this card's 39"
+    assert callable(PREPARE["seed_formula"](CASES["AC-mla-2-causal"]))
+    monkeypatch.setattr(device, "card", lambda index=0: device.Card("NVIDIA H100 80GB HBM3", "sm_90", 132, 79.2))
+    assert callable(PREPARE["seed_formula"](case))
 
 
 def test_pages_and_latents_are_the_same_keys():

@@ -195,6 +195,62 @@ def test_the_next_run_replaces_what_an_interrupted_one_left(tmp_path, screen, mo
     assert names(tmp_path / "cpu") == ["activation.jsonl"]
 
 
+# -- some cases now, the others later
+
+
+def cases_in(path):
+    return list(dict.fromkeys(one["case"] for one in record.read(path)))
+
+
+def test_a_run_of_some_cases_stays_partial_and_a_resumed_one_makes_it_whole(tmp_path, screen, monkeypatch):
+    path, partial = (tmp_path / "cpu" / f"activation.jsonl{end}" for end in ("", ".partial"))
+    code, said = bench_cases(CASES, tmp_path, screen, ids=["mish-*"])
+    assert code == 0
+    assert names(tmp_path / "cpu") == ["activation.jsonl.partial"]
+    assert cases_in(partial) == ["mish-tiny"]
+    assert "1 of 2 cases are still to run with --resume: " in said
+    ran = []
+    real = run.run_cpu
+    monkeypatch.setattr(run, "run_cpu", lambda case, impls: ran.append(case.id) or real(case, impls))
+    bench_cases(CASES, tmp_path, screen, ids=["mish-*"], resume=True)
+    assert ran == []
+    assert names(tmp_path / "cpu") == ["activation.jsonl.partial"]
+    bench_cases(CASES, tmp_path, screen, resume=True)
+    assert ran == ["relu-tiny"]
+    assert names(tmp_path / "cpu") == ["activation.jsonl"]
+    assert cases_in(path) == ["mish-tiny", "relu-tiny"]
+
+
+def test_a_run_of_some_cases_leaves_the_last_whole_result_alone(tmp_path, screen):
+    bench_cases(CASES, tmp_path, screen)
+    before = (tmp_path / "cpu" / "activation.jsonl").read_bytes()
+    bench_cases(CASES, tmp_path, screen, ids=["mish-*"])
+    assert (tmp_path / "cpu" / "activation.jsonl").read_bytes() == before
+
+
+def test_patterns_that_leave_no_case_missing_write_a_whole_file(tmp_path, screen):
+    bench_cases(CASES, tmp_path, screen, ids=["mish-*", "relu*"])
+    assert names(tmp_path / "cpu") == ["activation.jsonl"]
+
+
+def test_after_ctrl_c_a_resumed_run_does_the_rest_only(tmp_path, screen, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopping(patch, KeyboardInterrupt())
+        bench_cases(CASES, tmp_path, screen)
+    stopping(monkeypatch, AssertionError("the finished case ran again"), at=1)
+    code, _ = bench_cases(CASES, tmp_path, screen, resume=True)
+    assert code == 0
+    assert cases_in(tmp_path / "cpu" / "activation.jsonl") == ["relu-tiny", "mish-tiny"]
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path, screen):
+    with pytest.raises(
+        ValueError, match=r"case 'nonsense\*' matches none of the \d+ cases that --suite and --op leave"
+    ):
+        bench.bench(out=tmp_path / "out", console=screen, ids=["X-relu-*", "nonsense*"], suite="full")
+    assert not (tmp_path / "out").exists()
+
+
 # -- the three parts without a GPU
 
 
@@ -356,7 +412,7 @@ def test_an_unknown_implementation_suite_or_op_is_refused_before_anything_runs(a
 
 def test_suite_ops_and_implementations_reach_the_run(tmp_path, screen, monkeypatch):
     asked = []
-    monkeypatch.setattr(bench, "bench_cases", lambda cases, impls, *_: asked.append((cases, tuple(impls))) or 0)
+    monkeypatch.setattr(bench, "bench_cases", lambda cases, impls, *_, **__: asked.append((cases, tuple(impls))) or 0)
     bench.bench(suite="seeds", ops=["softmax"], impls=["eager"], out=tmp_path, console=screen)
     bench.bench(out=tmp_path, console=screen)
     assert {c.op for c in asked[0][0]} == {"softmax"}

@@ -193,6 +193,32 @@ def test_the_oracle_of_a_case_that_fits_is_computed_once(monkeypatch):
     assert len(asked) == 1
 
 
+def test_the_oracle_of_heads_is_computed_once(monkeypatch):
+    monkeypatch.setattr(gate, "SLICE", SLICED)
+    case = case_of("attention")
+    oracle = gate.Oracle(case, gate.inputs_of(case, "cpu"))
+    call = eager.prepare(case)
+    real, parts = gate._heads, []
+    monkeypatch.setattr(gate, "_heads", lambda *of: parts.append(of) or real(*of))
+    for _ in range(3):
+        assert gate.gate(oracle, call)[0] is None
+    assert len(parts) == 1
+
+
+def test_an_oracle_that_broke_off_is_no_oracle_of_the_heads_before(monkeypatch):
+    monkeypatch.setattr(gate, "SLICE", SLICED)
+    case = case_of("attention")
+    oracle = gate.Oracle(case, gate.inputs_of(case, "cpu"))
+    with monkeypatch.context() as patch:
+        made = []
+        patch.setattr(gate.Inputs, "double", lambda self: made.append(self) or (self if len(made) == 1 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            gate.gate(oracle, eager.prepare(case))
+    reason, _ = gate.gate(oracle, spoiled(case, "y", last_row))
+    assert reason is not None
+    assert reason.startswith("misses its error budget: y: ")
+
+
 def test_a_mask_is_causal_and_tables_are_those_of_rope():
     case = case_of("softmax", shape={"x": (2, 4, 6), "mask": (4, 6)}, args={"dim": -1, "scale": 0.5})
     mask = gate.inputs_of(case, "cpu").tensors[1]

@@ -126,12 +126,34 @@ def test_a_run_that_dies_without_a_word_keeps_the_last_result(tmp_path):
     assert [one["case"] for one in read(path)] == ["old"]
 
 
+@pytest.mark.parametrize(("name", "other"), [("commit", "0000000"), ("gpu", "another"), ("versions", {"torch": "0"})])
+def test_what_another_card_commit_or_version_left_is_neither_resumed_nor_lost(name, other, tmp_path):
+    record.ResultFile(tmp_path, "activation").add([some() | {name: other}])
+    before = (tmp_path / "activation.jsonl.partial").read_bytes()
+    with pytest.raises(ValueError, match=f"--resume: its lines have {name} .*finish it there, or move it away"):
+        record.ResultFile(tmp_path, "activation", resume=True)
+    assert (tmp_path / "activation.jsonl.partial").read_bytes() == before
+
+
+def test_what_this_run_s_like_left_is_resumed(tmp_path):
+    one, two = some("one"), some("two")
+    record.ResultFile(tmp_path, "activation").add([one])
+    file = record.ResultFile(tmp_path, "activation", resume=True)
+    file.add([two])
+    assert file.lines == [one, two]
+    assert record.read(file.finish()) == [one, two]
+    assert record.ResultFile(tmp_path, "activation", resume=True).lines == []
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_none_is_refused_and_spoils_no_line(number, tmp_path):
     file = ResultFile(tmp_path, "activation")
+    file.add([some("A")])
     with pytest.raises(ValueError, match="JSON"):
-        file.add([some("A"), some("B", wall_ms=number), some("C")])
-    assert [one["case"] for one in read(file.interrupt())] == ["A"]
+        file.add([some("B"), some("B", wall_ms=number), some("B")])
+    assert [one["case"] for one in read(file.interrupt())] == ["A"], (
+        "and no half of a case, which --resume would take as done"
+    )
 
 
 @pytest.mark.parametrize(

@@ -370,6 +370,18 @@ def lines_of(lines, **wanted):
 IMPLS = tuple(impl for impl, prepare in peers.PREPARE.items() if prepare(case_of("silu")) is not None)
 
 
+def test_a_fault_that_no_later_call_survives_ends_the_run_and_names_who_failed_first(gpu, monkeypatch):
+    def fallen(*_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setitem(peers.PREPARE, "eager", lambda case: fallen)
+    assert len(run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "eager"], Clock())) == 2
+    monkeypatch.setattr(torch.cuda, "synchronize", fallen)
+    with pytest.raises(RuntimeError, match="illegal") as failed:
+        run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "eager"], Clock())
+    assert failed.value.__notes__[0].endswith("; the first to fail: eager: RuntimeError: an illegal memory access")
+
+
 def test_every_pass_gives_a_line_for_every_implementation_in_order(gpu):
     lines = run.run_gpu(case_of("silu"), tuple(peers.PREPARE), Clock())  # some have no activations: no line
     assert [(one["pass"], one["impl"]) for one in lines] == [(p, i) for p in ALL_PASSES for i in IMPLS]

@@ -47,7 +47,9 @@ LATENT = {
     "value width": {"v_head_dim": 6},
 }
 CASES = (
-    [(n, o) for n in LAYERS for o in OPTIONS] + [(n, o) for n in HEADED for o in MORE] + [("latent", o) for o in LATENT]
+    [(n, o) for n in LAYERS for o in OPTIONS]
+    + [(n, o) for n in HEADED for o in MORE]
+    + [("latent", o) for o in (*LATENT, "zero")]
 )
 BATCH, LENGTH = 2, 5
 
@@ -274,7 +276,7 @@ def test_a_mask_of_another_kind_is_refused_by_name():
     layer, x, _ = made("self", {})
     with pytest.raises(TypeError, match=r"attention_mask must be bool or floating point, got torch.int64; convert"):
         layer(x, torch.ones(LENGTH, LENGTH, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\], B = 2, got \[5\]"):
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\] = \[2, 5\], got \[5\]"):
         layer(x, key_padding_mask=torch.zeros(5, dtype=torch.bool))
 
 
@@ -377,6 +379,46 @@ def test_it_takes_over_torchs_module_and_all_its_arguments(options, device):
         one.zero_grad()
         y.square().sum().backward()
     alike([ours.o_proj.weight.grad], [theirs.out_proj.weight.grad])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_torchs_own_layers_may_hold_it(batch_first, training, device):
+    options = {"dropout": 0.0, "batch_first": batch_first, "device": device}
+    encoder = nn.TransformerEncoder(filled(nn.TransformerEncoderLayer(12, 3, 24, **options)), 2).train(training)
+    decoder = filled(nn.TransformerDecoderLayer(12, 3, 24, **options)).train(training)
+    ours = copy.deepcopy(encoder), copy.deepcopy(decoder)
+    for layer in (*ours[0].layers, ours[1]):
+        for name, module in list(layer.named_children()):
+            if isinstance(module, nn.MultiheadAttention):
+                setattr(layer, name, trinix.FastMultiHeadAttention.from_torch(module))
+    x = normal((2, 2, 12), torch.float32, seed=1, device=device)  # lengths as the batch: nothing stops a wrong [0]
+    torch.testing.assert_close(ours[0](x), encoder(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours[1](x, x.flip(0)), decoder(x, x.flip(0)), atol=1e-5, rtol=1e-4)
+
+
+def test_saying_need_weights_asks_for_torchs_pair():
+    layer, xs, _ = cross("cpu")
+    out, weights = layer(*xs, need_weights=False)
+    assert weights is None
+    torch.testing.assert_close(out, layer(*xs), rtol=0, atol=0)
+
+
+def test_the_hint_is_causal_adds_nothing_to_a_mask_of_torchs():
+    theirs = filled(nn.MultiheadAttention(12, 3, batch_first=True))
+    x, memory = normal((2, 6, 12), torch.float32, seed=1), normal((2, 4, 12), torch.float32, seed=2)
+    arguments = {"attn_mask": torch.ones(6, 4, dtype=torch.bool).triu(1), "is_causal": True}
+    wanted = theirs(x, memory, memory, **arguments)[0]
+    torch.testing.assert_close(trinix.FastMultiHeadAttention.from_torch(theirs)(x, memory, memory, **arguments), wanted)
+
+
+@pytest.mark.parametrize("need_weights", [None, True])
+@pytest.mark.parametrize("method", ["none", "rope", "alibi"])
+def test_the_last_queries_of_a_causal_layer_stand_at_the_last_keys(method, need_weights, device):
+    layer, x, _ = made("separate", {"causal": True, "position_method": method}, device=device)
+    out = layer(x[:, 3:], x, x, need_weights=need_weights)
+    torch.testing.assert_close(out if need_weights is None else out[0], layer(x)[:, 3:])
 
 
 def test_weights_and_output_share_one_dropout(device):
@@ -492,6 +534,24 @@ def test_an_attention_of_deepseek_comes_in_and_goes_out(option):
         other.load_checkpoint(state)
 
 
+def test_a_stretched_context_scales_deepseeks_scores():
+    scaling = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0}
+    plain = LAYERS["latent"](rope_scaling=scaling)
+    stretched = LAYERS["latent"](rope_scaling=scaling | {"mscale_all_dim": 1.0})
+    assert plain.scale == 6**-0.5
+    assert stretched.scale == pytest.approx(6**-0.5 * 1.8738, rel=1e-4)  # 1.3689 twice, as V3's configuration gives it
+
+
+def test_parameters_may_be_a_checkpoint():
+    """A dict of parameters, not of tensors: what named_parameters() gives."""
+    for name in ("grouped", "latent"):
+        layer, x, _ = made(name, {})
+        other = LAYERS[name]()
+        other.load_checkpoint({k: nn.Parameter(t.clone()) for k, t in layer.checkpoint().items()})
+        torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+        assert all(p.is_leaf and p.requires_grad for p in other.parameters())
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_it_exports_for_any_length(name):
     layer, x, _ = made(name, {"position_method": "rope", "causal": True})
@@ -522,7 +582,19 @@ REFUSED = {
         lambda: trinix.FastMultiQueryAttention(9, 3, sliding_window_size=0),
         "sliding_window_size must be an int from 1",
     ),
+    "window of three": (
+        lambda: trinix.FastMultiQueryAttention(9, 3, sliding_window_size=(1, 2, 3)),
+        r"sliding_window_size must be an int from 1 on, \(left, right\) or None, got \(1, 2, 3\)",
+    ),
     "latent": (lambda: trinix.FastMultiHeadLatentAttention(12, 3, 0), "latent_dim must be an int from 1 on, got 0"),
+    "latent of queries": (
+        lambda: trinix.FastMultiHeadLatentAttention(12, 3, q_latent_dim=-1),
+        "q_latent_dim must be an int from 1 on, got -1",
+    ),
+    "odd rope of a latent": (
+        lambda: trinix.FastMultiHeadLatentAttention(12, 3, rope_head_dim=7),
+        "rope_head_dim must be an even int from 2 on, got 7",
+    ),
 }
 
 
@@ -531,6 +603,17 @@ def test_arguments_that_do_not_fit_are_named(case):
     make, text = REFUSED[case]
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_inputs_that_do_not_fit_are_named(name):
+    layer, x, _ = made(name, {})
+    padding = torch.zeros(BATCH, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\] = \[2, 5\], got \[2, 1\]"):
+        layer(x, key_padding_mask=padding)
+    for wrong in (x[..., :-1], x[None], *([] if name == "separate" else [x[0]])):
+        with pytest.raises(ValueError, match=rf"must be \[B, S, {layer.embed_dim}\] .*, got \[{wrong.shape[0]}, "):
+            layer(wrong)
 
 
 @pytest.mark.parametrize("name", LAYERS)

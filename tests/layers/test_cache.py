@@ -26,7 +26,7 @@ OPTIONS = {
 }
 MORE = {"qk_norm": {"qk_norm": True, "position_method": "rope"}, "zero": {"add_zero_attn": True}}
 CASES = [(n, o, k) for n in LAYERS if n != "latent" for o in OPTIONS | MORE for k in KINDS]
-CASES += [("latent", o, "latent") for o in OPTIONS]
+CASES += [("latent", o, "latent") for o in (*OPTIONS, "zero")]
 BATCH, LENGTH = 3, 9
 
 
@@ -160,6 +160,25 @@ def test_pages_are_taken_as_needed_and_given_back():
     assert len(cache._free) == 8
 
 
+@torch.no_grad()
+def test_pages_that_a_reorder_frees_are_the_ones_it_needs():
+    layer, x = made("grouped", {})
+    cache = trinix.PagedCache(BATCH, 4, 2, 2, 4)
+    layer(x[:, :1], cache=cache)
+    cache.truncate(torch.tensor([1, 0, 0]))
+    layer(x[:, :1], cache=cache)
+    cache.truncate(torch.tensor([2, 0, 1]))
+    layer(x[:, 1:2], cache=cache)  # 3, 1 and 2 tokens fill the pool
+    assert cache._free == []
+    cache.reorder(torch.tensor([1, 0, 2]))
+    assert cache._counts == cache.lengths.tolist() == [1, 3, 2]
+    pages = [page for owned in cache._owned for page in owned]
+    assert len(pages) == len(set(pages)) == 4
+    with pytest.raises(ValueError, match="reorder makes sequences that need 6 pages, the pool has 4"):
+        cache.reorder(torch.tensor([1, 1, 1]))
+    assert cache._counts == cache.lengths.tolist() == [1, 3, 2]
+
+
 @pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
 def test_what_a_cache_cannot_do_is_refused_by_name(name, kind):
     layer, x = made(name, {"dropout": 0.1})
@@ -184,6 +203,52 @@ def test_what_a_cache_cannot_do_is_refused_by_name(name, kind):
     cache.reset()
     with pytest.raises(ValueError, match=r"a cache keeps no gradient; call the model under torch\.no_grad\(\)"):
         layer(x, cache=cache)
+
+
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
+def test_lengths_that_no_cache_has_are_refused(name, kind):
+    layer, x = made(name, {})
+    cache = cache_of(layer, kind)
+    layer(x, cache=cache)
+    for lengths in (-1, torch.tensor([2]), torch.tensor([1, -1, 2])):
+        with pytest.raises(ValueError, match=r"truncate wants an int or a tensor \[B\] = \[3\], from 0 on, got"):
+            cache.truncate(lengths)
+    with pytest.raises(ValueError, match="rewind by 10 of 9 tokens"):
+        cache.rewind(10)
+    assert cache.lengths.tolist() == [LENGTH] * BATCH
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        trinix.StaticCache(BATCH, LENGTH, 2, 4, dtype=torch.float16),
+        trinix.StaticCache(BATCH, LENGTH, 4, 4),
+        trinix.PagedCache(BATCH, 8, 2, 2, 8),
+    ],
+)
+@torch.no_grad()
+def test_a_prompt_is_neither_converted_nor_broadcast(cache):
+    layer = trinix.FastGroupedQueryAttention(16, 4, 2 if cache.keys.shape[2] == 2 else 1, causal=True)
+    with pytest.raises(
+        ValueError, match=r"made for torch.float\d\d on cpu with \[heads, channels\] .*, got torch.float32"
+    ):
+        layer(torch.zeros(BATCH, 2, 16), cache=cache)
+
+
+def test_a_dynamic_cache_without_tokens_has_none_to_move():
+    cache = trinix.DynamicCache()
+    cache.reorder(torch.tensor([1, 0]))
+    cache.truncate(0)
+    assert cache.lengths is None
+
+
+@torch.no_grad()
+def test_a_latent_cache_is_for_latent_attention():
+    layer, x = made("grouped", {})
+    for cache in (trinix.LatentCache(BATCH, 8, 16), (x, x)):
+        with pytest.raises(TypeError, match="cache must be a StaticCache, DynamicCache or PagedCache, got"):
+            layer(x, cache=cache)
 
 
 @torch.no_grad()

@@ -120,7 +120,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
     with pytest.raises(ValueError, match=r"got \['down_proj.weight', "):
         module.load_checkpoint(state | {"down_proj.weight": torch.ones(6, 7)})
     with pytest.raises(ValueError, match=r"up_proj.weight must be \[7, 6\], got \[1, 6\]"):
-        module.load_checkpoint(state | {"up_proj.weight": torch.ones(1, 6)})
+        module.load_checkpoint(state | {"gate_proj.weight": torch.ones(7, 6), "up_proj.weight": torch.ones(1, 6)})
+    assert not bool((state["gate_proj.weight"] == 1).any())  # all of it or nothing
     with pytest.raises(ValueError, match=r"names must be one of \['llama', 't5'\], got 'gpt'"):
         module.load_checkpoint(state, "gpt")
     with pytest.raises(ValueError, match=r"found no mlp\.gate_proj\.weight"):

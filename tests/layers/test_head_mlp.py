@@ -62,7 +62,7 @@ def test_an_unknown_activation_is_refused(activation):
 
 
 def test_sizes_below_one_are_refused():
-    with pytest.raises(ValueError, match="num_heads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_heads must be an int from 1 on, got 0"):
         trinix.FlashMLP(0, 4, 8)
 
 

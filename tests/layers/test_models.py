@@ -117,6 +117,17 @@ def test_an_unknown_cache_is_refused():
         made("gpt").caches(1, 8, "lazy")
 
 
+def test_what_generation_cannot_do_is_refused():
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    for kind in ("dynamic", None):
+        with pytest.raises(ValueError, match="graph=True needs kind 'static' or 'paged'"):
+            made("llama").generate(tokens, 2, kind=kind, graph=True)
+    model = models.Decoder(models.gpt(length=4, layers=1))
+    for kind in ("static", "dynamic", None):
+        with pytest.raises(ValueError, match="5 tokens exceed the table of 4 learned positions"):
+            model.generate(tokens, 3, kind=kind)
+
+
 def test_the_embedding_may_be_the_output():
     model = made("gpt")
     assert model.output.weight is model.embedding.weight

@@ -236,6 +236,29 @@ def test_a_gradient_of_lse_alone():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_a_gradient_of_lse_with_values_alone_is_zero(again):
+    q, k, v = make(1, 6, 7, 2, 1, 4).inputs
+    _, lse = attention(q, k, v.requires_grad_(), return_lse=True, backend="triton")
+    (dv,) = torch.autograd.grad(lse.sum(), v, create_graph=again)
+    assert not dv.any()
+
+
+@pytest.mark.parametrize("changed", ["mask", "alibi_slopes", "cu_seqlens_q"])
+def test_what_backward_reads_may_not_change_before_it(changed):
+    q, k, v = make(1, 6, 6, 2, 1, 4).inputs
+    options = {"mask": torch.ones(6, 6, dtype=torch.bool)}
+    if changed == "alibi_slopes":
+        options = {changed: alibi_slopes(2)}
+    elif changed == "cu_seqlens_q":
+        q, k, v = q[0], k[0], v[0]
+        options = {changed: torch.tensor([0, 2, 6], dtype=torch.int32)}
+    out = attention(q.requires_grad_(), k, v, **options, backend="triton")
+    options[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_a_second_derivative_is_the_formulas():
     case = make(1, 6, 7, 2, 1, 4, dropout_p=0.2)
     results = []
@@ -295,6 +318,14 @@ def test_no_rows(shape, backend):
         assert (lse == float("-inf")).all()
     grads = torch.autograd.grad(out.sum(), leaves)
     assert [g.shape for g in grads] == [t.shape for t in leaves]
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+def test_no_heads(backend):
+    q = torch.zeros(1, 5, 0, 16)
+    out, lse = attention(q, q, q, return_lse=True, backend=backend)
+    assert out.shape == q.shape
+    assert lse.shape == (1, 0, 5)
 
 
 def test_the_same_bits_every_time_when_asked(monkeypatch):
@@ -359,6 +390,8 @@ def test_wrong_ends_are_refused():
     for wrong, error in ((ends(0, 6).long(), TypeError), (ends(0, 6)[None], ValueError)):
         with pytest.raises(error, match="cu_seqlens"):
             attention(q, q, q, cu_seqlens_q=wrong)
+    with pytest.raises(TypeError, match="max_seqlen_q must be an int"):
+        attention(q, q, q, cu_seqlens_q=ends(0, 6), max_seqlen_q=torch.tensor(6), max_seqlen_k=6)
     with pytest.raises(ValueError, match="bias does not go with cu_seqlens_q"):
         attention(q, q, q, cu_seqlens_q=ends(0, 6), bias=torch.zeros(6, 6))
 
@@ -368,6 +401,9 @@ def test_explain_names_backends_and_reasons():
     told = trinix.explain("attention", q, q, q)
     assert told.backend == "torch"
     assert "needs a GPU tensor, got cpu" in told.rejected["triton"]
+    state = torch.get_rng_state()
+    trinix.explain("attention", q, q, q, dropout_p=0.5)
+    same(torch.get_rng_state(), state)
     told = trinix.explain("attention", q.requires_grad_(), q, q, backend="triton")
     assert told.backend == "triton"
     assert "queries x" in told.config
@@ -411,6 +447,32 @@ def test_torch_compile_keeps_it_whole(backend):
     torch.testing.assert_close(
         torch.autograd.grad(got.square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)
     )
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_backward_has_a_gradient_of_lse_only_where_lse_was_returned(monkeypatch):
+    given = []
+    backward = kernels.backward
+    monkeypatch.setattr(
+        kernels, "backward", lambda dout, dlse, *rest: given.append(dlse) or backward(dout, dlse, *rest)
+    )
+    leaves = [t.requires_grad_() for t in make(1, 8, 9, 2, 1, 16).inputs]
+    for with_lse in (False, True):
+        run = loss_of("triton", return_lse=with_lse)
+        got, wanted = (
+            torch.autograd.grad((sum(y.sum() for y in one) if with_lse else one.sum()), leaves)
+            for one in (torch.compile(run, backend="aot_eager", fullgraph=True)(*leaves), run(*leaves))
+        )
+        torch.testing.assert_close(got, wanted)
+    assert [dlse is None for dlse in given] == [True, True, False, False]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["hopper", "cudnn", "flash_attn"])
+def test_compiled_a_named_backend_is_asked_when_it_runs(backend):
+    leaves = [t.requires_grad_() for t in make(1, 8, 9, 2, 1, 16).inputs]
+    with pytest.raises(trinix.dispatch.Unsupported, match="got cpu"):
+        torch.compile(loss_of(backend), backend="aot_eager", fullgraph=True)(*leaves)
 
 
 def test_a_dispatch_mode_sees_one_operator_a_pass():

@@ -116,12 +116,18 @@ CASES = {
     "window": {"window": (10, None), "seq": 5, "num_splits": 2},
     "window from the end of a tile": {"window": (6, None)},
     "window to both sides": {"window": (10, 1), "causal": False, "seq": 5},
+    "window without an end": {"window": (2**31 - 1, 2**31 - 1), "causal": False, "seq": 5},
     "window, append": {"window": (20, 0), "new": 4, "seq": 4, "num_splits": 2},
     "softcap": {"softcap": 2.0},
     "scale": {"scale": 0.5},
     "ALiBi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625]), "seq": 2},
     "ALiBi of every sequence": {"alibi_slopes": torch.linspace(0.1, 0.8, 8).view(2, 4)},
     "sink": {"sink": torch.tensor([1.0, -1.0, 3.0, 0.0]), "lengths": (70, 0)},
+    "sink of minus infinity": {
+        "sink": torch.tensor([1.0, float("-inf"), 3.0, 0.0]),
+        "lengths": (70, 0),
+        "num_splits": 1,
+    },
     "sink, shares": {"sink": torch.tensor([1.0, -1.0, 3.0, 0.0]), "lengths": (70, 0), "num_splits": 2},
 }
 
@@ -251,6 +257,13 @@ def test_a_length_that_cannot_be_is_nan_and_nothing_outside_is_touched(options, 
         assert changed[1:].nonzero().tolist() == [[2, 20]]
     elif not new:
         same(k, case.k)
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_the_formula_appends_at_no_length_that_cannot_be(page):
+    for lengths in ((-1, 3), (3, 96)):
+        with pytest.raises(IndexError):
+            Case(capacity=96, lengths=lengths, new=1, page=page).run("torch")
 
 
 def test_views_of_a_cache_are_taken_as_they_are(device):
@@ -412,6 +425,21 @@ def test_compiled_whole_with_the_cache_written(new, fresh_dynamo):
     k, v = case.k.clone(), case.v.clone()
     same(step(case.q, k, v, case.lengths, case.k_new, case.v_new, case.table), 2 * wanted)
     same((k, v), (k_wanted, v_wanted))
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_latent_attention_is_compiled_whole(new, fresh_dynamo):
+    case = Case(new=new, d=320, dv=256, heads=2, key_heads=1, capacity=40, lengths=(20, 3), latent=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(q, k, lengths, k_new):
+        v_new = None if k_new is None else k_new[..., :256]
+        return attention_decode(q, k, k[..., :256], lengths, k_new=k_new, v_new=v_new, backend="triton")
+
+    wanted, _, k_wanted, _ = case.run("triton")
+    k = case.k.clone()
+    torch.testing.assert_close(step(case.q, k, case.lengths, case.k_new), wanted)
+    same(k, k_wanted)
 
 
 @pytest.mark.gpu

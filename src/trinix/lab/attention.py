@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from trinix.lab.case import Case
 
@@ -30,6 +31,18 @@ def of(case: Case, core: Callable) -> Callable:
 def heads_first(case: Case, core: Callable) -> Callable:
     """``core(q, k, v)`` on [B, heads, S, D] as a function of the case's tensors."""
     return of(case, lambda *tensors: core(*(t.transpose(1, 2) for t in tensors)).transpose(1, 2))
+
+
+SCORED = ("attention", "attention_layers")  # ops whose formula holds every score
+
+
+def scores(case: Case) -> int:
+    """How many scores a case of ``SCORED`` has, hidden ones too."""
+    if case.op == "attention_layers":
+        batch, length, _ = case.shape["x"]
+        return batch * case.args["heads"] * length**2
+    q = case.shape["q"]
+    return q[0] * q[1] * q[2] * case.shape["k"][2 if case.args.get("layout") == "BHSD" else 1]
 
 
 def grouped(case: Case) -> bool:
@@ -92,15 +105,33 @@ def values(case: Case, caches: tuple[Tensor, ...]) -> Tensor:
 
 
 def sdpa_decode(case: Case) -> Callable:
-    """PyTorch's fused attention over the whole cache, of pages over a copy of them."""
-    gqa = case.shape["queries"][2] != case.shape["k_cache"][2]
+    """PyTorch's fused attention over the whole cache, of pages over a copy of them; the last query stands at the last key.
+
+    Of latents the query heads of a key head are queries beside each other: no fused kernel has heads so wide with shared keys,
+    and the formula would write the keys out for every head, more than a card holds.
+    """
+    count, heads, key_heads = *case.shape["queries"][1:3], case.shape["k_cache"][2]
+    fold, gqa = "latent" in case.args and count == 1, heads != key_heads
+    seen = causal_lower_right(count, keys(case)) if count > 1 else None
 
     def call(queries, *caches):
         k, v = caches[0], values(case, caches)
         table = page_table(case, queries.device)
         if table is not None:
             k, v = (t[table].flatten(1, 2) for t in (k, v))
-        q, k, v = (t.transpose(1, 2) for t in (queries, k, v))
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa).transpose(1, 2)
+        k, v = (t.transpose(1, 2) for t in (k, v))
+        if fold:
+            q = queries.view(-1, key_heads, heads // key_heads, queries.shape[-1])
+            return F.scaled_dot_product_attention(q, k, v).flatten(1, 2).unsqueeze(1)
+        q = queries.transpose(1, 2)
+        if seen is None:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa).transpose(1, 2)
+        # the bias is for the fused kernel; elsewhere it would warn before it becomes this mask
+        mask = seen if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else _seen(count, k.shape[2], q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).transpose(1, 2)
 
     return call
+
+
+def _seen(count: int, length: int, device: torch.device) -> Tensor:
+    return torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)

@@ -6,6 +6,7 @@ labelled as such, and the compiler's report for four targets.
 
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rich.console import Console
@@ -23,12 +24,28 @@ CPU_ELEMENTS = 1 << 24  # larger cases are not timed on a CPU
 
 
 def bench(
-    *, suite: str = "quick", ops: Sequence[str] = (), impls: Sequence[str] = (), out: Path, console: Console
+    *,
+    suite: str = "quick",
+    ops: Sequence[str] = (),
+    impls: Sequence[str] = (),
+    ids: Sequence[str] = (),
+    resume: bool = False,
+    out: Path,
+    console: Console,
 ) -> int:
-    """Run and report; returns the exit status: 0, 1 if a result of trinix failed, 130 after Ctrl-C."""
+    """Run and report; returns the exit status: 0, 1 if a result of trinix failed, 130 after Ctrl-C.
+
+    ``ids`` (patterns of case ids) and ``resume`` are ``_collect``'s.
+    """
     if unknown := set(impls) - set(PREPARE):
         raise ValueError(f"bench: impl must be among {list(PREPARE)}, got {sorted(unknown)}")
-    return bench_cases(load_cases(suite, ops), impls or tuple(PREPARE), out, console)
+    cases = load_cases(suite, ops)
+    for pattern in ids:
+        if not any(fnmatchcase(c.id, pattern) for c in cases):
+            raise ValueError(
+                f"bench: case {pattern!r} matches none of the {len(cases)} cases that --suite and --op leave"
+            )
+    return bench_cases(cases, impls or tuple(PREPARE), out, console, ids=ids, resume=resume)
 
 
 def bench_cases(
@@ -40,28 +57,31 @@ def bench_cases(
     kernels: bool = True,
     cpu_elements: int = CPU_ELEMENTS,
     runs: int | None = None,
+    ids: Sequence[str] = (),
+    resume: bool = False,
 ) -> int:
     """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels=False`` leaves only the CPU times there.
 
-    ``runs`` is ``measure.Gpu``'s.
+    ``runs`` is ``measure.Gpu``'s, ``ids`` and ``resume`` are ``_collect``'s.
     """
+    chosen = {"ids": ids, "resume": resume}
     out.mkdir(parents=True, exist_ok=True)  # a file in its place is an error now, not after the first hour
     card = device.card()
     if card:
         console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
-        return _on_gpu(cases, impls, out / card.slug, console, runs)
+        return _on_gpu(cases, impls, out / card.slug, console, runs, chosen)
     if kernels:
         console.print(
             "No GPU here: kernels in the interpreter, PyTorch's CPU times, the compilers' report. No GPU speed."
         )
     else:
         console.print("No GPU here: PyTorch's CPU times only. They say nothing about a GPU kernel.")
-    return _without_gpu(cases, impls, out / "cpu", console, kernels, cpu_elements)
+    return _without_gpu(cases, impls, out / "cpu", console, kernels, cpu_elements, chosen)
 
 
-def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None = None) -> int:
+def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None, chosen: dict) -> int:
     clock = measure.Gpu(runs=runs)
-    lines, interrupted = _collect(cases, folder, console, lambda case: run.run_gpu(case, impls, clock))
+    lines, interrupted = _collect(cases, folder, console, lambda case: run.run_gpu(case, impls, clock), **chosen)
     console.print(summary(lines))
     _show_not_built(cases, console)
     console.print(verdict(lines))
@@ -71,39 +91,59 @@ def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None = Non
 
 
 def _collect(
-    cases: Sequence[Case], folder: Path, console: Console, run_case: Callable[[Case], list[dict]]
+    cases: Sequence[Case],
+    folder: Path,
+    console: Console,
+    run_case: Callable[[Case], list[dict]],
+    *,
+    ids: Sequence[str] = (),
+    resume: bool = False,
 ) -> tuple[list[dict], bool]:
-    """Run the built cases file by file into their result files; (lines, whether Ctrl-C ended it)."""
+    """Run the built cases file by file into their result files; (lines, whether Ctrl-C ended it).
+
+    With ``ids``, only cases whose id matches one of these patterns are run. With ``resume``, cases that the partial file
+    holds are not run again. A file is finished once it has every case of ``cases``; until then it stays partial.
+    """
     built = [c for c in cases if trinix.is_built(c)]
+    chosen = [c for c in built if not ids or any(fnmatchcase(c.id, pattern) for pattern in ids)]
     lines: list[dict] = []
     with _progress(console) as progress:
-        task = progress.add_task("", total=len(built))
-        for name in dict.fromkeys(c.file or c.op for c in built):
-            file = record.ResultFile(folder, name)
+        task = progress.add_task("", total=len(chosen))
+        for name in dict.fromkeys(c.file or c.op for c in chosen):
+            wanted = {c.id for c in built if (c.file or c.op) == name}
+            file = record.ResultFile(folder, name, resume=resume)
+            found = {one["case"] for one in file.lines}
             try:
-                for case in (c for c in built if (c.file or c.op) == name):
+                for case in (c for c in chosen if c.id in wanted):
                     progress.update(task, description=case.id)
-                    new = run_case(case)
-                    file.add(new)
-                    lines += new
+                    if case.id not in found:
+                        file.add(run_case(case))
+                        found.add(case.id)
                     progress.advance(task)
             except KeyboardInterrupt:
+                lines += file.lines
                 console.print(f"Stopped. {len(lines)} finished lines are in {file.interrupt()}")
                 return lines, True
             except BaseException:
                 console.print(f"Failed. The finished lines are in {file.interrupt()}")
                 raise
-            console.print(f"Wrote {file.finish()}")
+            lines += file.lines
+            if missing := wanted - found:
+                console.print(
+                    f"{len(missing)} of {len(wanted)} cases are still to run with --resume: {file.interrupt()}"
+                )
+            else:
+                console.print(f"Wrote {file.finish()}")
     return lines, False
 
 
-def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cpu_elements: int) -> int:
+def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cpu_elements: int, chosen: dict) -> int:
     failed = 0
     if kernels:
         failed += _interpret(console)
         console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
     small = [c for c in cases if gate.elements(c) <= cpu_elements]
-    lines, interrupted = _collect(small, folder, console, lambda case: run.run_cpu(case, impls))
+    lines, interrupted = _collect(small, folder, console, lambda case: run.run_cpu(case, impls), **chosen)
     console.print(_cpu_table(lines))
     if interrupted:
         return 130

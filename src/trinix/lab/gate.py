@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trinix import testing
+from trinix.lab import attention
 from trinix.lab.case import Case
 from trinix.lab.peers import eager
 
@@ -134,6 +135,7 @@ class Oracle:
     inputs: Inputs
     _whole: tuple[dict, dict] | None = field(default=None, init=False)
     _parameters: tuple[dict, dict] | None = field(default=None, init=False)
+    _of_heads: list[tuple[Callable, dict, dict]] = field(default_factory=list, init=False)
 
     def judge(self, got: dict[str, Tensor]) -> Iterator[testing.Verdict]:
         shapes = dict(zip((n for n in got if n.startswith("y")), outputs_of(self.case), strict=True))
@@ -161,9 +163,12 @@ class Oracle:
             yield testing.judge(name, t, low[name], true[name])
 
     def _judge_heads(self, got):
-        call = eager.prepare(self.case)
-        for part, cut in _heads(self.case, self.inputs):
-            low, true = derive(call, part), derive(call, part.double())
+        if not self._of_heads:  # float64 scores are large and slow, what they give is small: made once, kept
+            call = eager.prepare(self.case)
+            self._of_heads = [
+                (cut, derive(call, part), derive(call, part.double())) for part, cut in _heads(self.case, self.inputs)
+            ]
+        for cut, low, true in self._of_heads:
             for name, t in true.items():
                 yield testing.judge(name, cut(got[name]), low[name], t)
 
@@ -188,12 +193,8 @@ class Oracle:
 
 def elements(case: Case) -> int:
     """Of the first input or output, whichever is larger; of attention's scores, which the oracle holds."""
-    if case.op == "attention_layers":
-        batch, length, _ = case.shape["x"]
-        return batch * case.args["heads"] * length**2
-    if case.op == "attention":
-        batch, length, heads, _ = _by_tokens(case, case.shape["q"])
-        return batch * heads * length * _by_tokens(case, case.shape["k"])[1]
+    if case.op in attention.SCORED:
+        return attention.scores(case)
     if case.op == "attention_decode":  # the keys, once for every query head
         return prod(case.shape["k_cache"]) * case.shape["queries"][2] // case.shape["k_cache"][2]
     return max(prod(next(iter(case.shape.values()))), prod(outputs_of(case)[0]))
@@ -212,11 +213,6 @@ def _slices(case: Case, inputs: Inputs, rows: Sequence[str], keep: int) -> Itera
 
         tensors = (cut(t) if n in rows else t for n, t in zip(inputs.names, inputs.tensors, strict=True))
         yield Inputs(inputs.names, tuple(tensors), tuple(cut(dy) for dy in inputs.dys)), cut
-
-
-def _by_tokens(case: Case, shape: Sequence[int]) -> Sequence[int]:
-    """[B, S, heads, D] of a shape in the case's layout."""
-    return (shape[0], shape[2], shape[1], shape[3]) if case.args.get("layout") == "BHSD" else shape
 
 
 def _heads(case: Case, inputs: Inputs) -> Iterator[tuple[Inputs, Callable]]:

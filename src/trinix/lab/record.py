@@ -67,18 +67,23 @@ def _run(*command: str) -> str:
 class ResultFile:
     """Lines of one op. ``add`` appends to ``<op>.jsonl.partial``, which ``finish`` renames: a complete run replaces the
     last result in one step; an interrupted one leaves its finished lines in the partial file and the last result alone.
+
+    ``resume`` keeps what the partial file holds: ``lines``, all of this card, these versions and this commit.
     """
 
-    def __init__(self, folder: Path, op: str):
+    def __init__(self, folder: Path, op: str, *, resume: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{op}.jsonl"
         self.partial = folder / f"{op}.jsonl.partial"
-        self._file = self.partial.open("w", encoding="utf-8")
+        self.lines = _resumed(self.partial) if resume and self.partial.exists() else []
+        self._file = self.partial.open("a" if self.lines else "w", encoding="utf-8")
 
     def add(self, lines: Iterable[dict]) -> None:
-        for one in lines:
-            self._file.write(json.dumps(one, allow_nan=False) + "\n")
+        """The lines of one case, in one write: a run that is killed leaves whole cases."""
+        lines = list(lines)
+        self._file.write("".join(json.dumps(one, allow_nan=False) + "\n" for one in lines))
         self._file.flush()
+        self.lines += lines
 
     def finish(self) -> Path:
         self._file.flush()
@@ -91,6 +96,18 @@ class ResultFile:
         """Close without replacing the last complete result; returns where the finished lines are."""
         self._file.close()
         return self.partial
+
+
+def _resumed(partial: Path) -> list[dict]:
+    lines = read(partial)
+    for one in lines:
+        for name, here in stamp().items():
+            if one[name] != here:
+                raise ValueError(
+                    f"{partial}: --resume: its lines have {name} {one[name]}, this run {here}; one file is one card, one "
+                    "commit and one set of versions: finish it there, or move it away"
+                )
+    return lines
 
 
 def read(path: Path) -> list[dict]:

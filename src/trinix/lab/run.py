@@ -112,9 +112,17 @@ def run_gpu(case: Case, impls: Sequence[str], clock: measure.Gpu) -> list[dict]:
     gc.collect()
     gc.freeze()  # the meter collects before each reading: it need not walk through every import each time
     lines = []
-    for pass_ in case.passes:
-        torch.cuda.empty_cache()
-        lines += _time_pass(case, pass_, subjects, inputs, clock)
+    try:
+        for pass_ in case.passes:
+            torch.cuda.empty_cache()
+            lines += _time_pass(case, pass_, subjects, inputs, clock)
+        # after a fault that no later call of this process survives, every reason is that of another: not one line is kept
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        fell = [(s.impl, s.reason) for s in subjects if s.reason] + [(one["impl"], one["reason"]) for one in lines]
+        fell = [f"{impl}: {reason}" for impl, reason in fell if reason and not reason.startswith("skipped")]
+        error.add_note(f"{case.id}; the first to fail: {fell[0] if fell else 'none'}")
+        raise
     gc.unfreeze()
     check_totals(lines)
     return lines

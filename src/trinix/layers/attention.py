@@ -10,8 +10,8 @@ FastMultiHeadAttention         H                   ``q_proj``, ``k_proj``, ``v_p
 FastMultiHeadLatentAttention   H, from a latent    see ``trinix.layers.latent_attention``
 =============================  ==================  ====================================================================
 
-All return one tensor ``[B, S, E]``. (FastMultiHeadAttention returns two where ``need_weights=True`` asks for them.) A cache is
-an object of ``trinix.layers.cache`` that the call changes; it is never returned.
+All return one tensor ``[B, S, E]``. (FastMultiHeadAttention returns torch's pair where the call says ``need_weights``.) A cache
+is an object of ``trinix.layers.cache`` that the call changes; it is never returned.
 
 Masks: ``attention_mask`` is bool, True where a key is seen, or floating point, added to the scores; [Sq, Sk], [B, Sq, Sk] or
 broadcastable to [B, H, Sq, Sk]. ``key_padding_mask`` [B, Sk] and FastMultiHeadAttention's ``attn_mask`` are
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trinix import ops
+from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
 from trinix.layers.norm import FastLayerNorm, FastRMSNorm
 
@@ -120,13 +121,18 @@ class _FastAttention(nn.Module):
     def _attend(self, q, k, v, attention_mask, key_padding_mask, position_ids, cache, causal) -> Tensor:
         """Attention of the projected heads ``[B, S, heads, D]``, joined: ``[B, Sq, H D]``."""
         if cache is not None:
+            if not isinstance(cache, (StaticCache, PagedCache)):
+                raise TypeError(
+                    f"{type(self).__name__}: cache must be a StaticCache, DynamicCache or PagedCache, got "
+                    f"{type(cache).__name__}; make one of those"
+                )
             check_cached_call(self, q, cache, attention_mask, key_padding_mask, causal)
-        q, k = self._placed(q, k, position_ids, cache)
+        q, k = self._placed(q, k, position_ids, cache, causal)
         options = self._options(q)
         if cache is not None:
             out = cache.attend(q, k, v, **options)
         else:
-            bias, mask = merged(type(self).__name__, q, attention_mask, key_padding_mask)
+            bias, mask = merged(type(self).__name__, k, attention_mask, key_padding_mask)
             out = ops.attention(
                 q, k, v, causal=causal, bias=bias, mask=mask, dropout_p=self.dropout if self.training else 0.0,
                 backend=self.backend, **options,
@@ -144,7 +150,7 @@ class _FastAttention(nn.Module):
             "sink": q.new_zeros(self.num_heads, dtype=torch.float32) if self.add_zero_attn else None,
         }
 
-    def _placed(self, q, k, position_ids, cache) -> tuple[Tensor, Tensor]:
+    def _placed(self, q, k, position_ids, cache, causal) -> tuple[Tensor, Tensor]:
         """q and k after norm and positions."""
         rotates = self.position_method == "rope"
         if position_ids is not None and self.position_method in ("none", "alibi"):
@@ -168,9 +174,10 @@ class _FastAttention(nn.Module):
             if position_ids is not None:
                 raise ValueError(
                     f"{type(self).__name__}: position_ids name the positions of queries and keys alike, got {q.shape[1]} "
-                    f"queries and {k.shape[1]} keys; leave them out, both count from 0"
+                    f"queries and {k.shape[1]} keys; leave them out, both count from 0 (causal: the last stand together)"
                 )
-            return self.position(q), self.position(k)
+            ahead = k.shape[1] - q.shape[1] if causal else 0
+            return self.position(q, offset=max(ahead, 0)), self.position(k, offset=max(-ahead, 0))
         if rotates or self.position_method == "module":
             return self.position(q, k, position_ids=position_ids, offset=offset)
         return q, k
@@ -230,6 +237,7 @@ class FastGroupedQueryAttention(_FastAttention):
             position_ids: ``[B, S]``, ``[1, S]`` or ``[S]``, instead of 0 .. S - 1 behind the cache.
             cache: of ``trinix.layers.cache``: the tokens are appended to it, and see all that it holds.
         """
+        check_input(type(self).__name__, "hidden_states", hidden_states, self.embed_dim)
         x = hidden_states if self.batch_first else hidden_states.transpose(0, 1)
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
@@ -289,8 +297,10 @@ class FastMultiHeadAttention(_FastAttention):
     """Attention of queries over keys and values that may come from elsewhere, with the arguments of
     ``torch.nn.MultiheadAttention``; ``from_torch`` takes one over.
 
-    Differences: ``batch_first`` is True unless told otherwise, ``need_weights`` False, and without it one tensor is returned:
-    code that takes ``[0]`` of torch's pair, as ``torch.nn.TransformerEncoderLayer`` does, would take the first of the batch.
+    Differences: ``batch_first`` is True unless told otherwise, and a call that does not say ``need_weights`` returns one tensor,
+    not torch's pair. (``torch.nn.TransformerEncoderLayer`` and its kin do say it, and take ``[0]``: this module fits in there.
+    In a ``torch.nn.TransformerEncoder`` that was made before, set its ``use_nested_tensor`` to False: it would look for torch's
+    weights when padding is given.)
 
     Args:
         embed_dim, num_heads: E and H.
@@ -302,6 +312,10 @@ class FastMultiHeadAttention(_FastAttention):
     >>> layer(torch.randn(2, 5, 8), torch.randn(2, 3, 6)).shape
     torch.Size([2, 5, 8])
     """
+
+    # what torch.nn.TransformerEncoder asks its attention before it takes its weights: there are none to take
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
 
     def __init__(
         self,
@@ -332,7 +346,7 @@ class FastMultiHeadAttention(_FastAttention):
         key: Tensor | None = None,
         value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
+        need_weights: bool | None = None,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
@@ -340,16 +354,17 @@ class FastMultiHeadAttention(_FastAttention):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache=None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attention of ``query`` ``[B, Sq, E]`` over ``key`` ``[B, Sk, kdim]`` and ``value`` ``[B, Sk, vdim]``.
 
         Args:
             key, value: the query, and the key, if None.
             key_padding_mask, attn_mask: torch's, True where a key is *not* seen, or floating point to be added; attn_mask is
                 [Sq, Sk] or [B * H, Sq, Sk].
-            need_weights: return (out, weights) with weights ``[B, Sq, Sk]``, or ``[B, H, Sq, Sk]`` without
-                ``average_attn_weights``; they are in memory then. With ``add_zero_attn`` they have a last column for the zero.
-            is_causal: this call is causal.
+            need_weights: None returns out. True returns (out, weights) with weights ``[B, Sq, Sk]``, or ``[B, H, Sq, Sk]``
+                without ``average_attn_weights``; they are in memory then. With ``add_zero_attn`` they have a last column for
+                the zero. False returns (out, None), as torch does.
+            is_causal: this call is causal; beside an attn_mask for Sq != Sk it says what that mask is, and adds nothing.
             attention_mask, position_ids, cache: as in ``FastGroupedQueryAttention``.
         """
         if cache is not None and key is not None and key is not query:
@@ -357,6 +372,9 @@ class FastMultiHeadAttention(_FastAttention):
         key = query if key is None else key
         value = key if value is None else value
         unbatched = query.dim() == 2
+        widths = self.embed_dim, self.kdim, self.vdim
+        for argument, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
+            check_input("FastMultiHeadAttention", argument, x, width, unbatched)
         if unbatched:
             query, key, value = query[None], key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
@@ -368,7 +386,8 @@ class FastMultiHeadAttention(_FastAttention):
         )
         if attn_mask is not None:
             attention_mask = self._as_seen(attn_mask, attention_mask, q)
-        causal = self.causal or is_causal
+        # torch's masks are aligned at the top left
+        causal = self.causal or (is_causal and (attn_mask is None or query.shape[1] == key.shape[1]))
         weights = None
         if need_weights:
             out, weights = self._with_weights(q, k, v, attention_mask, key_padding_mask, position_ids, cache, causal)
@@ -377,7 +396,7 @@ class FastMultiHeadAttention(_FastAttention):
         out = self.o_proj(out)
         out = out[0] if unbatched else out if self.batch_first else out.transpose(0, 1)
         if not need_weights:
-            return out
+            return out if need_weights is None else (out, None)
         weights = weights.mean(1) if average_attn_weights else weights
         return out, weights[0] if unbatched else weights
 
@@ -393,8 +412,8 @@ class FastMultiHeadAttention(_FastAttention):
         """(out ``[B, Sq, H D]``, weights ``[B, H, Sq, Sk]``)."""
         if cache is not None:
             raise ValueError("FastMultiHeadAttention: need_weights does not go with a cache; leave one of them out")
-        q, k = self._placed(q, k, position_ids, None)
-        bias, mask = merged(type(self).__name__, q, attention_mask, key_padding_mask)
+        q, k = self._placed(q, k, position_ids, None, causal)
+        bias, mask = merged(type(self).__name__, k, attention_mask, key_padding_mask)
         # the weights are what attention makes of an identity
         keys = k.shape[1]
         identity = torch.eye(keys, dtype=k.dtype, device=k.device)[:, None].expand(
@@ -457,6 +476,16 @@ def check_sizes(name: str, **sizes: int) -> None:
             raise ValueError(f"{name}: {argument} must be an int from 1 on, got {size!r}")
 
 
+def check_input(name: str, argument: str, x: Tensor, width: int, unbatched: bool = False) -> None:
+    if x.dim() != (2 if unbatched else 3) or x.shape[-1] != width:
+        wanted = (
+            f"[S, {width}] beside a query without batch"
+            if unbatched
+            else f"[B, S, {width}] (S first without batch_first)"
+        )
+        raise ValueError(f"{name}: {argument} must be {wanted}, got {list(x.shape)}; reshape it, or check the widths")
+
+
 def draw(layer: nn.Module) -> None:
     """New weights for a layer's projections and norms."""
     for module in layer.children():
@@ -482,7 +511,7 @@ def check_cached_call(layer: nn.Module, x: Tensor, cache, attention_mask, key_pa
 
 def window_of(name: str, size, causal: bool) -> tuple[int | None, int | None] | None:
     """``sliding_window_size`` as attention's window."""
-    if size is None or isinstance(size, tuple):
+    if size is None or (isinstance(size, tuple) and len(size) == 2):
         return size
     if type(size) is not int or size < 1:
         raise ValueError(f"{name}: sliding_window_size must be an int from 1 on, (left, right) or None, got {size!r}")
@@ -509,8 +538,8 @@ def reach(cache, tokens: int) -> int:
     return cache.longest + tokens if cache.capacity is None else cache.capacity
 
 
-def merged(name: str, q: Tensor, attention_mask: Tensor | None, key_padding_mask: Tensor | None):
-    """(bias, mask) of ``trinix.ops.attention``."""
+def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask: Tensor | None):
+    """(bias, mask) of ``trinix.ops.attention``; k is ``[B, Sk, ...]``."""
     bias = mask = None
     for argument, given in (("attention_mask", attention_mask), ("key_padding_mask", key_padding_mask)):
         if given is None:
@@ -520,8 +549,11 @@ def merged(name: str, q: Tensor, attention_mask: Tensor | None, key_padding_mask
                 f"{name}: {argument} must be bool or floating point, got {given.dtype}; convert numbers 0 and 1 with .bool()"
             )
         if argument == "key_padding_mask":
-            if given.dim() != 2 or given.shape[0] != q.shape[0]:
-                raise ValueError(f"{name}: key_padding_mask must be [B, Sk], B = {q.shape[0]}, got {list(given.shape)}")
+            if given.shape != k.shape[:2]:
+                raise ValueError(
+                    f"{name}: key_padding_mask must be [B, Sk] = {list(k.shape[:2])}, got {list(given.shape)}; give every "
+                    "sequence a row, every key a column"
+                )
             given = (~given if given.dtype == torch.bool else given)[:, None, None]
         elif given.dim() == 3:
             given = given[:, None]
@@ -539,5 +571,6 @@ def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor])
             raise ValueError(f"{name}: load_checkpoint found no {key}; check the prefix, bias and qk_norm")
         if state[key].shape != place.shape:
             raise ValueError(f"{name}: {key} must be {list(place.shape)}, got {list(state[key].shape)}")
-    for key, place in places.items():
-        place.copy_(state[key])
+    with torch.no_grad():
+        for key, place in places.items():
+            place.copy_(state[key])

@@ -46,7 +46,13 @@ class _Cache:
 
     def truncate(self, lengths: Tensor | int) -> None:
         """Forget the tokens of every sequence from ``lengths`` (int, or int tensor [B]) on."""
-        self.lengths.copy_(torch.minimum(self.lengths, torch.as_tensor(lengths).to(self.lengths)))
+        lengths = torch.as_tensor(lengths).to(self.lengths)
+        if lengths.shape not in ((), self.lengths.shape) or bool((lengths < 0).any()):
+            raise ValueError(
+                f"{type(self).__name__}: truncate wants an int or a tensor [B] = {list(self.lengths.shape)}, from 0 on, got "
+                f"{lengths.tolist()}; give the tokens to keep, not those to drop (rewind drops)"
+            )
+        self.lengths.copy_(torch.minimum(self.lengths, lengths))
         self.sync()
 
     def count(self, tokens: int) -> None:
@@ -54,7 +60,11 @@ class _Cache:
         self.longest += tokens
 
     def rewind(self, tokens: int) -> None:
-        """Take back the last ``tokens`` of every sequence; the host does not wait for the device."""
+        """Take back the last ``tokens`` of every sequence; all have them, and the host does not wait for the device."""
+        if tokens > self.longest:
+            raise ValueError(
+                f"{type(self).__name__}: rewind by {tokens} of {self.longest} tokens; use reset() for all of them"
+            )
         if self.leader is None:
             self.lengths.sub_(tokens)
         self.count(-tokens)
@@ -95,6 +105,16 @@ class _Cache:
             raise ValueError(f"{type(self).__name__}: a cache keeps no gradient; call the model under torch.no_grad()")
         self.check(batch, tokens)
         return tokens
+
+    def _check_kind(self, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Refuse what an assignment would convert, move or broadcast; a decoding step's op checks by itself."""
+        for kept, new in pairs:
+            mine, theirs = ((t.dtype, t.device, list(t.shape[2:])) for t in (kept, new))
+            if mine != theirs:
+                raise ValueError(
+                    f"{type(self).__name__}: made for {mine[0]} on {mine[1]} with [heads, channels] {mine[2]}, got {theirs[0]} "
+                    f"on {theirs[1]} with {theirs[2]}; make it with the layer's sizes, and the dtype of its keys (autocast's)"
+                )
 
     def _advance(self, tokens: int) -> None:
         if self.leader is None:
@@ -140,6 +160,7 @@ class StaticCache(_Cache):
         if self.longest:
             out = ops.attention_decode(q, self.keys, self.values, self.lengths, k_new=k, v_new=v, **options)
         else:  # nothing is kept yet: the new tokens attend among themselves
+            self._check_kind((self.keys, k), (self.values, v))
             self.keys[:, :tokens] = k
             self.values[:, :tokens] = v
             out = ops.attention(q, k, v, causal=True, **options)
@@ -180,6 +201,10 @@ class DynamicCache(StaticCache):
     def truncate(self, lengths: Tensor | int) -> None:
         if self.lengths is not None:
             super().truncate(lengths)
+
+    def reorder(self, index: Tensor) -> None:
+        if self.lengths is not None:
+            super().reorder(index)
 
     def reset(self) -> None:
         self.__init__()
@@ -249,6 +274,7 @@ class PagedCache(_Cache):
                 q, self.keys, self.values, self.lengths, k_new=k, v_new=v, page_table=self.page_table, **options
             )
         else:
+            self._check_kind((self.keys, k), (self.values, v))
             page, row = self._places(torch.arange(tokens, device=k.device))
             self.keys[page, row], self.values[page, row] = k, v
             out = ops.attention(q, k, v, causal=True, **options)
@@ -265,13 +291,17 @@ class PagedCache(_Cache):
 
     def truncate(self, lengths: Tensor | int) -> None:
         super().truncate(lengths)
+        self._release()
+
+    def reset(self) -> None:
+        self.truncate(0)
+
+    def _release(self) -> None:
+        """Give back the pages behind every sequence's last one."""
         for owned, count in zip(self._owned, self._counts, strict=True):
             kept = -(-count // self.page_size)
             self._free += owned[kept:]
             del owned[kept:]
-
-    def reset(self) -> None:
-        self.truncate(0)
 
     def _write_table(self) -> None:
         width = self.page_table.shape[1]
@@ -284,9 +314,15 @@ class PagedCache(_Cache):
 
     def _reorder(self, index: Tensor) -> None:
         counts = [self._counts[i] for i in index.tolist()]
+        needed, pages = sum(-(-count // self.page_size) for count in counts), len(self.keys)
+        if needed > pages:
+            raise ValueError(
+                f"PagedCache: reorder makes sequences that need {needed} pages, the pool has {pages}; make a larger pool"
+            )
         page, row = self._places(torch.arange(self.longest, device=index.device))
         kept = [pool[page[index], row] for pool in (self.keys, self.values)]  # gathered before any page changes hands
         self._counts = counts
+        self._release()
         self.reserve(0)
         page, row = self._places(torch.arange(self.longest, device=index.device))
         mine = torch.arange(self.longest, device=index.device) < torch.tensor(counts, device=index.device)[:, None]
@@ -319,6 +355,7 @@ class LatentCache(_Cache):
     def append(self, rows: Tensor) -> None:
         """Keep the rows ``[B, S, 1, L + R]`` of a prompt; the cache is empty."""
         tokens = self._admit(rows)
+        self._check_kind((self.rows, rows))
         self.rows[:, :tokens] = rows
         self._advance(tokens)
 

@@ -87,12 +87,13 @@ class _FastGLU(nn.Module):
                 f"{type(self).__name__}: load_checkpoint wanted {sorted(wanted)}, got {sorted(found)} under the prefix "
                 f"{prefix!r}; check names, prefix, bias and output_dim"
             )
+        for key, place in wanted.items():
+            if place.shape != found[key].shape:
+                raise ValueError(
+                    f"{type(self).__name__}: {key} must be {list(place.shape)}, got {list(found[key].shape)}"
+                )
         with torch.no_grad():
             for key, place in wanted.items():
-                if place.shape != found[key].shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: {key} must be {list(place.shape)}, got {list(found[key].shape)}"
-                    )
                 place.copy_(found[key])
 
     def checkpoint(self, names: str = "llama", prefix: str = "") -> dict[str, Tensor]:

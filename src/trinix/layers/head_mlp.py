@@ -41,8 +41,8 @@ class FlashMLP(nn.Module):
         for name, value in (
             ("num_heads", num_heads), ("hidden_dim", hidden_dim), ("intermediate_dim", intermediate_dim),
         ):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be an int from 1 on, got {value!r}")
         kind = activation or "none"
         if kind not in KINDS:
             known = ["", *KINDS]

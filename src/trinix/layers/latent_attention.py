@@ -16,12 +16,15 @@ Rotated channels come first in a head here; DeepSeek's checkpoints have them las
 neighbouring channels: give ``rope_interleaved=True``.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from trinix import ops
 from trinix.layers.attention import (
     check_cached_call,
+    check_input,
     check_sizes,
     draw,
     load_entries,
@@ -45,13 +48,15 @@ class FastMultiHeadLatentAttention(nn.Module):
     Args:
         embed_dim, num_heads: E and H.
         latent_dim: L; max(16, E / 8) if None.
-        dropout, bias, causal, max_seq_len, rope_base, rope_scaling, rope_interleaved, sliding_window_size, softcap, scale,
-            batch_first, backend: as in ``trinix.FastGroupedQueryAttention``.
+        dropout, bias, causal, max_seq_len, rope_base, rope_scaling, rope_interleaved, sliding_window_size, add_zero_attn,
+            softcap, batch_first, backend: as in ``trinix.FastGroupedQueryAttention``.
         q_latent_dim: Lq; L if None, and 0 projects queries from x at once by ``q_up_proj``.
         head_dim: N, channels of a head that no position turns; E / H if None.
         v_head_dim: Dv; N if None.
         position_method: "rope" (R = ``rope_head_dim``), "none" (R = 0) or "alibi" (R = 0).
         rope_head_dim: R, even.
+        scale: 1 / sqrt(R + N) if None; with a ``rope_scaling`` that has YaRN's ``mscale_all_dim`` times
+            (0.1 mscale_all_dim log(factor) + 1)^2, as DeepSeek's models have it.
         latent_norm: RMSNorm of both latents.
         norm_eps: its eps.
 
@@ -81,6 +86,7 @@ class FastMultiHeadLatentAttention(nn.Module):
         sliding_window_size: int | tuple[int | None, int | None] | None = None,
         latent_norm: bool = True,
         norm_eps: float = 1e-6,
+        add_zero_attn: bool = False,
         softcap: float = 0.0,
         scale: float | None = None,
         batch_first: bool = True,
@@ -107,6 +113,13 @@ class FastMultiHeadLatentAttention(nn.Module):
         self.v_head_dim = self.head_dim if v_head_dim is None else v_head_dim
         self.rope_head_dim = rope_head_dim if position_method == "rope" else 0
         check_sizes(name, latent_dim=self.latent_dim, head_dim=self.head_dim, v_head_dim=self.v_head_dim)
+        if self.q_latent_dim != 0:
+            check_sizes(name, q_latent_dim=self.q_latent_dim)
+        if position_method == "rope" and (type(rope_head_dim) is not int or rope_head_dim < 2 or rope_head_dim % 2):
+            raise ValueError(
+                f"{name}: rope_head_dim must be an even int from 2 on, got {rope_head_dim!r}; without rotated channels give "
+                "position_method='none'"
+            )
         self.dropout = dropout
         self.causal = causal
         self.position_method = position_method
@@ -122,8 +135,18 @@ class FastMultiHeadLatentAttention(nn.Module):
             device,
         )
         self.window = window_of(name, sliding_window_size, causal)
+        self.add_zero_attn = add_zero_attn
         self.softcap = softcap
-        self.scale = (self.rope_head_dim + self.head_dim) ** -0.5 if scale is None else scale
+        if scale is None:
+            scale = (self.rope_head_dim + self.head_dim) ** -0.5
+            if (
+                self.rope_head_dim
+                and rope_scaling
+                and rope_scaling.get("mscale_all_dim")
+                and rope_scaling["factor"] > 1
+            ):
+                scale *= (0.1 * rope_scaling["mscale_all_dim"] * math.log(rope_scaling["factor"]) + 1) ** 2
+        self.scale = scale
         self.batch_first = batch_first
         self.backend = backend
 
@@ -153,6 +176,7 @@ class FastMultiHeadLatentAttention(nn.Module):
         cache: LatentCache | None = None,
     ) -> Tensor:
         """As ``FastGroupedQueryAttention``'s; the cache is a ``LatentCache``."""
+        check_input(type(self).__name__, "hidden_states", hidden_states, self.embed_dim)
         x = hidden_states if self.batch_first else hidden_states.transpose(0, 1)
         if cache is not None:
             if not isinstance(cache, LatentCache):
@@ -164,9 +188,10 @@ class FastMultiHeadLatentAttention(nn.Module):
             "softcap": self.softcap,
             "scale": self.scale,
             "alibi_slopes": self.position.slopes if self.position_method == "alibi" else None,
+            "sink": q.new_zeros(self.num_heads, dtype=torch.float32) if self.add_zero_attn else None,
         }
         if cache is None:
-            bias, mask = merged(type(self).__name__, q, attention_mask, key_padding_mask)
+            bias, mask = merged(type(self).__name__, latent, attention_mask, key_padding_mask)
             dropout_p = self.dropout if self.training else 0.0
             more = {"causal": self.causal, "bias": bias, "mask": mask, "dropout_p": dropout_p, "backend": self.backend}
             out = ops.attention(q, *self._keys_and_values(latent, k_rope), **more, **options)
@@ -193,7 +218,9 @@ class FastMultiHeadLatentAttention(nn.Module):
             latent = self.kv_norm(latent).to(latent.dtype)
         if not self.rope_head_dim:
             if position_ids is not None:
-                raise ValueError(f"{type(self).__name__}: position_ids need position_method 'rope'")
+                raise ValueError(
+                    f"{type(self).__name__}: position_ids need position_method 'rope', this one has {self.position_method!r}"
+                )
             return q, latent, None
         if position_ids is None and cache is not None:
             self.position.grow(reach(cache, x.shape[1]))
@@ -260,6 +287,7 @@ class FastMultiHeadLatentAttention(nn.Module):
             "causal": self.causal or None,
             "dropout": self.dropout or None,
             "window": self.window,
+            "add_zero_attn": self.add_zero_attn or None,
         }
         sizes = f"{self.embed_dim}, {self.num_heads}"
         return ", ".join([sizes, *(f"{n}={v}" for n, v in shown.items() if v is not None)])

@@ -131,6 +131,12 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         h = torch.zeros_like(x)
         if self.positions is not None:
+            end = tokens.shape[1] + (0 if caches is None else caches[0].longest)
+            if end > self.config.length:
+                raise ValueError(
+                    f"Decoder: {end} tokens exceed the table of {self.config.length} learned positions; make a Config with a "
+                    "larger length"
+                )
             at = torch.arange(tokens.shape[1], device=tokens.device)
             if caches is not None and caches[0].lengths is not None:
                 at = caches[0].lengths[:, None] + at
@@ -175,6 +181,10 @@ class Decoder(nn.Module):
             kind: of the caches; None computes the whole sequence again for every token.
             graph: steps are replays of a CUDA graph; not for dynamic caches.
         """
+        if graph and kind in (None, "dynamic"):
+            raise ValueError(
+                f"Decoder: graph=True needs kind 'static' or 'paged', whose memory stays in place, got {kind!r}"
+            )
         caches = None if kind is None else self.caches(tokens.shape[0], tokens.shape[1] + steps, kind)
         step, new = None, tokens
         for _ in range(steps):

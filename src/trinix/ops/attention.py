@@ -28,6 +28,9 @@ bias's own shape. Dropout draws its mask again from a seed; the mask is a functi
 backend of ours. Without ``deterministic=True`` dq may differ in its last bits from run to run. A second derivative
 (``create_graph=True``) goes through the PyTorch formula, which holds Sq x Sk scores.
 
+With variable lengths the Hopper kernels read whole tiles, and multiply the rows of the next sequence in them by 0: an infinity
+or a NaN in the first rows of a sequence may turn results of the sequence before it into NaN. The Triton kernels read none.
+
 Strides are taken as they are where the last dimension is dense; otherwise that tensor is copied. Under ``torch.compile`` a call
 on a GPU stays one operator.
 """
@@ -191,7 +194,9 @@ def attention(
     grad = torch.is_grad_enabled() and _wants_gradient(q, k, v, options)
     named = dispatch.resolve(backend)
     if named != "auto":
-        for backward in (False, True) if grad else (False,):
+        dispatch.check_name("attention", BACKENDS, named)
+        # torch.compile has no addresses to look at: there the operator asks, when it runs
+        for backward in () if torch.compiler.is_compiling() else (False, True) if grad else (False,):
             dispatch.load_named("attention", BACKENDS, named, q, k, v, options, backward)
     elif not q.is_cuda:
         named = "torch"
@@ -199,7 +204,7 @@ def attention(
         out, lse = reference.forward(q, k, v, options)
         return (out, lse) if return_lse else out
     if torch.compiler.is_compiling() or not dispatch.plain(*_tensors(q, k, v, options)):
-        out, lse = _registered(q, k, v, options, named, grad)
+        out, lse = _registered(q, k, v, options, named, grad, return_lse)
         return (out, lse) if return_lse else out
     pair = (named, named) if named != "auto" else pick(q, k, v, options, grad)
     if grad and pair != _FORMULA:
@@ -387,6 +392,8 @@ def _check_ends(ends_q, ends_k, q):
 
 def _longest(name, given, ends) -> int:
     if given is not None:
+        if not isinstance(given, (int, torch.SymInt)):
+            raise TypeError(f"attention: {name} must be an int, got {_name(given)}; convert it with int()")
         return given
     if torch.compiler.is_compiling():
         raise ValueError(f"attention: pass {name} under torch.compile, which cannot read it from cu_seqlens")
@@ -444,22 +451,29 @@ def triton_can_run(q: Tensor, k: Tensor, v: Tensor) -> bool:
 # ---- autograd ----------------------------------------------------------------------------------------------------------
 
 
+_NO_TENSORS = dict.fromkeys(("bias", "mask", "alibi_slopes", "sink", "seed", "cu_seqlens_q", "cu_seqlens_k"))
+
+
 class _Attention(torch.autograd.Function):
     """Kernels under autograd: forward and backward may be of different backends."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, options, pair, with_lse):
         out, lse = BACKENDS[pair[0]]().forward(q, k, v, options)
-        ctx.save_for_backward(q, k, v, bias, sink, out, lse)
-        ctx.call = options._replace(bias=None, sink=None), pair[1]
+        # the others too: a mask or ends that are overwritten before backward are an error then, not a wrong gradient
+        more = options.mask, options.alibi_slopes, options.seed, options.cu_seqlens_q, options.cu_seqlens_k
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *more)
+        ctx.call = options._replace(**_NO_TENSORS), pair[1]
         ctx.set_materialize_grads(False)
         return (out, lse) if with_lse else out
 
     @staticmethod
     def backward(ctx, dout, dlse=None):
-        q, k, v, bias, sink, out, lse = ctx.saved_tensors
+        q, k, v, bias, sink, out, lse, mask, slopes, seed, ends_q, ends_k = ctx.saved_tensors
         options, backend = ctx.call
-        options = options._replace(bias=bias, sink=sink)
+        options = options._replace(
+            bias=bias, mask=mask, alibi_slopes=slopes, sink=sink, seed=seed, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k
+        )
         needs = ctx.needs_input_grad[:5]
         again = torch.is_grad_enabled()
         given = [t for t in (dout, dlse) if t is not None]
@@ -489,8 +503,10 @@ def _formula_gradients(q, k, v, options, dout, dlse, needs, again):
         results = reference.forward(q, k, v, options._replace(bias=bias, sink=sink))
     pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None and y.requires_grad]
     leaves = [t for t, need in zip(inputs, needs, strict=True) if need]
+    if not pairs:  # lse does not depend on v
+        return [torch.zeros_like(t) if need else None for t, need in zip(inputs, needs, strict=True)]
     outputs, given = zip(*pairs, strict=True)
-    grads = iter(torch.autograd.grad(outputs, leaves, given, create_graph=again, allow_unused=True))
+    grads = iter(torch.autograd.grad(outputs, leaves, given, create_graph=again, materialize_grads=True))
     return [next(grads) if need else None for need in needs]
 
 
@@ -521,10 +537,16 @@ def _unflat(
     )  # fmt: skip
 
 
+def _chosen(q, k, v, options, backend, backward) -> str:
+    if backend == "auto":
+        return pick(q, k, v, options, backward)[backward]
+    dispatch.load_named("attention", BACKENDS, backend, q, k, v, options, backward)
+    return backend
+
+
 def _run_forward(q, k, v, *flat):
-    options, backend = _unflat(*flat), flat[-1]
-    backend = pick(q, k, v, options, False)[0] if backend == "auto" else backend
-    out, lse = BACKENDS[backend]().forward(q, k, v, options)
+    options = _unflat(*flat)
+    out, lse = BACKENDS[_chosen(q, k, v, options, flat[-1], False)]().forward(q, k, v, options)
     return out.contiguous(), lse.contiguous()
 
 
@@ -535,8 +557,8 @@ def _fake_forward(q, k, v, *flat):
 
 def _run_backward(dout, dlse, q, k, v, out, lse, *rest):
     *flat, needs = rest
-    options, backend = _unflat(*flat), flat[-1]
-    backend = pick(q, k, v, options, True)[1] if backend == "auto" else backend
+    options = _unflat(*flat)
+    backend = _chosen(q, k, v, options, flat[-1], True)
     if backend == "torch":
         grads = _formula_gradients(q, k, v, options, dout, dlse, needs, False)
     else:
@@ -559,12 +581,13 @@ _backward_op = dispatch.register(
 )
 
 
-def _registered(q, k, v, options, backend, grad):
+def _registered(q, k, v, options, backend, grad, with_lse):
     if backend == "auto" and not torch.compiler.is_compiling() and not _operator_sees(_tensors(q, k, v, options)):
         return reference.forward(q, k, v, options)
     # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
     if grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
-        return _RegisteredAttention.apply(q, k, v, options.bias, options.sink, *_flat(options, backend))
+        results = _RegisteredAttention.apply(q, k, v, options.bias, options.sink, with_lse, *_flat(options, backend))
+        return results if with_lse else (results, None)
     return _forward_op(q, k, v, *_flat(options, backend))
 
 
@@ -579,19 +602,20 @@ def _operator_sees(tensors) -> bool:
 
 class _RegisteredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, sink, *flat):
+    def forward(ctx, q, k, v, bias, sink, with_lse, *flat):
         out, lse = _forward_op(q, k, v, *flat)
         ctx.save_for_backward(q, k, v, out, lse, *flat[:7])
         ctx.call = flat[7:]
-        return out, lse
+        # an lse that nobody has asked for would bring zeros as its gradient, which not every backend takes for nothing
+        return (out, lse) if with_lse else out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse=None):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         grads = iter(_backward_op(dout, dlse, q, k, v, out, lse, *tensors, *ctx.call, needs))
-        return *[next(grads) if need else None for need in needs], *(None,) * 16
+        return *[next(grads) if need else None for need in needs], *(None,) * 17
 
 
 def explain(op, q: Tensor, *args, **kwargs) -> Explanation:
@@ -600,7 +624,8 @@ def explain(op, q: Tensor, *args, **kwargs) -> Explanation:
     call.apply_defaults()
     given = call.arguments
     backend, _ = given.pop("backend"), given.pop("return_lse")
-    options = checked(*given.values())
+    with torch.random.fork_rng([q.device] if q.is_cuda else []):  # dropout draws a seed
+        options = checked(*given.values())
     k, v = given["k"], given["v"]
     backend = dispatch.resolve(backend)
     dispatch.check_name("attention", BACKENDS, backend)

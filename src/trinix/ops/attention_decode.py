@@ -281,7 +281,8 @@ def _options(q, causal, window, softcap, alibi_slopes, sink, scale, num_splits) 
                 f"attention_decode: window must be (left, right) of ints from 0 on or None, got {window!r}; "
                 "None is unbounded"
             )
-        left, right = (-1 if w is None else w for w in window)
+        # a bound beyond any length is none: the kernel adds it to 32-bit positions
+        left, right = (-1 if w is None or w >= 2**30 else w for w in window)
     if causal:
         right = 0
     if not softcap >= 0:
@@ -299,7 +300,10 @@ def _options(q, causal, window, softcap, alibi_slopes, sink, scale, num_splits) 
 
 
 def _run_registered(*flat):
-    return _triton().forward(*flat[:7], Options(*flat[7:]))
+    call = *flat[:7], Options(*flat[7:])
+    # torch.compile may have parted values from the keys whose channels they are
+    out, lse = (reference if _triton().unsupported(*call) else _triton()).forward(*call)
+    return out.contiguous(), lse
 
 
 def _fake(q, k_cache, v_cache, *rest):

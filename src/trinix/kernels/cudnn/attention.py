@@ -90,7 +90,7 @@ def through_lse(dlse, q, k, lse, scale, causal) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(dout, q, k, v, out, lse, seq_q, seq_k, causal, scale):
-    if dout.stride() != out.stride():  # it wants both alike
+    if dout.stride() != out.stride() or dout.data_ptr() & 15:  # it wants both alike
         dout = torch.empty_like(out).copy_(dout)
     grads = _backward(
         *_heads_first(dout, q, k, v, out), lse.unsqueeze(-1), None, None, None, None, None, seq_q, seq_k, 0.0, causal,

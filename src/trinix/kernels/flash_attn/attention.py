@@ -51,6 +51,7 @@ def _against(name: str, q, k, v, options, backward: bool) -> str | None:
         "a bias": options.bias is not None, "a mask": options.mask is not None, "a sink": options.sink is not None,
         "dropout": options.dropout_p != 0, "softcap": options.softcap != 0 and name == _BUILT_IN,
         "ALiBi slopes": options.alibi_slopes is not None and not (two and options.alibi_slopes.dtype == torch.float32),
+        "a scale of 0 or below": not options.scale > 0,  # they take the largest score before they scale it
         "a deterministic backward": options.deterministic and backward
         and (name == _BUILT_IN or (three and q.shape[-1] > 192)),
     }  # fmt: skip
@@ -83,10 +84,14 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
         return f"needs tensors on an NVIDIA GPU, got {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}"
-    if any(t.data_ptr() & 15 or t.stride(-1) != 1 or any(s % 8 for s in t.stride()[:-1]) for t in (q, k, v)):
+    if not all(_rows_are_aligned(t) for t in (q, k, v)):
         return "needs rows that begin at multiples of 16 bytes, with the last dimension dense"
     name, reasons = _names(q, k, v, options, backward)
     return None if name else "; ".join(f"{one} {reason}" for one, reason in reasons.items())
+
+
+def _rows_are_aligned(t: Tensor) -> bool:
+    return not t.data_ptr() & 15 and t.stride(-1) == 1 and not any(s % 8 for s in t.stride()[:-1])
 
 
 def describe(q, k, v, options, grad: bool) -> str:
@@ -207,7 +212,8 @@ def backward(dout, dlse, q, k, v, out, lse, options, needs):
     name = _names(q, k, v, options, True)[0]
     if _empty_rows(q, k, options):
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # exp(z - inf) is 0, exp(z + inf) is not
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    if not _rows_are_aligned(dout):
+        dout = dout.clone(memory_format=torch.contiguous_format)  # a dense tensor at an odd address is contiguous
     takes_dlse = name == "FlashAttention 4"
     if dlse is not None and not takes_dlse and options.softcap:
         raise RuntimeError(

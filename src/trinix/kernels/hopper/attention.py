@@ -29,7 +29,7 @@ _ROWS_LIMIT = 2**31 - 2**12  # coordinates of the copy engine are 32 bits wide
 def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str | None:
     if not q.is_cuda:
         return f"needs a GPU tensor, got {q.device.type}"
-    if _capability(q.device) != (9, 0):
+    if torch.version.hip is not None or _capability(q.device) != (9, 0):  # AMD's gfx90a calls itself 9.0 too
         return f"needs a card of compute capability 9.0 (H100, H200), got {_capability(q.device)}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16, got {q.dtype}"
@@ -45,10 +45,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
         return f"needs head dimensions up to 256, multiples of 8, got {d} and {dv}"
     if backward and max(d, dv) > 128 and not WIDE_BACKWARD:
         return f"has no backward for head dimensions above 128, got {d} and {dv}"
-    if not q.numel() or not k.numel() or not v.numel():
+    sequences = None if options.cu_seqlens_q is None else options.cu_seqlens_q.numel() - 1
+    if not q.numel() or not k.numel() or not v.numel() or sequences == 0:
         return "needs at least one element"
-    rows = q.shape[0] * (1 if q.ndim == 3 else q.shape[1])
-    if (rows + 128 * q.shape[0]) * q.shape[-2] > _ROWS_LIMIT or k.shape[0] * k.shape[-3] > _ROWS_LIMIT:
+    if not counts_fit(q.shape, k.shape, sequences):
         return "counts rows of all heads in 32 bits"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not copy_engine_reads(t):
@@ -56,11 +56,23 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
     return None
 
 
+def counts_fit(q_shape, k_shape, sequences: int | None) -> bool:
+    """Whether all rows, those that pad each sequence too, are fewer than 2**31; ``sequences`` with lengths of their own."""
+    batch = q_shape[0] if sequences is None else sequences
+    rows, keys = (math.prod(shape[:-2]) for shape in (q_shape, k_shape))
+    return (rows + 128 * batch) * q_shape[-2] <= _ROWS_LIMIT and keys <= _ROWS_LIMIT
+
+
 def copy_engine_reads(t: Tensor) -> bool:
     """Whether a descriptor can describe the tensor."""
     return not t.data_ptr() & 15 and t.stride(-1) == 1 and all(
         n == 1 or (s > 0 and s * t.element_size() % 16 == 0) for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True)
     )  # fmt: skip
+
+
+def readable(t: Tensor) -> Tensor:
+    # clone: a dense tensor at an odd address is contiguous
+    return t if copy_engine_reads(t) else t.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -470,7 +482,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
     key = _key(q, k, v, options), dout.stride(), out.stride(), dlse is None, options.deterministic
     plan = _plans.get(key)
     if plan is None or (dout.data_ptr() | out.data_ptr()) & 15:
-        dout, out = (t if copy_engine_reads(t) else t.contiguous() for t in (dout, out))
+        dout, out = readable(dout), readable(out)
         key = key[0], dout.stride(), out.stride(), *key[3:]
         plan = _plans.get(key)
         if plan is None:

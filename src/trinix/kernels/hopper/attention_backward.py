@@ -85,7 +85,8 @@ def before(
         sum_o_do -= tl.load(dlse + at_lse, mask=live, other=0.0)
     total = tl.load(lse + at_lse, mask=live, other=float("-inf"))
     # +inf makes P zero: for rows past the end and for rows that saw no key
-    tl.store(lse2 + base + i, tl.where(total == float("-inf"), float("inf"), total * 1.4426950408889634))
+    total = tl.where(total == float("-inf"), float("inf"), total)
+    tl.store(lse2 + base + i, total * 1.4426950408889634)
     tl.store(delta + base + i, sum_o_do)
     if SINK:  # this block's part of the sink's gradient: the sink is a key whose value is 0
         p = tl.where(live, tl.exp2((tl.load(sinks + h).to(tl.float32) - total) * 1.4426950408889634), 0.0)

@@ -360,10 +360,11 @@ def _consumer(
         if SINK:  # one more logit in the normaliser, whose value is 0
             sink = gl.load(sinks + h).to(gl.float32) * 1.4426950408889634
             most = gl.maximum(m_i, sink)
-            shrink = gl.exp2(m_i - most)
-            l_row = l_row * shrink + gl.exp2(sink - most)
-            inv = shrink / l_row
-            m_i = most
+            m_use = gl.where(most == -float("inf"), 0.0, most)  # neither a key nor a sink: -inf - -inf would be NaN
+            shrink = gl.exp2(m_i - m_use)
+            l_row = l_row * shrink + gl.exp2(sink - m_use)
+            inv = gl.where(l_row == 0.0, 0.0, shrink / l_row)
+            m_i = m_use
         rows = row + gl.arange(0, M, s_row)
         if VARLEN:
             lse = lse_ptr + h.to(gl.int64) * rows_all + row0

@@ -694,7 +694,7 @@ def choose_weights(d: int) -> WeightsConfig:
 def unsupported(x, w1, w2, b1, b2, w_gate, kind: str = "silu", mean: bool = False, grad: bool = False) -> str | None:
     if not x.is_cuda:
         return f"needs a GPU tensor, got {x.device.type}"
-    if _capability(x.get_device()) != (9, 0):
+    if torch.version.hip is not None or _capability(x.get_device()) != (9, 0):  # AMD's gfx90a calls itself 9.0 too
         return "needs a GPU of compute capability 9.0 (Hopper)"
     if x.dtype not in DTYPES:
         return f"has no kernel for {x.dtype}"

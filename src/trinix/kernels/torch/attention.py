@@ -44,7 +44,7 @@ def wide_dtype(q: Tensor) -> torch.dtype:
 
 def _dense(q, k, v, options, first_batch):
     wide = wide_dtype(q)
-    group = q.shape[2] // k.shape[2]
+    group = q.shape[2] // max(k.shape[2], 1)  # there may be no heads
     queries = q.transpose(1, 2).to(wide)
     keys = k.repeat_interleave(group, 2).transpose(1, 2).to(wide)
     values = v.repeat_interleave(group, 2).transpose(1, 2)

@@ -11,12 +11,12 @@ def unsupported(*arguments) -> str | None:
 def append(k_cache, v_cache, cache_seqlens, k_new, v_new, page_table) -> None:
     """Write the new tokens behind the cached ones, in place."""
     batch, new = k_new.shape[:2]
+    rows = torch.arange(batch, device=k_new.device)[:, None]
     at = cache_seqlens[:, None] + torch.arange(new, device=k_new.device)
-    if page_table is None:
-        where = torch.arange(batch, device=k_new.device)[:, None], at
-    else:
-        page = k_cache.shape[1]
-        where = page_table.gather(1, (at // page).long()), at % page
+    page = k_cache.shape[1]
+    # an index below 0 would count from the end
+    at = at.masked_fill(at < 0, page * (1 if page_table is None else page_table.shape[1]))
+    where = (rows, at) if page_table is None else (page_table[rows, at // page], at % page)
     k_cache[where] = k_new
     v_cache[where] = v_new
 

@@ -230,8 +230,9 @@ def _share(
     if SINK and not PARTS:
         logit = tl.load(sink + h, mask=inside, other=0.0).to(tl.float32)
         new_m = tl.maximum(m, logit)
-        decay = tl.exp(m - new_m)
-        total = total * decay + tl.exp(logit - new_m)
+        base = tl.where(new_m == float("-inf"), 0.0, new_m)
+        decay = tl.exp(m - base)
+        total = total * decay + tl.exp(logit - base)
         acc = acc * decay[:, None]
         m = new_m
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -570,7 +571,8 @@ def unsupported(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, op
         if t.stride(3) != 1 and t.shape[3] > 1:
             return f"needs the channels of {name} side by side, got strides {tuple(t.stride())}"
     d, dv = q.shape[3], v_cache.shape[3]
-    if max(d, dv) > 256 and not (d <= 640 and _shared(k_cache, v_cache)):
+    # torch.compile has no addresses to look at: there the operator asks again, when it runs
+    if max(d, dv) > 256 and not (d <= 640 and (torch.compiler.is_compiling() or _shared(k_cache, v_cache))):
         return f"takes head dimensions up to 256, or up to 640 where the values are the keys' first channels, got {d} and {dv}"
     return None
 

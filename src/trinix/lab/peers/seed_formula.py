@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from trinix import device
 from trinix.lab import attention, layers
 from trinix.lab.case import Case
 from trinix.lab.peers import eager
@@ -48,5 +49,13 @@ FORMS: dict[str, Callable[[Case], Callable | str | None]] = {
 }
 
 
+COPIES = 4  # of the scores that the formula holds at its peak: what softmax kept, its two gradients, one more
+
+
 def prepare(case: Case) -> Callable | str | None:
+    card = device.card()
+    if case.op in attention.SCORED and card:
+        gib = COPIES * attention.scores(case) * case.dtype.itemsize / 2**30
+        if gib > card.memory_gib * 0.9:
+            return f"its scores would take {gib:.0f} GiB of this card's {card.memory_gib:.0f}"
     return FORMS[case.op](case) if case.op in FORMS else None

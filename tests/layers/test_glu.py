@@ -168,3 +168,8 @@ def test_arguments_that_do_not_fit_are_named():
         trinix.FastGeGLU(6, 7, approximate="erf")
     with pytest.raises(ValueError, match="backend must be one of"):
         trinix.FastSwiGLU(6, 7, backend="cuda")(torch.ones(6))
+
+
+def test_an_input_of_another_width_is_named():
+    with pytest.raises(ValueError, match=r"FastSwiGLU: x must be \[\.\.\., 16\], got \[2, 17\]; input_dim"):
+        trinix.FastSwiGLU(16, 32)(torch.ones(2, 17))

@@ -62,6 +62,11 @@ class _FastGLU(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, output_dim, bias, device, dtype) if output_dim else None
 
     def forward(self, x: Tensor) -> Tensor:
+        wanted = self.gate_up_proj.in_features
+        if x.shape[-1] != wanted:
+            raise ValueError(
+                f"{type(self).__name__}: x must be [..., {wanted}], got {list(x.shape)}; input_dim is the last dimension"
+            )
         packed = self.gate_up_proj(x)
         backend = self.backend
         if self.use_triton is not None:

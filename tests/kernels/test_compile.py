@@ -1,6 +1,5 @@
 """The compilers' verdict on every kernel, without a GPU; and kernels made badly on purpose, which it has to reject."""
 
-import dataclasses
 import os
 import re
 
@@ -14,24 +13,8 @@ import triton.language as tl  # noqa: E402
 
 from trinix.kernels.triton._compile import CompileCase  # noqa: E402
 
-# case -> bytes a thread that may spill: these reach 93% of a copy all the same (docs/perf/norm.md)
-SPILLS = {"norm/layer-12288/bwd/float32": 88, "norm/rms-16384/bwd/float32": 16}
-# off, docs/perf/attention_decode.md says until when
-SPILLS |= {"attention_decode/128-together/float32": 16}
-
-# head_mlp's sums fill the registers on purpose: with fewer a tile, or with more warps, it is slower (docs/perf/head_mlp.md)
-SPILLS |= {"head_mlp/silu-128/bwd/bfloat16": 256, "head_mlp/silu-256/bwd/bfloat16": 504}
-SPILLS |= {"head_mlp/silu-gated-256/bwd/bfloat16": 112, "head_mlp/silu-gated-256/fwd/bfloat16": 32}
-SPILLS |= {"head_mlp/gelu_tanh/bwd/bfloat16": 80, "head_mlp/squared_relu/bwd/bfloat16": 8}
-SPILLS |= {"head_mlp/silu-bias-mean/bwd/bfloat16": 64}
-# the tile is the smallest that two passes of a warp group fill
-SPILLS |= {"attention/d256/keys-causal/bfloat16": 16, "attention/d256/keys-causal/float16": 16}
-SPILLS |= {"attention/d128/queries-bias/float32": 16}
-
 
 def fault(one: aot.Report) -> str | None:
-    if one.spills and one.spills <= SPILLS.get(one.case, 0):
-        one = dataclasses.replace(one, spills=0)
     if one.reason:
         return one.reason
     # eight rows of a mask's tile, a norm's rows and column sums, all of a column: registers full on purpose

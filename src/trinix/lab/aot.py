@@ -44,6 +44,19 @@ TARGETS = tuple(LIMITS)
 ELEMENTS = 12 * 12 * 4096 * 128  # of the estimate: the cases X-*-4096
 MOST_WORKERS = 16  # each imports torch
 
+# case -> bytes a thread that may spill, on any target: more is a fault. These reach 93% of a copy all the same (docs/perf/norm.md)
+KNOWN_SPILLS = {"norm/layer-12288/bwd/float32": 88, "norm/rms-16384/bwd/float32": 16}
+# off, docs/perf/attention_decode.md says until when
+KNOWN_SPILLS |= {"attention_decode/128-together/float32": 16}
+# head_mlp's sums fill the registers on purpose: with fewer a tile, or with more warps, it is slower (docs/perf/head_mlp.md)
+KNOWN_SPILLS |= {"head_mlp/silu-128/bwd/bfloat16": 256, "head_mlp/silu-256/bwd/bfloat16": 504}
+KNOWN_SPILLS |= {"head_mlp/silu-gated-256/bwd/bfloat16": 112, "head_mlp/silu-gated-256/fwd/bfloat16": 32}
+KNOWN_SPILLS |= {"head_mlp/gelu_tanh/bwd/bfloat16": 80, "head_mlp/squared_relu/bwd/bfloat16": 8}
+KNOWN_SPILLS |= {"head_mlp/silu-bias-mean/bwd/bfloat16": 64}
+# the tile is the smallest that two passes of a warp group fill
+KNOWN_SPILLS |= {"attention/d256/keys-causal/bfloat16": 16, "attention/d256/keys-causal/float16": 16}
+KNOWN_SPILLS |= {"attention/d128/queries-bias/float32": 16}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -88,7 +101,7 @@ class Report:
         if self.error:
             return self.error
         faults = []
-        if self.spills:
+        if self.spills > KNOWN_SPILLS.get(self.case, 0):
             faults.append(f"spills {self.spills} bytes a thread")
         if self.shared_bytes > self.shared_limit_bytes:
             faults.append(f"asks for {self.shared_bytes} bytes of shared memory, limit {self.shared_limit_bytes}")

@@ -9,9 +9,9 @@ import pickle
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trinix
+from helpers import Watch
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import alibi as kernels
 from trinix.lab import aot
@@ -266,16 +266,6 @@ def test_compile_takes_it_whole(backend, dynamic, device):
 def test_the_registered_op_passes_opcheck(device):
     call = (alibi_slopes(3, device), 4, 6, True, torch.bfloat16)
     torch.library.opcheck(torch.ops.trinix.alibi_bias.default, call)
-
-
-class Watch(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_dispatch_mode_sees_one_op(device):

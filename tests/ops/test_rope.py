@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trinix
-from helpers import Tagged, dense, right_or_refused, same
+from helpers import Tagged, Watch, dense, right_or_refused, same
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import rope as kernels
 from trinix.ops import qk_norm_rope, rope, rope_table
@@ -892,18 +891,6 @@ def test_the_registered_ops_pass_opcheck(size, device):
     common = weight, weight, cos, sin, None, "offset", 1, half, False, 1e-6, 0.0
     opcheck(torch.ops.trinix.qk_norm_rope.default, (q, k, *common))
     opcheck(torch.ops.trinix.qk_norm_rope_backward.default, (q, k, *gradients, *common))
-
-
-class Watch(TorchDispatchMode):
-    """Keeps the names of the ops that it sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_dispatch_mode_sees_one_op_a_pass(device):

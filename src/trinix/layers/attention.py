@@ -82,14 +82,9 @@ class _FastAttention(nn.Module):
         super().__init__()
         name = type(self).__name__
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(
-                f"{name}: embed_dim {embed_dim} must be a multiple of num_heads {num_heads}; or give head_dim"
-            )
+        check_heads(name, embed_dim, num_heads, head_dim, dropout)
         if num_heads % num_kv_heads:
             raise ValueError(f"{name}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout}")
         if qk_norm_type not in ("rmsnorm", "layernorm"):
             raise ValueError(f"{name}: qk_norm_type must be 'rmsnorm' or 'layernorm', got {qk_norm_type!r}")
         self.embed_dim = embed_dim
@@ -474,6 +469,13 @@ def check_sizes(name: str, **sizes: int) -> None:
     for argument, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"{name}: {argument} must be an int from 1 on, got {size!r}")
+
+
+def check_heads(name: str, embed_dim: int, num_heads: int, head_dim: int | None, dropout: float) -> None:
+    if head_dim is None and embed_dim % num_heads:
+        raise ValueError(f"{name}: embed_dim {embed_dim} must be a multiple of num_heads {num_heads}; or give head_dim")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout}")
 
 
 def check_input(name: str, argument: str, x: Tensor, width: int, unbatched: bool = False) -> None:

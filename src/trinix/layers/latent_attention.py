@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from trinix import ops
 from trinix.layers.attention import (
     check_cached_call,
+    check_heads,
     check_input,
     check_sizes,
     draw,
@@ -97,14 +98,9 @@ class FastMultiHeadLatentAttention(nn.Module):
         super().__init__()
         name = type(self).__name__
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads)
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(
-                f"{name}: embed_dim {embed_dim} must be a multiple of num_heads {num_heads}; or give head_dim"
-            )
+        check_heads(name, embed_dim, num_heads, head_dim, dropout)
         if not isinstance(position_method, str):
             raise ValueError(f"{name}: position_method must be 'none', 'rope' or 'alibi', got a module")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.latent_dim = max(16, embed_dim // 8) if latent_dim is None else latent_dim

@@ -37,7 +37,8 @@ def test_every_binary_compiles_well(target):
 def test_every_kind_pass_and_dtype_is_listed():
     dtypes = ("float16", "bfloat16", "float32")
     flat = {f"activation/{k}/{p}/{d}" for k in ops.KINDS if k != "none" for p in ("fwd", "bwd") for d in dtypes}
-    special = ("relu/fwd-mask", "relu/bwd-mask", "silu/fwd-strided", "silu/bwd-strided", "relu/bwd-mask-strided")
+    special = [f"{kind}/{way}-mask" for kind in ("relu", "leaky_relu") for way in ("fwd", "bwd")]
+    special += ["silu/fwd-strided", "silu/bwd-strided", "relu/bwd-mask-strided"]
     assert listed("activation") == flat | {f"activation/{name}/{d}" for name in special for d in dtypes}
 
 

@@ -26,7 +26,8 @@ from trinix.testing import assert_within_budget, normal, vjp
 op = importlib.import_module("trinix.ops.activation")  # the module: ``trinix.ops.activation`` is the function
 
 FORMULA_KINDS = tuple(k for k in KINDS if k != "none")
-SAVING_X = tuple(k for k in FORMULA_KINDS if k != "relu")
+MASKED = ("relu", "leaky_relu")
+SAVING_X = tuple(k for k in FORMULA_KINDS if k not in MASKED)
 PARAMETERS = {"leaky_relu": {"negative_slope": 0.2}, "softplus": {"beta": 1.5, "threshold": 4.0}}
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = {torch.float32: "triton", torch.bfloat16: "triton", torch.float16: "triton", torch.float64: "torch"}
@@ -285,9 +286,10 @@ def test_an_infinite_gradient_is_cut_where_relu_is_flat(kind, layout, gradient_l
 
 
 @pytest.mark.parametrize("n", [1, MASK_TILE, 2 * MASK_TILE + 1])
-def test_relu_of_a_dense_x_saves_one_bit_an_element(n, device):
+@pytest.mark.parametrize("kind", MASKED)
+def test_relu_of_a_dense_x_saves_one_bit_an_element(kind, n, device):
     x = normal((n,), torch.bfloat16, seed=1, device=device).requires_grad_()
-    y = trinix.ops.relu(x, backend="triton")
+    y = call(kind, "triton")(x)
     (mask,) = y.grad_fn.saved_tensors
     tiles = -(-n // MASK_TILE)
     assert mask.dtype == torch.uint8
@@ -303,9 +305,10 @@ def test_relu_of_a_dense_x_saves_one_bit_an_element(n, device):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels last", "offset by one element", "0-d"])
-def test_relu_saves_its_mask_for_every_dense_layout(layout, device):
+@pytest.mark.parametrize("kind", MASKED)
+def test_relu_saves_its_mask_for_every_dense_layout(kind, layout, device):
     x, _ = make(layout, torch.float32, device)
-    y = trinix.ops.relu(x.requires_grad_(), backend="triton")
+    y = call(kind, "triton")(x.requires_grad_())
     (saved,) = y.grad_fn.saved_tensors
     assert saved.dtype == torch.uint8
 
@@ -318,8 +321,10 @@ def test_relu_of_a_strided_x_saves_y(layout, device):
     assert saved.data_ptr() == y.data_ptr()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "sliced columns"])
-@pytest.mark.parametrize("kind", SAVING_X)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(k, layout) for k in SAVING_X for layout in ("contiguous", "sliced columns")] + [("leaky_relu", "sliced columns")],
+)
 def test_other_kinds_save_x_itself(kind, layout, device):
     x, _ = make(layout, torch.float32, device)
     y = call(kind, "triton")(x.requires_grad_())
@@ -355,15 +360,16 @@ def test_changing_x_before_backward_raises_where_x_is_saved(kind, device):
         y.sum().backward()
 
 
-def test_relu_with_a_mask_allows_changing_x_and_y_before_backward(device):
+@pytest.mark.parametrize(("kind", "below"), [("relu", 0.0), ("leaky_relu", 0.2)])
+def test_relu_with_a_mask_allows_changing_x_and_y_before_backward(kind, below, device):
     leaf = normal((4, 5), torch.float32, seed=1, device=device).requires_grad_()
     x = leaf.clone()
-    y = trinix.ops.relu(x, backend="triton")
+    y = call(kind, "triton")(x)
     with torch.no_grad():
         x.mul_(-1)
         y.fill_(7)
     y.sum().backward()
-    same(leaf.grad, (leaf.detach() > 0).float())
+    same(leaf.grad, torch.where(leaf.detach() > 0, 1.0, below))
 
 
 def test_relu_that_saved_y_raises_when_y_was_changed(device):
@@ -390,14 +396,15 @@ def test_the_second_derivative_is_pytorchs(kind, layout, device):
     torch.testing.assert_close(*results)
 
 
-def test_a_gradient_penalty_of_relu_alone_is_refused_its_mask_keeps_no_graph(device):
+@pytest.mark.parametrize("kind", MASKED)
+def test_a_gradient_penalty_of_relu_alone_is_refused_its_mask_keeps_no_graph(kind, device):
     x = normal((4, 5), torch.float32, seed=1, device=device).requires_grad_()
-    (dx,) = torch.autograd.grad(call("relu", "triton")(x).sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(call(kind, "triton")(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         dx.square().sum().backward()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FORMULA_KINDS if kind != "relu"])
+@pytest.mark.parametrize("kind", SAVING_X)
 def test_a_gradient_penalty_can_be_taken_as_in_pytorch(kind, device):
     grads = []
     for backend in ("triton", "torch"):

@@ -21,10 +21,10 @@ x is [...] (any shape, any strides, 0 elements too); y has x's shape, dtype and 
 ``torch.empty_like(x)`` gives. Arithmetic is float32 inside the kernels, float64 for float64. NaN passes, and gradients at
 the kinks are PyTorch's (0 at relu's 0, NaN-transparent).
 
-Backward saves x and recomputes. relu of a dense x under grad saves one bit an element instead (1/16 of a bf16 tensor),
-in the order that the kernel walks memory; relu of a strided x saves y.
+Backward saves x and recomputes. relu and leaky_relu of a dense x under grad save one bit an element instead (1/16 of a bf16
+tensor), in the order that the kernel walks memory; relu of a strided x saves y.
 The first derivative runs in one kernel; a second derivative (``create_graph=True``) goes through the PyTorch formula. The
-mask keeps no graph to x, so a second derivative of relu alone, which is 0, is an error of autograd's rather than zeros.
+mask keeps no graph to x, so a second derivative of these two alone, which is 0, is an error of autograd's rather than zeros.
 
 Under ``torch.compile`` "auto" hands the compiler the plain formula, so that it fuses with its neighbours.
 """
@@ -65,13 +65,13 @@ KINDS = (
 _ALWAYS, _NEVER = 0, None
 # From how many elements on "auto" runs the Triton kernel on a GPU: (no gradient, with gradient), from the H100's rows.
 # Where PyTorch has the kind as one kernel, ours costs 3 us more host time without gradient and 30 to 50 us more with: it
-# has to win on the device. At par with eager, so never: relu without gradient, sigmoid, silu, leaky_relu, tanh (X-*, K-*: 0 to 0.8%).
-# Faster: mish by a quarter from G-mi-1 on, softplus alike, gelu by 1%; relu's backward by its mask from X-relu-512 on.
+# has to win on the device. At par with eager, so never: relu and leaky_relu without gradient, sigmoid, silu, tanh (X-*, K-*: 0 to 0.8%).
+# Faster: mish by a quarter from G-mi-1 on, softplus alike, gelu by 1%; relu's backward by its mask from X-relu-512 on, leaky_relu's alike.
 # Kinds that eager composes of several kernels: always.
 _TRITON_FROM = dict.fromkeys(KINDS, (_NEVER, _NEVER))
 _TRITON_FROM |= dict.fromkeys(("quick_gelu", "squared_relu"), (_ALWAYS, _ALWAYS))
 _TRITON_FROM |= dict.fromkeys(("mish", "softplus"), (1 << 21, 1 << 22))
-_TRITON_FROM |= {"relu": (_NEVER, 1 << 23), "gelu": (1 << 24, 1 << 26)}
+_TRITON_FROM |= dict.fromkeys(("relu", "leaky_relu"), (_NEVER, 1 << 23)) | {"gelu": (1 << 24, 1 << 26)}
 
 
 def activation(
@@ -248,7 +248,9 @@ class _Activation(torch.autograd.Function):
             return _triton().backward(saved, dy, kind, a, b, layout), None, None, None
         # the same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy
         if saved.dtype == torch.uint8:
-            dx = torch.where(_triton().unpack_mask(saved, dy.shape, layout), dy, 0.0)
+            dx = torch.where(
+                _triton().unpack_mask(saved, dy.shape, layout), dy, a * dy if kind == "leaky_relu" else 0.0
+            )
         else:
             with torch.enable_grad():
                 x = saved if again else saved.detach().requires_grad_()

@@ -232,14 +232,25 @@ def _backward_flat(x, dy, dx, n: "i64", a: "fp32", b: "fp32", DX: tl.constexpr, 
         tl.store(dx + i, DX(v, g, a, b).to(dx.dtype.element_ty), mask=live)
 
 
-# relu's mask: one bit an element. Memory is cut into tiles of 8 x MASK_COLS elements; bit r of byte [t, c] says that
-# element t * 8 * MASK_COLS + r * MASK_COLS + c was not <= 0. With 8 rows in a thread's registers, packing needs no
+# The mask of relu and leaky_relu: one bit an element. Memory is cut into tiles of 8 x MASK_COLS elements; bit r of byte [t, c] says that
+# element t * 8 * MASK_COLS + r * MASK_COLS + c passed as it was. With 8 rows in a thread's registers, packing needs no
 # traffic between threads, and a thread writes 8 neighbouring bytes at once. The last tile walks its rows in a loop, which
 # keeps its masks from setting the register count of all (56 registers against 168).
 
 
+@triton.jit
+def _relu_and_bit(v, a, LEAKY: tl.constexpr):
+    if LEAKY:
+        keep = v > 0  # PyTorch's choice: a NaN's gradient is scaled
+        v = tl.where(keep, v, a * v)
+    else:
+        v = tl.where(v <= 0, 0.0, v)  # NaN stays, and counts as not 0: its gradient passes, as in PyTorch
+        keep = v != 0
+    return v, keep.to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["n"])
-def _relu_forward_mask(x, y, mask, n: "i64", COLS: tl.constexpr):
+def _relu_forward_mask(x, y, mask, n: "i64", a: "fp32", LEAKY: tl.constexpr, COLS: tl.constexpr):
     tile = tl.program_id(0).to(tl.int64)
     start = tile * (8 * COLS)
     col = tl.arange(0, COLS)
@@ -248,24 +259,22 @@ def _relu_forward_mask(x, y, mask, n: "i64", COLS: tl.constexpr):
     if start + 8 * COLS <= n:
         row = tl.arange(0, 8)[:, None]
         i = row * COLS + col[None, :]
-        v = tl.load(x + i).to(tl.float32)
-        v = tl.where(v <= 0, 0.0, v)  # NaN stays, and counts as not 0: its gradient passes, as in PyTorch
+        v, keep = _relu_and_bit(tl.load(x + i).to(tl.float32), a, LEAKY)
         tl.store(y + i, v.to(y.dtype.element_ty))
-        bits = tl.sum((v != 0).to(tl.int32) << row, 0)
+        bits = tl.sum(keep << row, 0)
     else:
         rest = (n - start).to(tl.int32)
         bits = tl.zeros((COLS,), tl.int32)
         for r in range(8):
             i = r * COLS + col
-            v = tl.load(x + i, mask=i < rest, other=0.0).to(tl.float32)
-            v = tl.where(v <= 0, 0.0, v)
+            v, keep = _relu_and_bit(tl.load(x + i, mask=i < rest, other=0.0).to(tl.float32), a, LEAKY)
             tl.store(y + i, v.to(y.dtype.element_ty), mask=i < rest)
-            bits += (v != 0).to(tl.int32) << r
+            bits += keep << r
     tl.store(mask + tile * COLS + col, bits.to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["n"])
-def _relu_backward_mask(mask, dy, dx, n: "i64", COLS: tl.constexpr):
+def _relu_backward_mask(mask, dy, dx, n: "i64", a: "fp32", LEAKY: tl.constexpr, COLS: tl.constexpr):
     tile = tl.program_id(0).to(tl.int64)
     start = tile * (8 * COLS)
     col = tl.arange(0, COLS)
@@ -277,15 +286,16 @@ def _relu_backward_mask(mask, dy, dx, n: "i64", COLS: tl.constexpr):
         i = row * COLS + col[None, :]
         # loaded as [1, COLS]: a bits[None, :] would go through shared memory to change its layout
         keep = tl.load(at + col[None, :]).to(tl.int32) >> row
-        g = tl.load(dy + i)
-        tl.store(dx + i, tl.where(keep & 1 != 0, g.to(tl.float32), 0.0).to(dx.dtype.element_ty))
+        g = tl.load(dy + i).to(tl.float32)
+        tl.store(dx + i, tl.where(keep & 1 != 0, g, a * g if LEAKY else 0.0).to(dx.dtype.element_ty))
     else:
         rest = (n - start).to(tl.int32)
         bits = tl.load(at + col).to(tl.int32)
         for r in range(8):
             i = r * COLS + col
             g = tl.load(dy + i, mask=i < rest).to(tl.float32)
-            tl.store(dx + i, tl.where((bits >> r) & 1 != 0, g, 0.0).to(dx.dtype.element_ty), mask=i < rest)
+            g = tl.where((bits >> r) & 1 != 0, g, a * g if LEAKY else 0.0)
+            tl.store(dx + i, g.to(dx.dtype.element_ty), mask=i < rest)
 
 
 # The strided kernels serve every other layout without a copy. Dimensions come sorted by the output's strides and merged
@@ -319,7 +329,7 @@ def _forward_strided(
 @triton.jit
 def _backward_strided(
     saved, dy, dx, rows, cols, D1, D2, D3, s0, s1, s2, s3, s4, g0, g1, g2, g3, g4, a: "fp32", b: "fp32",
-    DX: tl.constexpr, MASK_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DX: tl.constexpr, MASK_COLS: tl.constexpr, LEAKY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(cols, COLS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -327,10 +337,11 @@ def _backward_strided(
     live = (row < rows)[:, None] & (col < cols)[None, :]
     out = (row * cols)[:, None] + col[None, :]
     g = tl.load(dy + _row_offsets(row, D1, D2, D3, g0, g1, g2, g3)[:, None] + (col * g4)[None, :], mask=live)
-    if MASK_COLS > 0:  # relu: saved is the bit mask, in the output's order
+    if MASK_COLS > 0:  # saved is the bit mask, in the output's order
         byte = out // (8 * MASK_COLS) * MASK_COLS + out % MASK_COLS
         keep = (tl.load(saved + byte, mask=live, other=0).to(tl.int32) >> (out // MASK_COLS % 8).to(tl.int32)) & 1
-        v = tl.where(keep != 0, g.to(tl.float32), 0.0)
+        g = g.to(tl.float32)
+        v = tl.where(keep != 0, g, a * g if LEAKY else 0.0)
     else:
         at = _row_offsets(row, D1, D2, D3, s0, s1, s2, s3)[:, None] + (col * s4)[None, :]
         v = DX(tl.load(saved + at, mask=live).to(tl.float32), g.to(tl.float32), a, b)
@@ -421,16 +432,17 @@ def flat_launches(kind: str, dtype: torch.dtype, lanes: int = LANES) -> tuple[in
     )
 
 
-def mask_launches(lanes: int = LANES) -> tuple[Launch, Launch]:
-    """relu's (forward launch, backward launch) with the bit mask, one warp each.
+@functools.cache
+def mask_launches(leaky: bool = False, lanes: int = LANES) -> tuple[Launch, Launch]:
+    """(forward launch, backward launch) of relu or leaky_relu with the bit mask, one warp each.
 
     X-relu-16384: forward 419.7 us against 422.7 with 512 columns and 2 warps. X-relu-4096: backward 108.8 against 108.1.
     """
-    cols = 8 * lanes
-    return _RELU_FORWARD_MASK.bind(COLS=cols, num_warps=1), _RELU_BACKWARD_MASK.bind(COLS=cols, num_warps=1)
+    shape = {"LEAKY": leaky, "COLS": 8 * lanes, "num_warps": 1}
+    return _RELU_FORWARD_MASK.bind(**shape), _RELU_BACKWARD_MASK.bind(**shape)
 
 
-_mask_forward, _mask_backward = mask_launches()
+MASKED = ("relu", "leaky_relu")  # kinds whose backward needs to know one bit of an element
 
 
 def forward(x: torch.Tensor, kind: str, a: float, b: float) -> torch.Tensor:
@@ -448,43 +460,47 @@ def forward(x: torch.Tensor, kind: str, a: float, b: float) -> torch.Tensor:
 
 
 def forward_saving(x: torch.Tensor, kind: str, a: float, b: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, what backward needs): x itself; for relu of a dense x the bit mask, for relu of a strided x y."""
-    if kind != "relu":
+    """(y, what backward needs): x itself; for ``MASKED`` kinds of a dense x the bit mask, for relu of a strided x y."""
+    if kind not in MASKED:
         return forward(x, kind, a, b), x
     y = torch.empty_like(x)
     n = x.numel()
     if not n or x.stride() != y.stride():
         y = forward(x, kind, a, b)
-        return y, y
+        return y, y if kind == "relu" else x
     tiles = -(-n // (8 * MASK_COLS))
     mask = torch.empty(tiles * MASK_COLS, dtype=torch.uint8, device=x.device)
-    _mask_forward(tiles, (x, y, mask), (n,))
+    mask_launches(kind == "leaky_relu")[0](tiles, (x, y, mask), (n, a))
     return y, mask
 
 
 def backward(saved: torch.Tensor, dy: torch.Tensor, kind: str, a: float, b: float, layout: tuple) -> torch.Tensor:
     """dx with the strides ``layout``, which are y's; ``saved`` as ``forward_saving`` gave it."""
-    masked = kind == "relu" and saved.dtype == torch.uint8
+    masked = saved.dtype == torch.uint8
     n = dy.numel()
     if dy.stride() == layout and (masked or saved.stride() == layout):
         dx = torch.empty_like(dy)
         if not n:
             return dx
         if masked:
-            _mask_backward(-(-n // (8 * MASK_COLS)), (saved, dy, dx), (n,))
+            mask_launches(kind == "leaky_relu")[1](-(-n // (8 * MASK_COLS)), (saved, dy, dx), (n, a))
         else:
             block, _, launch = flat_launches(kind, dy.dtype)
             launch(-(-n // block), (saved, dy, dx), (n, a, b))
         return dx
     dx = torch.empty_strided(dy.shape, layout, dtype=dy.dtype, device=dy.device)
     if n:
-        constants = {"DX": formula(kind, dy.dtype)[1], "MASK_COLS": MASK_COLS if masked else 0}
+        constants = {
+            "DX": formula(kind, dy.dtype)[1],
+            "MASK_COLS": MASK_COLS if masked else 0,
+            "LEAKY": kind == "leaky_relu",
+        }
         _strided(dx, (saved, dy), (a, b), _BACKWARD_STRIDED, constants)
     return dx
 
 
 def unpack_mask(mask: torch.Tensor, shape: tuple, layout: tuple) -> torch.Tensor:
-    """relu's mask as a bool tensor of a shape and its dense strides, in plain PyTorch."""
+    """The mask as a bool tensor of a shape and its dense strides, in plain PyTorch."""
     bits = torch.arange(8, device=mask.device, dtype=torch.uint8)[:, None]
     keep = (mask.view(-1, 1, MASK_COLS) >> bits) & 1
     return keep.bool().flatten().as_strided(shape, layout)
@@ -497,7 +513,7 @@ def describe(x: torch.Tensor, kind: str, grad: bool) -> str:
         sizes, _ = merge_dims(x.shape, layout, [x.stride()])
         tile = choose_tile(x.numel() // sizes[-1], sizes[-1])
         return f"strided kernel, tile {tile.rows} x {tile.cols}, {tile.num_warps} warps"
-    if kind == "relu" and grad:
+    if kind in MASKED and grad:
         return f"flat kernel with a bit mask for backward, tile 8 x {MASK_COLS}"
     config = choose_flat(x.dtype.itemsize, LANES)
     return f"flat kernel, block {config.block}, {config.num_warps} warps"
@@ -553,7 +569,6 @@ def compile_cases(lanes: int = LANES):
     def case(name, launch, bytes_per_element, tensors, integers=()):
         return compile_case(f"activation/{name}", launch, bytes_per_element, tensors, integers)
 
-    mask_forward, mask_backward = mask_launches(lanes)
     rows = cols = 4096
     sizes, dense, half, none = (rows, cols, 1, 1, rows), (0, 0, 0, cols, 1), (0, 0, 0, 2 * cols, 1), (0,) * 5
     tile = choose_tile(rows, cols)
@@ -565,12 +580,14 @@ def compile_cases(lanes: int = LANES):
             yield case(f"{kind}/fwd/{suffix}", fwd, 2 * size, (t, t))
             yield case(f"{kind}/bwd/{suffix}", bwd, 3 * size, (t, t, t))
         with_mask = 2 * size + 1 / 8
-        yield case(f"relu/fwd-mask/{suffix}", mask_forward, with_mask, (t, t, "*u8"))
-        yield case(f"relu/bwd-mask/{suffix}", mask_backward, with_mask, ("*u8", t, t))
+        for kind in MASKED:
+            mask_forward, mask_backward = mask_launches(kind == "leaky_relu", lanes)
+            yield case(f"{kind}/fwd-mask/{suffix}", mask_forward, with_mask, (t, t, "*u8"))
+            yield case(f"{kind}/bwd-mask/{suffix}", mask_backward, with_mask, ("*u8", t, t))
         value, dx = formula("silu", dtype)
         fwd = _bound(_FORWARD_STRIDED, tile, ("VALUE", value))
-        bwd = _bound(_BACKWARD_STRIDED, tile, ("DX", dx), ("MASK_COLS", 0))
-        bwd_mask = _bound(_BACKWARD_STRIDED, tile, ("DX", _relu_dx), ("MASK_COLS", 8 * lanes))
+        bwd = _bound(_BACKWARD_STRIDED, tile, ("DX", dx), ("MASK_COLS", 0), ("LEAKY", False))
+        bwd_mask = _bound(_BACKWARD_STRIDED, tile, ("DX", _relu_dx), ("MASK_COLS", 8 * lanes), ("LEAKY", False))
         yield case(f"silu/fwd-strided/{suffix}", fwd, 2 * size, (t, t), sizes + half)
         yield case(f"silu/bwd-strided/{suffix}", bwd, 3 * size, (t, t, t), sizes + half + dense)
         yield case(f"relu/bwd-mask-strided/{suffix}", bwd_mask, with_mask, ("*u8", t, t), sizes + none + half)

@@ -6,7 +6,9 @@ sees in full go through a loop without bounds, those at an edge (causal diagonal
 Backward: ``_prepare`` makes delta = rowsum(dout out) - dlse; ``_backward_keys`` holds N keys, walks over queries of all
 heads of the group, with scores transposed (keys x queries), so that probabilities and dz multiply from registers. dq comes
 either from the same walk by float32 atomics (five products a tile), or from ``_backward_queries``, which repeats two of
-them (seven), in a fixed order: the same bits on every run. ``_backward_bias`` makes a bias's gradient in the bias's own
+them (seven), in a fixed order: the same bits on every run. At 256 channels dk and dv are two walks (eight), so that the sums
+of 128 keys fit the registers. On Hopper these kernels overlap: none reads what another writes, so the next one fills the
+processors that one leaves idle at its end, and only waits for that end at its own. ``_backward_bias`` makes a bias's gradient in the bias's own
 shape, the broadcast dimensions added up in a fixed order.
 
 Options are constants of a kernel: what is not there costs nothing.
@@ -367,7 +369,7 @@ def _walk_queries(
     BOUND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
 ):
     place = tl.arange(0, M)
     for start in tl.range(low, high, M, num_stages=STAGES):
@@ -385,18 +387,22 @@ def _walk_queries(
         grads = _load_rows(dout + start * gs, place, seq_q - start, gs.to(tl.int32), DV, BLOCK_DV, BOUND)
         if DROPOUT:
             kept = _keep(seed, plane, row, first_key, drop, M, N, True)
-            dropped = tl.where(kept, p * keep_scale, 0.0)
-            dv = _dot(dropped.to(grads.dtype), grads, dv, PRECISION)
-        else:
-            dv = _dot(p.to(grads.dtype), grads, dv, PRECISION)
-        dp = _dot(values, grads.T, tl.zeros((N, M), tl.float32), PRECISION)
-        if DROPOUT:
-            dp = tl.where(kept, dp * keep_scale, 0.0)
-        dz = p * (dp - sums[None, :])
-        if CAP:
-            dz = dz * (1.0 - tanh * tanh)
-        dz = dz.to(queries.dtype)
-        dk = _dot(dz, queries, dk, PRECISION)
+        if WANT_V:
+            if DROPOUT:
+                dropped = tl.where(kept, p * keep_scale, 0.0)
+                dv = _dot(dropped.to(grads.dtype), grads, dv, PRECISION)
+            else:
+                dv = _dot(p.to(grads.dtype), grads, dv, PRECISION)
+        if WANT_K or FUSED:
+            dp = _dot(values, grads.T, tl.zeros((N, M), tl.float32), PRECISION)
+            if DROPOUT:
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            dz = p * (dp - sums[None, :])
+            if CAP:
+                dz = dz * (1.0 - tanh * tanh)
+            dz = dz.to(queries.dtype)
+        if WANT_K:
+            dk = _dot(dz, queries, dk, PRECISION)
         if FUSED:
             part = _dot(dz.T, keys, tl.zeros((M, BLOCK_D), tl.float32), PRECISION) * back_scale
             d = tl.arange(0, BLOCK_D)
@@ -424,9 +430,11 @@ def _backward_keys(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, VARLEN: tl.constexpr, FUSED: tl.constexpr, ONE: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """dk and dv of N keys over ``each`` heads of the group (the whole, or one of several parts that are added up later)."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     tile = pid % tiles  # with causal, the first keys are seen by most queries: the longest walks come first
     parts = group // each
@@ -488,8 +496,9 @@ def _backward_keys(
     full_low = tl.minimum(full_low, tl.cdiv(high, M) * M)
     low = tl.minimum(low, full_low)
     full_high = tl.maximum(full_high, full_low)
-    dk_sum = tl.zeros((N, BLOCK_D), tl.float32)
-    dv_sum = tl.zeros((N, BLOCK_DV), tl.float32)
+    # what is not wanted is one number that nothing is added to
+    dk_sum = tl.zeros((N, BLOCK_D), tl.float32) if WANT_K else 0.0
+    dv_sum = tl.zeros((N, BLOCK_DV), tl.float32) if WANT_V else 0.0
     for i in range(1 if ONE else each):  # without the loop the compiler keeps everything in registers
         head = key_head * group + part * each + i
         slope = 0.0
@@ -507,19 +516,23 @@ def _backward_keys(
                 dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, dq_at, dq_row, col, low, full_low, seq_q,
                 qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
                 plane, drop, keep_scale, back_scale, first_key,
-                True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES)
+                True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V)
         dk_sum, dv_sum = _walk_queries(
             dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, dq_at, dq_row, col, full_low, full_high, seq_q,
             qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
             plane, drop, keep_scale, back_scale, first_key,
-            False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES)
+            False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V)
         dk_sum, dv_sum = _walk_queries(
             dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, dq_at, dq_row, col, full_high, high, seq_q,
             qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
             plane, drop, keep_scale, back_scale, first_key,
-            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES)
-    _store_rows(dk, dk_sum * back_scale, far, seq_k, dks * UNIT, D, BLOCK_D)
-    _store_rows(dv, dv_sum, far, seq_k, dvs * UNIT, DV, BLOCK_DV)
+            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V)
+    if WANT_K:
+        _store_rows(dk, dk_sum * back_scale, far, seq_k, dks * UNIT, D, BLOCK_D)
+    if WANT_V:
+        _store_rows(dv, dv_sum, far, seq_k, dvs * UNIT, DV, BLOCK_DV)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -568,7 +581,7 @@ def _backward_queries(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, VARLEN: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """dq of M queries: the forward's walk."""
     pid = tl.program_id(0)
@@ -633,6 +646,8 @@ def _backward_queries(
         mask_at, dropout_seed, plane, drop, keep_scale,
         True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES)
     _store_rows(dq, total * back_scale, row.to(tl.int64), seq_q, dqs, D, BLOCK_D)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=[
@@ -774,8 +789,15 @@ def choose_keys(d: int, dv: int, size: int, card: str, heavy: bool = False) -> C
     return Config(64, 64, 8, 2) if card == "sm_90" else Config(32, 32, 8, 1)
 
 
-def choose_queries(d: int, dv: int, size: int, card: str, heavy: bool = False) -> Config:
-    """Of ``_backward_queries``."""
+def choose_split(d: int, dv: int, size: int, card: str, heavy: bool = False) -> tuple[Config, Config] | None:
+    """Of two ``_backward_keys`` with the same tile of keys, for dk alone and for dv alone; None: one does both."""
+    if card == "sm_90" and size == 2 and max(block_of(d), block_of(dv)) == 256 and not heavy:
+        return Config(64, 128, 8, 1), Config(64, 128, 8, 2)
+    return None
+
+
+def choose_queries(d: int, dv: int, size: int, card: str, heavy: bool = False, edge: bool = False) -> Config:
+    """Of ``_backward_queries``; ``edge``: causal, or a window to the right."""
     wide = max(block_of(d), block_of(dv))
     if size == 4:
         return Config(32, 32, 8, 1) if wide <= 64 else Config(16, 16, 8, 1)
@@ -783,7 +805,9 @@ def choose_queries(d: int, dv: int, size: int, card: str, heavy: bool = False) -
         return Config(64, 32, 4, 1)
     if wide <= 64:
         # heavy: the larger tile spills more than a kilobyte a thread
-        return Config(128, 64, 4, 3) if card == "sm_90" and not heavy else Config(64, 64, 4, 2)
+        if card == "sm_90" and not heavy:
+            return Config(64 if edge else 128, 64, 4, 3)
+        return Config(64, 64, 4, 2)
     if wide <= 128:
         return Config(128, 64, 8, 2 if heavy else 3) if card == "sm_90" else Config(64, 64, 8, 2)
     return Config(128, 32, 8, 2) if card == "sm_90" else Config(32, 32, 8, 1)
@@ -880,20 +904,25 @@ _PREPARE_ROWS = 32
 
 
 @functools.cache
-def keys_launch(form: Form, fused: bool, one: bool, config: Config) -> Launch:
+def keys_launch(
+    form: Form, fused: bool, one: bool, config: Config, want: tuple[bool, bool] = (True, True), overlap: bool = False,
+    early: bool = False,
+) -> Launch:
+    """``want``: dk, dv; ``early``: it may start before the kernel in front has ended."""
     return _BACKWARD_KEYS.bind(
         **form.widths(), **form.edges(), BIAS=form.bias, MASK=form.mask, ALIBI=form.alibi, DROPOUT=form.dropout,
         VARLEN=form.varlen, FUSED=fused, ONE=one, BASE2=form.base2, PRECISION=form.precision, M=config.m, N=config.n, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        WANT_K=want[0], WANT_V=want[1], OVERLAP=overlap, num_warps=config.num_warps, num_stages=config.num_stages,
+        launch_pdl=early,
     )  # fmt: skip
 
 
 @functools.cache
-def queries_launch(form: Form, config: Config) -> Launch:
+def queries_launch(form: Form, config: Config, overlap: bool = False) -> Launch:
     return _BACKWARD_QUERIES.bind(
         **form.widths(), **form.edges(), BIAS=form.bias, MASK=form.mask, ALIBI=form.alibi, DROPOUT=form.dropout,
         VARLEN=form.varlen, BASE2=form.base2, PRECISION=form.precision, M=config.m, N=config.n, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        OVERLAP=overlap, num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=overlap,
     )  # fmt: skip
 
 
@@ -1115,7 +1144,7 @@ class _BackwardPlan(NamedTuple):
     fused: bool  # dq by atomics
     parts: int  # of a group's heads, whose dk and dv are added up
     prepare: _Call
-    keys: _Call | None
+    keys: tuple[_Call, ...]
     queries: _Call | None
     bias: tuple | None  # (the kernel's call, splits)
 
@@ -1149,31 +1178,42 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
     launch = prepare_launch(form._replace(unit=out_unit), dlse is not None, fused)
     prepare = _Call(launch, tiles * plan.heads * flat_batch, scalars)
 
-    keys = queries = bias = None
+    keys, queries, bias = (), None, None
     parts = 1
+    # rows of sequences are zeroed first, by kernels of their own in between
+    overlap = plan.card == "sm_90" and not varlen
     if want_k or want_v or fused:
-        config = choose_keys(*choice, form.heavy)
-        tiles = -(-plan.seq_k // config.n)
+        walks = [(choose_keys(*choice, form.heavy), (True, True))]
+        if not fused and (split := choose_split(*choice, form.heavy)):
+            walks = [(split[0], (True, False))] * want_k + [(split[1], (False, True))] * want_v
+        tiles = -(-plan.seq_k // walks[0][0].n)
         programs = tiles * plan.batch * plan.heads // plan.group
         parts = choose_parts(programs, plan.group, plan.processors)
-        split = 0, 0
+        apart = 0, 0
         if parts > 1:  # float32, dense, one part after the other
             into_dk, into_dv = (
                 tuple(s // unit for s in _three(shape, _dense_strides(shape))) for shape, _ in facts[3:5]
             )
-            split = math.prod(facts.k[0]) // unit, math.prod(facts.v[0]) // unit
+            apart = math.prod(facts.k[0]) // unit, math.prod(facts.v[0]) // unit
         scalars = (
-            *inputs, *into_dk, *into_dv, *split, *plan.extras, plan.heads, plan.group, plan.group // parts, plan.seq_q,
+            *inputs, *into_dk, *into_dv, *apart, *plan.extras, plan.heads, plan.group, plan.group // parts, plan.seq_q,
             plan.seq_k, tiles, *window, *numbers,
         )  # fmt: skip
-        keys = _Call(keys_launch(form, fused, parts == plan.group, config), programs * parts, scalars)
+        keys = tuple(
+            _Call(
+                keys_launch(form, fused, parts == plan.group, config, want, overlap, overlap and i > 0),
+                programs * parts,
+                scalars,
+            )
+            for i, (config, want) in enumerate(walks)
+        )
     if want_q and not fused:
-        config = choose_queries(*choice, form.heavy)
+        config = choose_queries(*choice, form.heavy, form.right)
         tiles = -(-plan.seq_q // config.m)
         scalars = (
             *inputs, *into_dq, *plan.extras, plan.heads, plan.group, plan.seq_q, plan.seq_k, tiles, *window, *numbers,
         )  # fmt: skip
-        queries = _Call(queries_launch(form, config), tiles * plan.heads * plan.batch, scalars)
+        queries = _Call(queries_launch(form, config, overlap and bool(keys)), tiles * plan.heads * plan.batch, scalars)
     if want_bias:
         config = choose_bias(*choice)
         by_batch, by_head, by_row = (
@@ -1227,14 +1267,15 @@ def backward(
         else:
             make = torch.zeros if varlen else torch.empty
             dk, dv = (make((plan.parts, *t.shape), dtype=torch.float32, device=t.device) for t in (k, v))
-        plan.keys(*read, sum_q, dk, dv)
-        if plan.parts > 1:
-            dk, dv = dk.sum(0).to(k.dtype) if want_k else None, dv.sum(0).to(v.dtype) if want_v else None
-    if plan.fused:
-        dq = sum_q.to(q.dtype)
-    elif want_q:
+        for call in plan.keys:
+            call(*read, sum_q, dk, dv)
+    if plan.queries:  # with no other kernel in front of it: it may overlap with the walks over queries
         dq = like(q)
         plan.queries(*read, dq)
+    elif plan.fused:
+        dq = sum_q.to(q.dtype)
+    if plan.parts > 1:
+        dk, dv = dk.sum(0).to(k.dtype) if want_k else None, dv.sum(0).to(v.dtype) if want_v else None
     if want_bias:
         call, splits = plan.bias
         total = torch.empty(
@@ -1256,10 +1297,14 @@ def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
     heavy = options.bias is not None or options.mask is not None or options.dropout_p > 0
     text = "forward " + _shown(choose_forward(*call, heavy))
     if grad:
-        text += ", dk and dv " + _shown(choose_keys(*call, heavy))
-        if not options.deterministic and choose_fused(*call):
+        fused = not options.deterministic and choose_fused(*call)
+        if not fused and (split := choose_split(*call, heavy)):
+            text += f", dk {_shown(split[0])}, dv {_shown(split[1])}"
+        else:
+            text += ", dk and dv " + _shown(choose_keys(*call, heavy))
+        if fused:
             return text + ", dq in the same kernel by atomics"
-        text += ", dq " + _shown(choose_queries(*call, heavy))
+        text += ", dq " + _shown(choose_queries(*call, heavy, options.window_right >= 0))
     return text
 
 

@@ -3,12 +3,15 @@ at odd sizes and the same bits on every run."""
 
 import itertools
 import json
+import threading
 
 import pytest
 import torch
 
 import gluon_on_cpu
+from helpers import captured
 from trinix.kernels.torch import attention as reference
+from trinix.ops import attention
 from trinix.ops.attention import Options
 from trinix.testing import judge, normal
 
@@ -105,12 +108,12 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
         assert c.consumers * c.registers * 128 <= 65536 - 24 * 128
         assert not c.pingpong or (c.consumers == 2 and c.scores_first)  # the turns are those of two
         for plain in (False, True):
-            b = hopper.choose_backward(d, dv, causal, keys, plain)
+            b = hopper.choose_backward(d, dv, causal, plain)
             assert b.d >= d
             assert max(b.d, b.dv) >= dv
     assert hopper.choose_forward(264, 64, causal, keys) is None
     assert hopper.choose_forward(20, 64, causal, keys) is None
-    assert hopper.choose_backward(64, 264, causal, keys, True) is None
+    assert hopper.choose_backward(64, 264, causal, True) is None
 
 
 def test_sections_of_heads_are_nearly_equal():
@@ -224,6 +227,34 @@ def test_emulated(monkeypatch, d, dv, options):
     shapes = [(1, 210, 2, d), (1, 180, 1, d), (1, 180, 1, dv)]
     q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
     emulated(monkeypatch, q, k, v, Options(scale=d**-0.5, **options))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_emulated_prepared_calls_are_the_same(monkeypatch, d):
+    """For new addresses, gradients of any strides, grouped heads whose parts are added up; without lse too."""
+    gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, 4)
+    options = Options(scale=d**-0.5, **CAUSAL)
+    shapes = (1, 70, 4, d), (1, 90, 2, d), (1, 90, 2, d)
+    prepared = None
+    for step in range(2):
+        q, k, v = [normal(shape, torch.float16, seed=3 * step + i) for i, shape in enumerate(shapes)]
+        prepared = prepared or hopper.Prepared("hopper", q, k, v, options)
+        want, want_lse = hopper.forward(q, k, v, options)
+        assert torch.equal(prepared.forward(q, k, v, False)[0], want)
+        out, lse = prepared.forward(q, k, v, True)
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+        dout = normal(q.shape, torch.float16, seed=7 + step)
+        turned = dout.transpose(1, 2).contiguous().transpose(1, 2)
+        askew = torch.cat([dout.new_zeros(1), dout.flatten()])[1:].view(dout.shape)
+        true = hopper.backward(dout, None, q, k, v, out, lse, options, (True,) * 5)[:3]
+        for given in (dout, turned, askew, dout[..., :1].expand(dout.shape)):
+            if given.stride(-1) != 1:
+                true = hopper.backward(given.contiguous(), None, q, k, v, out, lse, options, (True,) * 5)[:3]
+            grads = prepared.backward(given, q, k, v, out, lse)
+            assert all(a.shape == t.shape and a.is_contiguous() for a, t in zip(grads, (q, k, v), strict=True))
+            for a, b in zip(grads, true, strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)  # dq's sums come in any order
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
@@ -340,7 +371,6 @@ def test_wide_heads_forward(options, dims):
 @pytest.mark.parametrize("options", [{}, CAUSAL, WINDOW], ids=str)
 @on_card
 def test_wide_heads_backward(options, dims):
-    """Passed on a card, this allows ``WIDE_BACKWARD`` to be switched on."""
     d, dv = dims
     q, k, v = made([(2, 700, 4, d), (2, 900, 2, d), (2, 900, 2, dv)], torch.bfloat16)
     check(q, k, v, Options(scale=d**-0.5, **options))
@@ -403,3 +433,37 @@ def test_two_streams_and_a_graph_do_not_share_a_counter():
         graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(want, out) for out in (*outs, captured))
+
+
+@on_card
+@pytest.mark.parametrize("d", [64, 128])
+def test_calls_of_one_kind_share_what_was_prepared(d):
+    """New addresses, another stream, another thread, a graph: the bits of the first call, and gradients within the budget."""
+    q, k, v, dout = made([(2, 960, 6, d), (2, 960, 3, d), (2, 960, 3, d), (2, 960, 6, d)], torch.bfloat16)
+    options = Options(scale=d**-0.5, deterministic=True, **CAUSAL)
+
+    def call():
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = attention(*leaves, causal=True, deterministic=True, return_lse=True)
+        grads = torch.autograd.grad(out, leaves, dout)
+        again = attention(*[t.detach() for t in leaves], causal=True, deterministic=True)
+        return [t.detach() for t in (out, lse, *grads, again)]
+
+    out, lse = hopper.forward(q, k, v, options)
+    want = [out, lse, *hopper.backward(dout, None, q, k, v, out, lse, options, (True,) * 5)[:3], out]
+    got = [call() for _ in range(3)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got.append(call())
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=lambda: got.append(call()))
+    thread.start()
+    thread.join()
+    graph, replayed = captured(call)
+    graph.replay()
+    got.append(replayed)
+    torch.cuda.synchronize()
+    assert len(got) == 6
+    for results in got:
+        assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))

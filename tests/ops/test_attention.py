@@ -170,6 +170,14 @@ def test_dq_by_atomics_holds_the_float64_budget(name, monkeypatch):
     assert not CASES[name]().faults("triton")
 
 
+@pytest.mark.parametrize(
+    "name", ["causal, more queries", "window", "odd head dims", "softcap", "dropout", "variable lengths"]
+)
+def test_dk_and_dv_by_two_walks_hold_the_float64_budget(name, monkeypatch):
+    monkeypatch.setattr(kernels, "choose_split", lambda *_: (kernels.Config(16, 32, 4, 1), kernels.Config(32, 32, 4, 1)))
+    assert not CASES[name]().faults("triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["causal, more keys", "softcap", "variable lengths"])
 def test_triton_holds_the_float64_budget_in_half_types(name, dtype, fused):
@@ -707,3 +715,264 @@ def test_auto_runs_kernels_on_the_card_and_explain_says_which():
     assert told.backend != "torch"
     pair = contract.pick(q, k, v, contract.Options(True, -1, 0, 0.125), True)
     assert told.backend == pair[0]
+
+
+# ---- calls like one before ---------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A backend whose ``Prepared`` computes the formula with the options that it was made for, and counts."""
+
+    def __init__(self):
+        self.made, self.forwards, self.backwards = 0, 0, 0
+        counts = self
+
+        class Prepared:
+            def __init__(self, backend, q, k, v, options):
+                counts.made += 1
+                self.backend, self.options = backend, options
+                self.facts = self.of(q, k, v)
+
+            @staticmethod
+            def of(*tensors):
+                return [(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0) for t in tensors]
+
+            def forward(self, q, k, v, wants_lse):
+                counts.forwards += 1
+                assert self.of(q, k, v)[0][:4] == self.facts[0][:4]
+                assert [f[:4] for f in self.of(q, k, v)] == [f[:4] for f in self.facts]
+                assert all(f[4] for f in self.of(q, k, v)) == all(f[4] for f in self.facts)
+                out, lse = reference.forward(q, k, v, self.options)
+                return out, lse if wants_lse else torch.full_like(lse, float("nan"))
+
+            def backward(self, dout, q, k, v, out, lse):
+                counts.backwards += 1
+                needs = True, True, True, False, False
+                return tuple(contract._formula_gradients(q, k, v, self.options, dout, None, needs, False)[:3])
+
+        self.Prepared = Prepared
+
+    @staticmethod
+    def unsupported(q, k, v, options, backward):
+        return None
+
+    @staticmethod
+    def forward(q, k, v, options):
+        return reference.forward(q, k, v, options)
+
+    @staticmethod
+    def backward(dout, dlse, q, k, v, out, lse, options, needs):
+        return contract._formula_gradients(q, k, v, options, dout, dlse, needs, False)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    counting = Counting()
+    monkeypatch.setitem(contract.BACKENDS, "counting", lambda: counting)
+    monkeypatch.setattr(contract, "_prepared", {})
+    return counting
+
+
+def plain_inputs(dtype=torch.float64, **changes):
+    shapes = {"q": (2, 6, 4, 8), "k": (2, 6, 2, 8), "v": (2, 6, 2, 8)} | changes
+    return [normal(shape, dtype, seed=i) for i, shape in enumerate(shapes.values())]
+
+
+def apart(t):
+    """The same values at an odd address."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def turned(t):
+    """The same values, heads first in memory."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+VARIANTS = {
+    "plain": {}, "causal": {"causal": True}, "window": {"window": (1, 0)}, "wider window": {"window": (2, 0)},
+    "one side": {"window": (1, None)}, "scale": {"scale": 0.5}, "other scale": {"scale": 0.25}, "scale 1": {"scale": 1},
+    "softcap": {"softcap": 2.0}, "softcap 1": {"softcap": 1}, "deterministic": {"deterministic": True},
+}  # fmt: skip
+CHANGES = {
+    "as they are": lambda q, k, v: (q, k, v),
+    "turned q": lambda q, k, v: (turned(q), k, v),
+    "turned k": lambda q, k, v: (q, turned(k), v),
+    "turned v": lambda q, k, v: (q, k, turned(v)),
+    "q at an odd address": lambda q, k, v: (apart(q), k, v),
+    "v at an odd address": lambda q, k, v: (q, k, apart(v)),
+    "float32": lambda q, k, v: (q.float(), k.float(), v.float()),
+    "fewer keys": lambda q, k, v: (q, k[:, :4], v[:, :4]),
+    "one head": lambda q, k, v: (q, k[:, :, :1], v[:, :, :1]),
+    "narrow v": lambda q, k, v: (q, k, v[..., :4]),
+}
+
+
+def test_a_call_like_one_before_takes_what_was_kept(counting, monkeypatch):
+    q, k, v = plain_inputs()
+    attention(q, k, v, causal=True, backend="counting")
+    monkeypatch.setattr(contract, "checked", None)  # nobody asks it again
+    for _ in range(3):
+        q, k, v = (t + 1 for t in (q, k, v))
+        got = attention(q, k, v, causal=True, backend="counting")
+        torch.testing.assert_close(
+            got, reference.forward(q, k, v, contract.Options(scale=8**-0.5, causal=True, window_right=0))[0]
+        )
+    assert (counting.made, counting.forwards) == (1, 3)
+
+
+def test_no_call_is_served_by_what_was_kept_for_another(counting):
+    """Every pair of differing calls, in both orders, with and without gradients."""
+    for _ in range(3):
+        for change in CHANGES.values():
+            for given in VARIANTS.values():
+                for grad in (False, True):
+                    tensors = [t.detach().requires_grad_(grad) for t in change(*plain_inputs())]
+                    out, lse = attention(*tensors, **given, return_lse=True, backend="counting")
+                    want = attention(*tensors, **given, return_lse=True, backend="torch")
+                    assert torch.equal(out, want[0])
+                    assert torch.equal(lse, want[1])
+                    if grad:
+                        dout = torch.ones_like(out)
+                        ours, theirs = (torch.autograd.grad(o, tensors, dout) for o in (out, want[0]))
+                        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    kinds = (len(CHANGES) - 1) * len(VARIANTS) * 2  # which of the three is at an odd address makes no difference
+    assert counting.made == kinds
+    assert counting.forwards == 6 * len(CHANGES) * len(VARIANTS) - kinds  # each kind's first call goes the long way
+    assert counting.backwards == counting.forwards / 2
+
+
+def kept_and_called(counting, **options):
+    """A kept call; then (how many prepared forwards it took to make the call with ``options``, its result)."""
+    q, k, v = plain_inputs()
+    for _ in range(2):
+        attention(q, k, v, backend="counting")
+    before = counting.forwards
+    got = attention(q, k, v, **({"backend": "counting"} | options))
+    return counting.forwards - before, got, attention(q, k, v, **(options | {"backend": "torch"}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": torch.tensor([True, False, True, True, False, True])},
+        {"bias": normal((4, 6, 6), torch.float64, seed=9)},
+        {"sink": normal((4,), torch.float64, seed=9)},
+        {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+        {"causal": 1},
+        {"scale": torch.tensor(0.5)},
+        {"softcap": torch.tensor(2.0)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_is_not_in_the_key_takes_the_long_way(counting, options):
+    served, got, want = kept_and_called(counting, **options)
+    assert not served
+    torch.testing.assert_close(got, want)
+
+
+def test_a_tensor_as_a_number_is_read_anew(counting):
+    q, k, v = plain_inputs()
+    scale = torch.tensor(0.5)
+    first = attention(q, k, v, scale=scale, backend="counting")
+    scale.mul_(0.5)
+    second = attention(q, k, v, scale=scale, backend="counting")
+    torch.testing.assert_close(first, attention(q, k, v, scale=0.5))
+    torch.testing.assert_close(second, attention(q, k, v, scale=0.25))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"window": (1.0, None)}, ValueError),
+        ({"window": (True, None, 3)}, ValueError),
+        ({"softcap": -1.0}, ValueError),
+        ({"dropout_p": 1.0}, ValueError),
+        ({"max_seqlen_q": 6}, ValueError),
+        ({"backend": "countin"}, ValueError),
+        ({"k": torch.zeros(2, 6, 2, 8)}, TypeError),
+        ({"v": torch.zeros(2, 6, 2, 8, dtype=torch.float64, device="meta")}, ValueError),
+        ({"q": None}, TypeError),
+        ({"q": torch.zeros(3, 6, 4, 8, dtype=torch.float64)}, ValueError),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_refused_after_a_call_like_it(counting, changes, error):
+    q, k, v = plain_inputs()
+    right = {"q": q, "k": k, "v": v, "window": (1, None), "backend": "counting"}
+    for _ in range(2):
+        attention(**right)
+        with pytest.raises(error, match="attention: "):
+            attention(**(right | changes))
+
+
+def test_switches_are_heeded_between_calls_of_one_kind(counting):
+    q, k, v = plain_inputs()
+    with trinix.use_backend("counting"):
+        for _ in range(2):
+            attention(q, k, v)
+    assert counting.forwards == 1
+    attention(q, k, v)  # the formula: these are on the CPU
+    with trinix.use_backend("torch"):
+        attention(q, k, v)
+    assert counting.forwards == 1
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        for on in (False, True, False, True):
+            torch.use_deterministic_algorithms(on)
+            attention(q, k, v, causal=True, backend="counting")
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    kept = [call.options for call in contract._prepared.values() if call.options.causal]
+    assert [options.deterministic for options in kept] == [False, True]
+
+
+def test_what_a_raw_launch_must_not_see_is_not_served_from_what_was_kept(counting):
+    q, k, v = plain_inputs()
+    for _ in range(2):
+        attention(q, k, v, backend="counting")
+    before = counting.forwards
+
+    class Own(torch.Tensor):
+        pass
+
+    attention(q.as_subclass(Own), k, v, backend="counting")
+    attention(torch._neg_view(q), k, v, backend="counting")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        attention(q, k, v, backend="counting")
+    with Watch():
+        attention(q, k, v, backend="counting")
+    with torch.autograd.forward_ad.dual_level():
+        attention(q, k, v, backend="counting")
+    torch.func.vmap(lambda q: attention(q, k, v))(q[None])
+    torch.compile(lambda q: attention(q, k, v), backend="aot_eager", fullgraph=True)(q)
+    assert counting.forwards == before
+
+
+def test_gradients_of_kept_calls(counting):
+    """Of lse, of both, second derivatives, of some inputs, of inputs that changed: as without what was kept."""
+    leaves = [t.requires_grad_() for t in plain_inputs()]
+    dout, dlse = normal((2, 6, 4, 8), torch.float64, seed=7), normal((2, 4, 6), torch.float64, seed=8)
+
+    def everything(backend):
+        out, lse = attention(*leaves, return_lse=True, backend=backend)
+        yield torch.autograd.grad([out, lse], leaves, [dout, dlse], retain_graph=True)
+        yield torch.autograd.grad(lse, leaves, dlse, retain_graph=True, allow_unused=True, materialize_grads=True)
+        yield torch.autograd.grad(out, leaves[1:2], dout, retain_graph=True)
+        first = torch.autograd.grad(out, leaves, dout, create_graph=True)
+        yield torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        some = attention(leaves[0].detach(), leaves[1], leaves[2].detach(), backend=backend)
+        yield torch.autograd.grad(some, leaves[1], dout)
+        yield torch.autograd.grad(attention(*leaves, backend=backend), leaves, dout[..., :1].expand_as(dout))
+
+    for _ in range(2):
+        for ours, theirs in zip(everything("counting"), everything("torch"), strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b)
+    assert counting.backwards
+    q, k, v = (t * 1 for t in leaves)
+    out = attention(q, k, v, backend="counting")
+    k.detach().zero_()
+    with torch.no_grad():
+        k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

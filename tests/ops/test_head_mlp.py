@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import trinix
 from helpers import Tagged, Watch, captured, dense, right_or_refused, same
+from trinix.kernels.torch import head_mlp as reference
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import head_mlp as kernels
 from trinix.ops import head_mlp
@@ -432,6 +433,119 @@ def test_checkpointing_works(device):
 def test_a_tensor_subclass_keeps_its_type(backend, device):
     x, w1, w2 = Numbers(2, 5, 8, 16, device=device).tensors
     assert type(head_mlp(x.as_subclass(Tagged), w1, w2, backend=backend)) is Tagged
+
+
+# ---- calls like one before ---------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Kernels that compute the formula, and count."""
+
+    def __init__(self):
+        self.forwards, self.backwards = 0, 0
+
+    @staticmethod
+    def unsupported(*call):
+        return None
+
+    def forward(self, *call):
+        self.forwards += 1
+        return reference.forward(*call)
+
+    def backward(self, x, w1, w2, b1, b2, w_gate, dy, kind, mean, wanted):
+        self.backwards += 1
+        return op._formula_gradients((x, w1, w2, b1, b2, w_gate), dy, kind, mean, wanted)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    counting = Counting()
+    monkeypatch.setitem(op.BACKENDS, "triton", lambda: counting)
+    monkeypatch.setattr(op, "_triton", lambda: counting)
+    monkeypatch.setattr(op, "_prepared", {})
+    return counting
+
+
+def test_a_call_like_one_before_takes_what_was_kept(counting, monkeypatch):
+    problem = Numbers(2, 5, 8, 16)
+    ours = problem.call("silu", "triton")
+    ours(*problem.tensors)
+    monkeypatch.setattr(op, "_check", None)  # nobody asks it again
+    leaves = [(t + 1).requires_grad_() for t in problem.tensors]
+    with torch.no_grad():
+        assert torch.equal(ours(*leaves), reference.forward(*leaves, None, None, None, "silu", False))
+    assert (counting.forwards, len(op._prepared)) == (2, 1)
+
+
+def test_no_call_is_served_by_what_was_kept_for_another(counting):
+    """Forms, layouts, dtypes, kinds, gradients, autocast, use_backend: each after all others, and again."""
+    problems = [
+        Numbers(2, 5, 8, 16, **form)
+        for form in (
+            {}, {"layout": "transposed"}, {"layout": "packed"}, {"dtype": torch.bfloat16}, {"shared": True}, {"bias": True},
+            {"gated": True}, {"mean": True},
+        )
+    ]  # fmt: skip
+    problems += [Numbers(2, 6, 8, 16), Numbers(2, 5, 8, 12), Numbers(1, 5, 8, 16)]
+    for _ in range(3):
+        for problem in problems:
+            for kind in ("silu", "relu"):
+                for wanted in ([], [0], [1, 2], range(len(problem.tensors))):
+                    leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(problem.tensors)]
+                    y, true = (problem.call(kind, backend)(*leaves) for backend in ("triton", "torch"))
+                    assert torch.equal(y, true)
+                    if wanted:
+                        leaves = [leaves[i] for i in wanted]
+                        ours, theirs = (torch.autograd.grad(o, leaves, problem.dy) for o in (y, true))
+                        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    x, w1, w2 = problems[0].tensors
+    head_mlp(x, w1, w2, backend="triton")
+    before = counting.forwards
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head_mlp(x, w1, w2, backend="triton").dtype == torch.bfloat16
+    assert counting.forwards == before + 1
+    head_mlp(x, w1, w2)
+    with trinix.use_backend("torch"):
+        head_mlp(x, w1, w2)
+    assert counting.forwards == before + 1
+    with trinix.use_backend("triton"):
+        head_mlp(x, w1, w2)
+    assert counting.forwards == before + 2
+    for wrong, error in (
+        ({"kind": "swiglu"}, ValueError),
+        ({"reduce": "sum"}, ValueError),
+        ({"backend": "trit"}, ValueError),
+    ):
+        with pytest.raises(error, match="head_mlp: "):
+            head_mlp(x, w1, w2, **({"backend": "triton"} | wrong))
+    for wrong, error in (
+        ((x, w1, w2.bfloat16()), TypeError),
+        ((x, w1, w2.to("meta")), ValueError),
+        ((x, w1, None), TypeError),
+    ):
+        with pytest.raises(error, match="head_mlp: "):
+            head_mlp(*wrong, backend="triton")
+
+
+def test_gradients_of_kept_calls(counting):
+    """A second derivative, a batch of gradients, an expanded one: as without what was kept."""
+    problem = Numbers(2, 5, 8, 16, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in problem.tensors]
+
+    def everything(backend):
+        y = problem.call("silu", backend)(*leaves)
+        first = torch.autograd.grad(y, leaves, problem.dy, create_graph=True)
+        yield torch.autograd.grad(sum(g.square().sum() for g in first), leaves, retain_graph=True)
+        yield torch.autograd.grad(
+            y, leaves, torch.stack([problem.dy, -problem.dy]), is_grads_batched=True, retain_graph=True
+        )
+        yield torch.autograd.grad(y.sum(), leaves)
+
+    for _ in range(2):
+        for ours, theirs in zip(everything("triton"), everything("torch"), strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b)
+    assert counting.backwards == 2
 
 
 # ---- the tests can fail ------------------------------------------------------------------------------------------------

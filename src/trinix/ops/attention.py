@@ -187,6 +187,19 @@ def attention(
     >>> trinix.ops.attention(q, q, v, causal=True).flatten().tolist()
     [1.0, 2.0]
     """
+    key = None
+    if (
+        not torch.compiler.is_compiling()
+        and bias is None and mask is None and alibi_slopes is None and sink is None and cu_seqlens_q is None
+        and cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None and dropout_p == 0
+    ):  # fmt: skip
+        key = _kind(q, k, v, causal, window, scale, softcap, deterministic, backend)
+        call = _prepared.get(key)
+        if call is not None:
+            if key[-1]:
+                return _apply_prepared(q, k, v, call, return_lse)
+            results = call.forward(q, k, v, return_lse)
+            return results if return_lse else results[0]
     options = checked(
         q, k, v, causal, window, scale, softcap, bias, mask, alibi_slopes, sink, dropout_p, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, deterministic,
@@ -207,10 +220,68 @@ def attention(
         out, lse = _registered(q, k, v, options, named, grad, return_lse)
         return (out, lse) if return_lse else out
     pair = (named, named) if named != "auto" else pick(q, k, v, options, grad)
+    if key is not None:
+        _prepare(key, q, k, v, options, pair)
     if grad and pair != _FORMULA:
         return _apply(q, k, v, options.bias, options.sink, options, pair, return_lse)
     out, lse = BACKENDS[pair[0]]().forward(q, k, v, options)
     return (out, lse) if return_lse else out
+
+
+# ---- calls like one before -----------------------------------------------------------------------------------------------
+
+_prepared = {}  # kind of a call without optional tensors -> its backend's ``Prepared``; emptied when it has grown
+_NUMBERS = (float, int, type(None))
+
+
+def _kind(q, k, v, causal, window, scale, softcap, deterministic, backend) -> tuple | None:
+    """All that checks, choice of backend and plans look at in a call without optional tensors; None for a call that needs a
+    look of its own. The last entry: whether autograd records."""
+    # numbers by type: a tensor would be found again by its identity, whatever its value has become
+    if (
+        not dispatch.plain(q, k, v)
+        or type(causal) is not bool or type(deterministic) is not bool or type(backend) is not str
+        or type(scale) not in _NUMBERS or type(softcap) not in _NUMBERS
+    ):  # fmt: skip
+        return None
+    return (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
+        v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, causal, None if window is None else repr(window),
+        scale, softcap, deterministic or _pytorch_wants_the_same_bits(), backend, dispatch.forced,
+        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+    )  # fmt: skip
+
+
+def _prepare(key, q, k, v, options, pair):
+    """Keep what calls of this kind share, if the backend of both passes offers it."""
+    backend = BACKENDS[pair[0]]()
+    if pair[0] == pair[1] and hasattr(backend, "Prepared"):
+        if len(_prepared) > 10_000:
+            _prepared.clear()
+        _prepared[key] = backend.Prepared(pair[0], q, k, v, options)
+
+
+class _PreparedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, call, with_lse):
+        out, lse = call.forward(q, k, v, True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return (out, lse) if with_lse else out
+
+    @staticmethod
+    def backward(ctx, dout, dlse=None):
+        q, k, v, out, lse = ctx.saved_tensors
+        if dlse is None and dout is not None and not torch.is_grad_enabled() and _raw(dout):
+            return *ctx.call.backward(dout, q, k, v, out, lse), None, None
+        needs = *ctx.needs_input_grad[:3], False, False
+        call = ctx.call
+        grads = _gradients(call.backend, dout, dlse, q, k, v, out, lse, call.options, needs)
+        return *grads[:3], None, None
+
+
+_apply_prepared = dispatch.apply_of(_PreparedAttention)
 
 
 def _wants_gradient(q, k, v, options) -> bool:
@@ -474,20 +545,28 @@ class _Attention(torch.autograd.Function):
         options = options._replace(
             bias=bias, mask=mask, alibi_slopes=slopes, sink=sink, seed=seed, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k
         )
-        needs = ctx.needs_input_grad[:5]
-        again = torch.is_grad_enabled()
-        given = [t for t in (dout, dlse) if t is not None]
-        if not given:
-            return (None,) * 8
-        batched = torch._C._functorch.is_legacy_batchedtensor
-        if again or backend == "torch" or not dispatch.plain(*given) or any(batched(t) for t in given):
-            return *_formula_gradients(q, k, v, options, dout, dlse, needs, again), None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
-        grads = BACKENDS[backend]().backward(dout, dlse, q, k, v, out, lse, options, needs)
+        grads = _gradients(backend, dout, dlse, q, k, v, out, lse, options, ctx.needs_input_grad[:5])
         return *grads, None, None, None
 
 
 _apply = dispatch.apply_of(_Attention)
+
+
+def _raw(gradient) -> bool:
+    """Whether a raw launch may read it."""
+    return dispatch.plain(gradient) and not torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def _gradients(backend, dout, dlse, q, k, v, out, lse, options, needs):
+    """Those of (q, k, v, bias, sink), whatever came in."""
+    given = [t for t in (dout, dlse) if t is not None]
+    if not given:
+        return (None,) * 5
+    again = torch.is_grad_enabled()
+    if again or backend == "torch" or not all(map(_raw, given)):
+        return _formula_gradients(q, k, v, options, dout, dlse, needs, again)
+    dout = torch.zeros_like(out) if dout is None else dout
+    return BACKENDS[backend]().backward(dout, dlse, q, k, v, out, lse, options, needs)
 
 
 def _formula_gradients(q, k, v, options, dout, dlse, needs, again):

@@ -36,6 +36,8 @@ arXiv:2002.05202 (gated MLPs).
 
 import functools
 import inspect
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +117,14 @@ def head_mlp(
     >>> trinix.ops.head_mlp(x, w1, w2, "relu").shape, float(trinix.ops.head_mlp(x, w1, w2, "relu")[0, 0, 0])
     (torch.Size([2, 3, 4]), 32.0)
     """
+    key = None
+    if not torch.compiler.is_compiling() and b1 is None and b2 is None and w_gate is None and reduce is None:
+        key = _key(x, w1, w2, kind, backend)
+        call = _prepared.get(key)
+        if call is not None:
+            if key[-1]:
+                return _apply_prepared(x, w1, w2, call)
+            return call.forward.forward(x, w1, w2, None, None, None, call.kind, False)
     activation = _activation(kind, w_gate is not None)
     if reduce not in (None, "mean"):
         raise ValueError(f"head_mlp: reduce must be None or 'mean', got {reduce!r}")
@@ -137,7 +147,65 @@ def head_mlp(
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return (_RegisteredHeadMLP.apply if grad else _forward_op)(*inputs, *call)
+    if key is not None:
+        _prepare(key, inputs, activation, named)
     return (_apply if grad else _run_forward)(*inputs, *call)
+
+
+# ---- calls like one before: without biases, gate and mean ----------------------------------------------------------------
+
+_prepared = {}  # key -> what calls of one kind share; emptied when it has grown
+
+
+def _key(x, w1, w2, kind, backend) -> tuple | None:
+    """All that checks, choice of backend and plans look at; None for a call that needs a look of its own. The last entry:
+    whether autograd records."""
+    if (
+        not dispatch.plain(x, w1, w2) or type(kind) is not str or type(backend) is not str
+        or torch.is_autocast_enabled(x.device.type)
+    ):  # fmt: skip
+        return None
+    return (
+        x.shape, x.stride(), w1.shape, w1.stride(), w2.shape, w2.stride(), x.dtype, w1.dtype, w2.dtype, x.device, w1.device,
+        w2.device, (x.data_ptr() | w1.data_ptr() | w2.data_ptr()) & 15, kind, backend, dispatch.forced,
+        torch.is_grad_enabled() and (x.requires_grad or w1.requires_grad or w2.requires_grad),
+    )  # fmt: skip
+
+
+class _Prepared(NamedTuple):
+    kind: str
+    forward: ModuleType
+    backward: ModuleType
+
+
+def _prepare(key, inputs, kind, named):
+    """Keep what calls of this kind share."""
+    if len(_prepared) > 10_000:
+        _prepared.clear()
+    forward, backward = (_module(named, inputs, kind, False, backward) for backward in (False, key[-1]))
+    _prepared[key] = _Prepared(kind, forward, backward)
+
+
+class _PreparedHeadMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, w2, call):
+        ctx.save_for_backward(x, w1, w2)
+        ctx.call = call
+        return call.forward.forward(x, w1, w2, None, None, None, call.kind, False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w1, w2 = ctx.saved_tensors
+        call, inputs = ctx.call, (x, w1, w2, None, None, None)
+        wanted = *ctx.needs_input_grad[:3], False, False, False
+        if torch.is_grad_enabled() or not dispatch.plain(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
+            grads = _formula_gradients(inputs, dy, call.kind, False, wanted)
+        else:
+            grads = call.backward.backward(*inputs, dy, call.kind, False, wanted)
+        return *grads[:3], None
+
+
+_apply_prepared = dispatch.apply_of(_PreparedHeadMLP)
 
 
 def _module(named, inputs, kind, mean, backward):

@@ -18,7 +18,6 @@ from trinix.kernels.hopper import attention_backward_wide as wide_kernels
 from trinix.kernels.hopper import attention_forward as forward_kernels
 from trinix.kernels.hopper._launch import Binary, Box, raw_stream
 
-WIDE_BACKWARD = False  # the kernel for head dimensions above 128 is right on the CPU, but has not run on a card yet
 LOG2E = math.log2(math.e)
 _ROWS_LIMIT = 2**31 - 2**12  # coordinates of the copy engine are 32 bits wide
 
@@ -43,8 +42,6 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
     d, dv = q.shape[-1], v.shape[-1]
     if padded(d) is None or padded(dv) is None:
         return f"needs head dimensions up to 256, multiples of 8, got {d} and {dv}"
-    if backward and max(d, dv) > 128 and not WIDE_BACKWARD:
-        return f"has no backward for head dimensions above 128, got {d} and {dv}"
     sequences = None if options.cu_seqlens_q is None else options.cu_seqlens_q.numel() - 1
     if not q.numel() or not k.numel() or not v.numel() or sequences == 0:
         return "needs at least one element"
@@ -112,6 +109,7 @@ class BackwardConfig(NamedTuple):
     stages: int
     dq_way: int
     copy_sums: bool = False  # whether the copy engine adds dQ up
+    resident: bool = False  # whether K and V stay in registers
     dv: int = 0  # the width of the tiles of V where it is not Q's
 
 
@@ -132,11 +130,11 @@ def choose_forward(d: int, dv: int, causal: bool, keys: int) -> ForwardConfig | 
         return ForwardConfig(64, 128, 128, 128, 128, 2, 2, 240, 2, True, True, True)
     used = 192 if 128 < d <= 192 else width
     if out <= 128:
-        return ForwardConfig(64, 64, 256, used, 128, 2, 2, 240, 1, True, False, False)
-    return ForwardConfig(64, 64, 256, max(used, 192), 256, 2, 2, 240, 1, True, False, False)
+        return ForwardConfig(64, 64, 256, used, 128, 2, 2, 240, 1, True, False, True)
+    return ForwardConfig(64, 64, 256, max(used, 192), 256, 2, 2, 240, 1, True, False, True)
 
 
-def choose_backward(d: int, dv: int, causal: bool, keys: int, plain: bool) -> BackwardConfig | None:
+def choose_backward(d: int, dv: int, causal: bool, plain: bool) -> BackwardConfig | None:
     """``plain``: neither softcap nor ALiBi, which take registers, nor ``deterministic``."""
     width, out = padded(d), padded(dv)
     if width is None or out is None:
@@ -144,9 +142,8 @@ def choose_backward(d: int, dv: int, causal: bool, keys: int, plain: bool) -> Ba
     if max(width, out) > 128:
         return BackwardConfig(64, 64, 256, 2, backward_kernels.WIDE.value, dv=max(out, 128))
     if width == out == 64:
-        if plain and causal and keys >= 4096:
-            return BackwardConfig(128, 128, 64, 2, backward_kernels.ROWS.value)
-        return BackwardConfig(64, 128, 64, 3, backward_kernels.TURNS.value)
+        way = backward_kernels.OWN if causal else backward_kernels.TURNS
+        return BackwardConfig(64, 128, 64, 3, way.value, resident=True)
     if plain and not causal:
         return BackwardConfig(64, 128, 128, 2, backward_kernels.TURNS.value, copy_sums=True)
     return BackwardConfig(64, 128, 128, 2, backward_kernels.COLUMNS.value)
@@ -156,14 +153,14 @@ def _chosen_forward(d, dv, options, keys):
     return choose_forward(d, dv, options.window_right >= 0, options.max_seqlen_k or keys)
 
 
-def _chosen_backward(d, dv, options, keys):
+def _chosen_backward(d, dv, options):
     plain = not (options.softcap or options.alibi_slopes is not None or options.deterministic)
-    return choose_backward(d, dv, options.window_right >= 0, options.max_seqlen_k or keys, plain)
+    return choose_backward(d, dv, options.window_right >= 0, plain)
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
-    sizes = q.shape[-1], v.shape[-1], options, k.shape[-3]
-    text = f"forward {_chosen_forward(*sizes)}"
+    sizes = q.shape[-1], v.shape[-1], options
+    text = f"forward {_chosen_forward(*sizes, k.shape[-3])}"
     return f"{text}; backward {_chosen_backward(*sizes)}" if grad else text
 
 
@@ -186,12 +183,12 @@ def backward_constants(
 ) -> dict:  # fmt: skip
     """The constants of the backward kernel, in its order."""
     wide = c.dq_way == backward_kernels.WIDE.value
-    sums = {"COPY_SUMS": c.copy_sums and not deterministic}
+    narrow = {"COPY_SUMS": c.copy_sums and not deterministic, "RESIDENT": c.resident}
     return {
         "M": c.m, "N": c.n, "D": c.d, **({"DV": c.dv} if wide else {}), "STAGES": c.stages,
         **({} if wide else {"DQ_WAY": c.dq_way}), "BLOCK": backward_kernels.BLOCK, "LEFT": left, "RIGHT": right,
         "TAIL": tail, "SOFTCAP": softcap, "ALIBI": alibi, "VARLEN": varlen, "DETERMINISTIC": deterministic,
-        **({} if wide else sums),
+        **({} if wide else narrow),
     }  # fmt: skip
 
 
@@ -268,6 +265,26 @@ class _ForwardPlan:
             *self.scalars,
         )  # fmt: skip
         self.binary = _binary(forward_kernels.attention_forward, s.device, examples, constants)
+        self.kept = {}  # addresses -> the kernel's arguments
+
+    def launch(self, stream: int, *addresses: int) -> None:
+        arguments = self.kept.get(addresses)
+        if arguments is None:
+            arguments = _add(self.kept, addresses, self._arguments(*addresses))
+        self.binary(self.blocks, stream, arguments)
+
+    def _arguments(self, q, k, v, out, *more) -> tuple:
+        return self.q.at(q) + self.k.at(k) + self.v.at(v) + self.out.at(out) + (out, *more) + self.scalars
+
+
+_MOST_KEPT = 512  # of one plan, about 1 KB each: as many addresses as its tensors take in turn
+
+
+def _add(kept: dict, addresses: tuple, arguments: tuple) -> tuple:
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+    kept[addresses] = arguments
+    return arguments
 
 
 _binaries = {}
@@ -349,14 +366,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     more = _vectors(options, counter)
     if plan is None:
         plan = _keep(key, _ForwardPlan(q, k, v, options, out, lse, counter, *more))
-    out_at = out.data_ptr()
-    plan.binary(
-        plan.blocks,
-        stream,
-        plan.q.at(q.data_ptr()) + plan.k.at(k.data_ptr()) + plan.v.at(v.data_ptr()) + plan.out.at(out_at)
-        + (out_at, lse.data_ptr(), counter.data_ptr(), *[t.data_ptr() for t in more])
-        + plan.scalars,
-    )  # fmt: skip
+    plan.launch(stream, *[t.data_ptr() for t in (q, k, v, out, lse, counter, *more)])
     return out, lse
 
 
@@ -376,7 +386,7 @@ class _BackwardPlan:
         q, k, v, out, dout, lse, dlse = tensors
         self.shape = s = _Shape(q, k, v, options)
         bounded = s.right >= 0
-        c = _chosen_backward(s.d, s.dv, options, s.seq_k)
+        c = _chosen_backward(s.d, s.dv, options)
         block = backward_kernels.BLOCK
         group = s.heads // s.key_heads
         self.key_blocks = key_blocks = _cdiv(s.seq_k, c.n)
@@ -424,7 +434,7 @@ class _BackwardPlan:
                 "D": c.d, "DV_PADDED": padded(s.dv), "BLOCK": block, "VARLEN": s.varlen, "DLSE": needs_dlse,
                 "SINK": options.sink is not None, "DETERMINISTIC": self.deterministic,
             },
-            num_warps=16 if max(c.d, dv_width) == 256 else 4,
+            num_warps=16 if max(c.d, dv_width) == 256 else 8,
         )  # fmt: skip
         self.scalars = (
             key_blocks, out_heads, section, s.key_heads, parts, group // parts, s.seq_q, s.seq_k, self.padded,
@@ -442,7 +452,7 @@ class _BackwardPlan:
                 *([] if wide else [(self.dq, square)]), (self.lse, line), (self.delta, line), dk, dv, line, turns, ends_q,
                 ends_k, slopes, *self.scalars,
             ),
-            constants,
+            constants, launch_pdl=True,
         )  # fmt: skip
         dq = torch.empty(q.shape, dtype=q.dtype, device="meta")
         in_order = c.copy_sums and not self.deterministic
@@ -450,9 +460,40 @@ class _BackwardPlan:
         self.after = _binary(
             backward_kernels.after, s.device, (line, dk, ends_q, *self.after_scalars),
             {"D": c.d, "WIDTH": width, "BLOCK": block, "VARLEN": s.varlen, "IN_ORDER": in_order},
+            num_warps=8, launch_pdl=True,
         )  # fmt: skip
         self.after_blocks = 2 * self.small * (c.d // width)
         self.sums = self.padded_rows * c.d
+        # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation
+        self.space = self.sums + 3 * self.padded_rows + self.small
+        self.kept = {}  # addresses -> the three kernels' arguments
+
+    def launch(self, stream: int, *addresses: int) -> None:
+        arguments = self.kept.get(addresses)
+        if arguments is None:
+            arguments = _add(self.kept, addresses, self._arguments(*addresses))
+        before, main, after = arguments
+        self.before(self.small, stream, before)
+        self.binary(self.grid, stream, main)
+        self.after(self.after_blocks, stream, after)
+
+    def _arguments(self, q, k, v, out, lse, dout, dlse, dq, dk, dv, space, end_q, end_k, slopes, sink) -> tuple:
+        rows = 4 * self.padded_rows
+        lse2 = space + 4 * self.sums
+        delta, turns, d_sinks = lse2 + rows, lse2 + 2 * rows, lse2 + 3 * rows
+        boxes = (
+            self.q.at(q) + self.dout.at(dout) + self.k.at(k) + self.v.at(v) + self.dk.at(dk) + self.dv.at(dv)
+            + (() if self.wide else self.dq.at(space)) + self.lse.at(lse2) + self.delta.at(delta)
+        )  # fmt: skip
+        return (
+            (out, dout, lse, dlse, lse2, delta, space, turns, sink, d_sinks, end_q, *self.before_scalars),
+            (*boxes, dk, dv, space, turns, end_q, end_k, slopes, *self.scalars),
+            (space, dq, end_q, *self.after_scalars),
+        )
+
+    def joined(self, gradient: Tensor) -> Tensor:
+        """The parts of each key head's gradient, added up."""
+        return gradient.unflatten(-2, (-1, self.parts)).sum(-2)
 
 
 def choose_section(heads: int, head_bytes: int, most: int) -> int:
@@ -478,7 +519,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
     stream = raw_stream(device)
     lse = lse.contiguous()
     given_dlse = lse if dlse is None else dlse.contiguous()
-    more = ends_q, ends_k, slopes, sink = _vectors(options, lse)
+    more = _vectors(options, lse)
     key = _key(q, k, v, options), dout.stride(), out.stride(), dlse is None, options.deterministic
     plan = _plans.get(key)
     if plan is None or (dout.data_ptr() | out.data_ptr()) & 15:
@@ -492,37 +533,98 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
     dq = make(q.shape, dtype=q.dtype, device=q.device)
     dk = make(plan.dk_shape, dtype=q.dtype, device=q.device)
     dv = make(plan.dv_shape, dtype=q.dtype, device=q.device)
-    # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation
-    rows = plan.padded_rows
-    space = torch.empty(plan.sums + 3 * rows + plan.small, dtype=torch.float32, device=q.device)
-    sums = space.data_ptr()
-    lse2 = sums + 4 * plan.sums
-    delta, turns, d_sinks = lse2 + 4 * rows, lse2 + 8 * rows, lse2 + 12 * rows
-    dout_at, dk_at, dv_at, end_q = dout.data_ptr(), dk.data_ptr(), dv.data_ptr(), ends_q.data_ptr()
-    plan.before(
-        plan.small,
-        stream,
-        (
-            out.data_ptr(), dout_at, lse.data_ptr(), given_dlse.data_ptr(), lse2, delta, sums, turns, sink.data_ptr(),
-            d_sinks, end_q, *plan.before_scalars,
-        ),
+    space = torch.empty(plan.space, dtype=torch.float32, device=q.device)
+    plan.launch(
+        stream, *[t.data_ptr() for t in (q, k, v, out, lse, dout, given_dlse, dq, dk, dv, space, *more)]
     )  # fmt: skip
-    plan.binary(
-        plan.grid,
-        stream,
-        plan.q.at(q.data_ptr()) + plan.dout.at(dout_at) + plan.k.at(k.data_ptr()) + plan.v.at(v.data_ptr())
-        + plan.dk.at(dk_at) + plan.dv.at(dv_at) + (() if plan.wide else plan.dq.at(sums))
-        + plan.lse.at(lse2) + plan.delta.at(delta)
-        + (dk_at, dv_at, sums, turns, end_q, ends_k.data_ptr(), slopes.data_ptr())
-        + plan.scalars,
-    )  # fmt: skip
-    plan.after(plan.after_blocks, stream, (sums, dq.data_ptr(), end_q, *plan.after_scalars))
     if plan.parts > 1:
-        dk, dv = (t.unflatten(-2, (-1, plan.parts)).sum(-2) for t in (dk, dv))
+        dk, dv = plan.joined(dk), plan.joined(dv)
     dsink = None
     if options.sink is not None and needs[4]:
         dsink = space[-plan.small :].view(plan.shape.batch, plan.shape.heads, -1).sum((0, 2)).to(options.sink.dtype)
     return dq, dk, dv, None, dsink
+
+
+# ---- calls without optional tensors ----------------------------------------------------------------------------------------
+
+
+class Prepared:
+    """All calls of one kind, which q, k, v and the options decide; the caller knows that the kind is the same.
+
+    What ``forward`` and ``backward`` above look up for each call is here an attribute. Results by ``empty_strided``, which
+    costs the host two thirds of ``empty``.
+    """
+
+    def __init__(self, backend: str, q: Tensor, k: Tensor, v: Tensor, options):
+        self.backend, self.options = backend, options
+        self.dtype, self.device, self.index = q.dtype, q.device, q.get_device()
+        batch, rows, heads, _ = q.shape
+        self.q_shape = _dense(*q.shape)
+        self.out_shape = _dense(*q.shape[:-1], v.shape[-1])
+        self.lse_shape = _dense(batch, heads, rows)
+        # one place for all that is written and never read, and no allocation, where the host's time counts
+        self.unread_lse = _unread(self.device) if batch * heads * rows <= _UNREAD else None
+        self.plan = None
+        self.backward_plans = {}  # strides of dout -> plan, shapes of dk, dv and space
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, wants_lse: bool) -> tuple[Tensor, Tensor]:
+        """(out, lse); without ``wants_lse`` nobody may read lse."""
+        stream = raw_stream(self.index)
+        out = torch.empty_strided(*self.out_shape, dtype=self.dtype, device=self.device)
+        lse = self.unread_lse
+        if lse is None or wants_lse:
+            lse = torch.empty_strided(*self.lse_shape, dtype=torch.float32, device=self.device)
+        counter = _counter(self.index, stream)
+        plan = self.plan
+        if plan is None:
+            plan = self.plan = _ForwardPlan(q, k, v, self.options, out, lse, counter, *(counter,) * 4)
+        at = counter.data_ptr()
+        plan.launch(
+            stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), at, at, at, at, at
+        )  # fmt: skip
+        return out, lse
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple:
+        """(dq, dk, dv) of dout, ``out`` and ``lse`` being ``forward``'s."""
+        stream = raw_stream(self.index)
+        if dout.data_ptr() & 15:
+            dout = readable(dout)
+        found = self.backward_plans.get(dout.stride())
+        if found is None:
+            dout = readable(dout)
+            found = self.backward_plans.get(dout.stride())
+            if found is None:
+                plan = _BackwardPlan((q, k, v, out, dout, lse, lse), self.options, False, *(lse,) * 4)
+                shapes = _dense(*plan.dk_shape), _dense(*plan.dv_shape), _dense(plan.space)
+                if len(self.backward_plans) >= _MOST_PLANS:
+                    self.backward_plans.clear()
+                found = self.backward_plans[dout.stride()] = plan, *shapes
+        plan, dk_shape, dv_shape, space_shape = found
+        dq = torch.empty_strided(*self.q_shape, dtype=self.dtype, device=self.device)
+        dk = torch.empty_strided(*dk_shape, dtype=self.dtype, device=self.device)
+        dv = torch.empty_strided(*dv_shape, dtype=self.dtype, device=self.device)
+        space = torch.empty_strided(*space_shape, dtype=torch.float32, device=self.device)
+        at = lse.data_ptr()
+        plan.launch(
+            stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, dout.data_ptr(), at, dq.data_ptr(),
+            dk.data_ptr(), dv.data_ptr(), space.data_ptr(), at, at, at, at,
+        )  # fmt: skip
+        if plan.parts > 1:
+            dk, dv = plan.joined(dk), plan.joined(dv)
+        return dq, dk, dv
+
+
+_UNREAD = 1 << 18  # rows of all heads: 1 MiB
+
+
+@functools.cache
+def _unread(device: torch.device) -> Tensor:
+    return torch.empty(_UNREAD, dtype=torch.float32, device=device)
+
+
+def _dense(*shape: int) -> tuple[tuple, tuple]:
+    """A shape and the strides of a contiguous tensor of it."""
+    return shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 # ---- for the compiler's test -------------------------------------------------------------------------------------------
@@ -559,10 +661,10 @@ def compile_cases() -> list[CompileCase]:
     for d, ways in ((64, both), (128, both | {"deterministic": {"deterministic": True}}), (256, few)):
         for name, options in ways.items():
             plain = name in ("full", "causal", "window")
-            c = choose_backward(d, d, "right" in options, 4096, plain)
+            c = choose_backward(d, d, "right" in options, plain)
             wide = c.dq_way == backward_kernels.WIDE.value
             keys = c.n if wide else c.n // 2
-            width = c.d if c.dq_way in (backward_kernels.TURNS.value, backward_kernels.ROWS.value) else c.d // 2
+            width = c.d // 2 if wide or c.dq_way == backward_kernels.COLUMNS.value else c.d
             boxes = dict.fromkeys(("q_desc", "do_desc"), (c.m, c.d))
             boxes |= dict.fromkeys(("k_desc", "v_desc", "dk_desc", "dv_desc"), (keys, c.d))
             line = f"tensordesc<fp32[{c.m}],NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)>"

@@ -51,10 +51,11 @@ def _glu(ops, case: Case) -> Callable | str:
 
 
 def _glu_layer(ops, case: Case) -> Callable | str:
-    """One product for gate and up around liger's activation, its fastest MLP; its backward overwrites what the product gave."""
+    """One product for gate and up around liger's activation, its fastest MLP."""
     functions = {"swiglu": ops.LigerSiLUMulFunction, "geglu_tanh": ops.LigerGELUMulFunction}
     if case.args["kind"] == "swiglu":
-        return layers.of(case, ops.LigerFusedGateUpSiLUMulFunction.apply)
+        apply = ops.LigerFusedGateUpSiLUMulFunction.apply  # takes rows: its gradient has two dimensions
+        return layers.of(case, lambda packed: apply(packed.flatten(0, -2)).unflatten(0, packed.shape[:-1]))
     if case.args["kind"] not in functions:
         return f"liger has {list(functions)} only"
     apply = functions[case.args["kind"]].apply

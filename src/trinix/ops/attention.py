@@ -256,7 +256,7 @@ def _prepare(key, q, k, v, options, pair):
     """Keep what calls of this kind share, if the backend of both passes offers it."""
     backend = BACKENDS[pair[0]]()
     if pair[0] == pair[1] and hasattr(backend, "Prepared"):
-        if len(_prepared) > 10_000:
+        if len(_prepared) >= 2_000:
             _prepared.clear()
         _prepared[key] = backend.Prepared(pair[0], q, k, v, options)
 

@@ -180,7 +180,7 @@ class _Prepared(NamedTuple):
 
 def _prepare(key, inputs, kind, named):
     """Keep what calls of this kind share."""
-    if len(_prepared) > 10_000:
+    if len(_prepared) >= 10_000:
         _prepared.clear()
     forward, backward = (_module(named, inputs, kind, False, backward) for backward in (False, key[-1]))
     _prepared[key] = _Prepared(kind, forward, backward)

@@ -265,26 +265,23 @@ class _ForwardPlan:
             *self.scalars,
         )  # fmt: skip
         self.binary = _binary(forward_kernels.attention_forward, s.device, examples, constants)
-        self.kept = {}  # addresses -> the kernel's arguments
 
     def launch(self, stream: int, *addresses: int) -> None:
-        arguments = self.kept.get(addresses)
-        if arguments is None:
-            arguments = _add(self.kept, addresses, self._arguments(*addresses))
-        self.binary(self.blocks, stream, arguments)
+        self.binary(self.blocks, stream, _arguments.get((self, *addresses)) or _made(self, *addresses))
 
-    def _arguments(self, q, k, v, out, *more) -> tuple:
+    def arguments(self, q, k, v, out, *more) -> tuple:
         return self.q.at(q) + self.k.at(k) + self.v.at(v) + self.out.at(out) + (out, *more) + self.scalars
 
 
-_MOST_KEPT = 512  # of one plan, about 1 KB each: as many addresses as its tensors take in turn
+_arguments = {}  # (plan, addresses) -> what its kernels are called with: an allocator gives the same addresses again and again
+_MOST_ARGUMENTS = 1 << 14  # about 1 KB each
 
 
-def _add(kept: dict, addresses: tuple, arguments: tuple) -> tuple:
-    if len(kept) >= _MOST_KEPT:
-        kept.clear()
-    kept[addresses] = arguments
-    return arguments
+def _made(plan, *addresses: int) -> tuple:
+    if len(_arguments) >= _MOST_ARGUMENTS:
+        _arguments.clear()
+    made = _arguments[plan, *addresses] = plan.arguments(*addresses)
+    return made
 
 
 _binaries = {}
@@ -466,18 +463,14 @@ class _BackwardPlan:
         self.sums = self.padded_rows * c.d
         # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation
         self.space = self.sums + 3 * self.padded_rows + self.small
-        self.kept = {}  # addresses -> the three kernels' arguments
 
     def launch(self, stream: int, *addresses: int) -> None:
-        arguments = self.kept.get(addresses)
-        if arguments is None:
-            arguments = _add(self.kept, addresses, self._arguments(*addresses))
-        before, main, after = arguments
+        before, main, after = _arguments.get((self, *addresses)) or _made(self, *addresses)
         self.before(self.small, stream, before)
         self.binary(self.grid, stream, main)
         self.after(self.after_blocks, stream, after)
 
-    def _arguments(self, q, k, v, out, lse, dout, dlse, dq, dk, dv, space, end_q, end_k, slopes, sink) -> tuple:
+    def arguments(self, q, k, v, out, lse, dout, dlse, dq, dk, dv, space, end_q, end_k, slopes, sink) -> tuple:
         rows = 4 * self.padded_rows
         lse2 = space + 4 * self.sums
         delta, turns, d_sinks = lse2 + rows, lse2 + 2 * rows, lse2 + 3 * rows

@@ -435,6 +435,26 @@ def test_two_streams_and_a_graph_do_not_share_a_counter():
     assert all(torch.equal(want, out) for out in (*outs, captured))
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@on_card
+def test_a_graph_replays_both_passes_on_new_data(d):
+    """The backward's kernels let each other in early, in a graph too."""
+    q, k, v, dout = made([(2, 500, 4, d), (2, 700, 2, d), (2, 700, 2, d), (2, 500, 4, d)], torch.bfloat16)
+    options = Options(scale=d**-0.5, deterministic=True, **CAUSAL)
+
+    def both():
+        out, lse = hopper.forward(q, k, v, options)
+        return out, lse, *hopper.backward(dout, None, q, k, v, out, lse, options, (True, True, True, False, False))[:3]
+
+    graph, results = captured(both)
+    for i, t in enumerate((q, k, v, dout)):
+        t.copy_(normal(t.shape, t.dtype, seed=50 + i, device="cuda"))
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, both(), strict=True))
+
+
 @on_card
 @pytest.mark.parametrize("d", [64, 128])
 def test_calls_of_one_kind_share_what_was_prepared(d):

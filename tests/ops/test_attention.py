@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import trinix
-from helpers import Watch, captured, right_or_refused, same, skip_below
+from helpers import Watch, captured, pooled, right_or_refused, same, skip_below
 from trinix.kernels.torch import attention as reference
 from trinix.ops import alibi_bias, alibi_slopes, attention
 from trinix.testing import judge, normal
@@ -546,6 +546,11 @@ def test_a_wrong_delta_fails(monkeypatch):
     assert any(fault.startswith("dq") for fault in CASES["plain"]().faults("triton"))
 
 
+def test_wide_causal_backwards_ask_cudnn_first():
+    assert contract.order((9, 0), 192, True, True)[0] == "cudnn"
+    assert contract.order((9, 0), 256, True, True)[0] == contract.order((9, 0), 192, True, False)[0] == "hopper"
+
+
 # ---- on the card -------------------------------------------------------------------------------------------------------
 
 
@@ -606,16 +611,6 @@ def draw(seed, device="cuda"):
         case.inputs = tuple(layout(t) for t in case.inputs)
     case.seed = seed
     return case
-
-
-def pooled(few):
-    """Verdicts on tensors of a few numbers (the gradients of sinks), all calls of a dtype together: one call's say little."""
-    for dtype in {t.dtype for _, t, _, _ in few}:
-        parts = [four[1:] for four in few if four[1].dtype == dtype]
-        powers = [2.0 ** true.abs().max().clamp_min(1e-6).log2().floor() for _, _, true in parts]  # exact to divide by
-        yield judge(
-            "few", *(torch.cat([t / p for t, p in zip(row, powers, strict=True)]) for row in zip(*parts, strict=True))
-        )
 
 
 BATCHES, EACH = 11, 30

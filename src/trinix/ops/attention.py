@@ -125,6 +125,8 @@ BACKENDS = {
 def order(capability: tuple[int, int], head_dim: int, causal: bool, backward: bool) -> tuple[str, ...]:
     """Which backends "auto" asks on a card, the fastest first."""
     if capability[0] == 9:
+        if backward and causal and 128 < head_dim < 256:  # 0.63 and 0.85 ms at (1, 4096, 16, 192 and 128)
+            return "cudnn", "hopper", "flash_attn", "triton"
         return "hopper", "cudnn", "flash_attn", "triton"
     return "flash_attn", "cudnn", "triton"
 

@@ -402,7 +402,7 @@ class _BackwardPlan:
         blocks = _cdiv(s.seq_q, block)
         out_heads = s.batch * s.key_heads * parts
         self.grid = key_blocks * out_heads
-        section = choose_section(out_heads, s.seq_q * c.d * 8 * group, 34 << 20) if bounded else 1
+        section = choose_section(out_heads, s.seq_q * c.d * 8 * (group // parts), 34 << 20) if bounded else 1
         device = q.device
         self.dk_shape = (*k.shape[:-2], s.key_heads * parts, s.d)
         self.dv_shape = (*v.shape[:-2], s.key_heads * parts, s.dv)

@@ -14,8 +14,11 @@ DETERMINISTIC makes every program wait for its turn. dK and dV are the same on e
 the threads of a warpgroup hold them (``_in_thread_order``), so that every reduction is 16 bytes a thread and 512 in a row;
 ``after`` puts them in order, scales and rounds.
 
-Three ways to share the work on dQ between the warpgroups: TURNS (one makes a whole tile, then the other: wide products, and
-the other one runs ahead), COLUMNS (each makes half of the columns), ROWS (each makes half of 128 rows).
+Three ways to make dQ: TURNS (one warpgroup makes a whole tile, then the other: wide products, and the other one runs ahead),
+COLUMNS (each makes half of the columns), OWN (a third warpgroup makes nothing else). Products of 64 queries read as many bytes of
+shared memory as it delivers; where registers are left (D = 64), K and V stay in them as left operands (RESIDENT).
+
+The three kernels follow each other by programmatic launches: each lets the next in early, and waits for the one before it.
 """
 
 import triton
@@ -33,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from trinix.kernels.hopper._compat import tma_load, tma_reduce_add, tma_store
 from trinix.kernels.hopper.attention_scores import keep_columns, sequence, tanh_over_2
 
-TURNS, COLUMNS, ROWS, WIDE = (gl.constexpr(i) for i in range(4))
+TURNS, COLUMNS, OWN, WIDE = (gl.constexpr(i) for i in range(4))
 BLOCK = 128  # rows of a program of ``before``; every sequence's padded rows start and end at multiples of it
 
 _BEFORE = (
@@ -59,6 +62,7 @@ def before(
     out_h: "i64", dout_b: "i64", dout_s: "i64", dout_h: "i64", DV, D: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK: tl.constexpr, VARLEN: tl.constexpr, DLSE: tl.constexpr, SINK: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
+    tl.extra.cuda.gdc_launch_dependents()
     bh = tl.program_id(0) // blocks
     m = tl.program_id(0) % blocks * BLOCK
     b = (bh // H).to(tl.int64)
@@ -103,6 +107,7 @@ def after(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     """64 rows and WIDTH columns of dQ. Strides and DQ count 8 elements: so the compiler knows how they are aligned."""
+    tl.extra.cuda.gdc_wait()
     PARTS: tl.constexpr = D // WIDTH
     bh = tl.program_id(0) // (blocks * PARTS)
     m = tl.program_id(0) % (blocks * PARTS) // PARTS * 64
@@ -149,6 +154,14 @@ def _tell_other(ME: gl.constexpr):
         gl.inline_asm_elementwise("bar.arrive 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     else:
         gl.inline_asm_elementwise("bar.arrive 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def follow():
+    """Wait for the kernel before this one, and let the next one in, which waits for the end of this one."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 # ---- work --------------------------------------------------------------------------------------------------------------
@@ -284,10 +297,7 @@ def _dq_product(ds_s, buf, k0, k1, zero, ME: gl.constexpr, WIDTH: gl.constexpr, 
     """dS K over the keys of both warpgroups, started."""
     ds0 = ds_s.index(buf * 2)
     ds1 = ds_s.index(buf * 2 + 1)
-    if DQ_WAY == ROWS:
-        dq = warpgroup_mma(ds0.slice(ME * 64, 64, dim=1).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
-        dq = warpgroup_mma(ds1.slice(ME * 64, 64, dim=1).permute((1, 0)), k1, dq, is_async=True)
-    elif DQ_WAY == COLUMNS:
+    if DQ_WAY == COLUMNS:
         dq = warpgroup_mma(ds0.permute((1, 0)), k0.slice(ME * WIDTH, WIDTH, dim=1), zero, use_acc=False, is_async=True)
         dq = warpgroup_mma(ds1.permute((1, 0)), k1.slice(ME * WIDTH, WIDTH, dim=1), dq, is_async=True)
     else:
@@ -299,11 +309,11 @@ def _dq_product(ds_s, buf, k0, k1, zero, ME: gl.constexpr, WIDTH: gl.constexpr, 
 @gluon.jit
 def _consumer(
     ME: gl.constexpr, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s,
-    dq_s, lse_s, delta_s, kv_full, q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group,
-    seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    dq_s, lse_s, delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk,
+    parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr,
+    COPY_SUMS: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = N // 2  # keys of this warpgroup
     PARTS: gl.constexpr = 3 if LEFT else (2 if RIGHT or TAIL else 1)
@@ -335,6 +345,11 @@ def _consumer(
     k1 = k_s.index(1).reshape([HALF, D])
     k_my = k_s.index(ME).reshape([HALF, D])
     v_my = v_s.index(ME).reshape([HALF, D])
+    k_left = k_my
+    v_left = v_my
+    if RESIDENT:
+        k_left = k_my.load(gl.DotOperandLayout(0, s_layout, 2))
+        v_left = v_my.load(gl.DotOperandLayout(0, s_layout, 2))
     it = 0
     for g in range(group):
         h = out_head * group + g
@@ -361,9 +376,9 @@ def _consumer(
                 q = q_s.index(slot).reshape([M, D])
                 do = do_s.index(slot).reshape([M, D])
                 mbarrier.wait(q_full.index(slot), phase)
-                s_tok = warpgroup_mma(k_my, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                s_tok = warpgroup_mma(k_left, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 mbarrier.wait(do_full.index(slot), phase)
-                dp_tok = warpgroup_mma(v_my, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                dp_tok = warpgroup_mma(v_left, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(1, deps=(s_tok,))
                 lse = gl.expand_dims(lse_s.index(slot).load(query_axis), 0)  # kept in registers it would cause spills
                 at = gl.expand_dims(m * M + sk - sq + gl.arange(0, M, query_axis), 0)
@@ -394,48 +409,39 @@ def _consumer(
                 turn = n
                 if LEFT:
                     turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
-                if DQ_WAY == TURNS:
+                if DQ_WAY != COLUMNS:
                     dk_tok = warpgroup_mma(dsb, q, dk, is_async=True)
+                if DQ_WAY == OWN:
+                    mbarrier.wait(ds_empty.index(buf), (((it - 1) // 2) & 1) ^ 1)
                 ds_s.index(buf * 2 + ME).store(ds)
                 fence_async_shared()
-                if DQ_WAY == TURNS:
-                    if buf != ME:
-                        _tell_other(ME)
-                    dv, dk = warpgroup_mma_wait(0, deps=(dv_tok, dk_tok))
-                    mbarrier.arrive(do_empty.index(slot), count=1)
-                    mbarrier.arrive(q_empty.index(slot), count=1)
-                    if buf == ME:  # this tile's dQ is mine
-                        _wait_for_other(ME)
-                        dq = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
-                        dq = warpgroup_mma_wait(0, deps=(dq,))
-                        _add(sums, dq_desc, dq_s, row, 0, dq, turns, turn, ME, D, WIDTH, DETERMINISTIC, COPY_SUMS)
-                else:
+                if DQ_WAY == COLUMNS:
                     _both()
                     dq_tok = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
                     dk_tok = warpgroup_mma(dsb, q, dk, is_async=True)
                     dv, dq = warpgroup_mma_wait(1, deps=(dv_tok, dq_tok))
                     mbarrier.arrive(do_empty.index(slot), count=1)
-                    if DQ_WAY == COLUMNS:
-                        _add(sums, dq_desc, dq_s, row, ME, dq, turns, 2 * turn, ME, D, WIDTH, DETERMINISTIC, COPY_SUMS)
-                    else:
-                        _add(
-                            sums,
-                            dq_desc,
-                            dq_s,
-                            row + ME * 64,
-                            0,
-                            dq,
-                            turns,
-                            turn,
-                            ME,
-                            D,
-                            WIDTH,
-                            DETERMINISTIC,
-                            COPY_SUMS,
-                        )
+                    _add(sums, dq_desc, dq_s, row, ME, dq, turns, 2 * turn, ME, D, WIDTH, DETERMINISTIC, COPY_SUMS)
                     dk = warpgroup_mma_wait(0, deps=(dk_tok,))
                     mbarrier.arrive(q_empty.index(slot), count=1)
+                else:
+                    if DQ_WAY == OWN:
+                        mbarrier.arrive(ds_full.index(buf), count=1)
+                    elif buf != ME:
+                        _tell_other(ME)
+                    dv, dk = warpgroup_mma_wait(0, deps=(dv_tok, dk_tok))
+                    mbarrier.arrive(do_empty.index(slot), count=1)
+                    mbarrier.arrive(q_empty.index(slot), count=1)
+                    if DQ_WAY == TURNS:  # noqa: SIM102  (a constant and a value at run time)
+                        if buf == ME:  # this tile's dQ is mine
+                            _wait_for_other(ME)
+                            dq = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
+                            dq = warpgroup_mma_wait(0, deps=(dq,))
+                            _add(sums, dq_desc, dq_s, row, 0, dq, turns, turn, ME, D, WIDTH, DETERMINISTIC, COPY_SUMS)
     tma.store_wait(0)
+    if DQ_WAY == OWN:  # noqa: SIM102  (a constant and a value at run time)
+        if it > 0:
+            mbarrier.wait(ds_empty.index((it - 1) % 2), ((it - 1) // 2) & 1)
     _both()  # nobody reads K or V any more: their buffers carry dK and dV out
     dk_out = (dk * k_scale).to(dtype)
     dv_out = dv.to(dtype)
@@ -462,6 +468,39 @@ def _consumer(
     tma.store_wait(0)
 
 
+@gluon.jit
+def _adder(
+    sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
+    padded, left, right, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+):  # fmt: skip
+    """The warpgroup that makes dQ and nothing else."""
+    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    n, bh = _place(key_blocks, out_heads, section)
+    b = bh // (Hk * parts)
+    out_head = bh - b * Hk * parts
+    _, row0, _, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
+    first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
+    zero = gl.zeros([64, D], gl.float32, q_layout)
+    mbarrier.wait(kv_full, 0)
+    k0 = k_s.index(0).reshape([N // 2, D])
+    k1 = k_s.index(1).reshape([N // 2, D])
+    it = 0
+    for g in range(group):
+        padded_row = _padded_row(b, out_head * group + g, row0, Hk * parts * group, padded, BLOCK, VARLEN)
+        for m in range(first, end):
+            buf = it % 2
+            mbarrier.wait(ds_full.index(buf), (it // 2) & 1)
+            it += 1
+            dq = _dq_product(ds_s, buf, k0, k1, zero, 0, D, OWN)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            mbarrier.arrive(ds_empty.index(buf), count=1)
+            turn = n
+            if LEFT:
+                turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
+            add_from_registers(sums, padded_row + m * M, 0, dq, turns, turn, D, D, DETERMINISTIC)
+
+
 _RUNTIME = (
     "dk_ptr", "dv_ptr", "turns", "cu_q", "cu_k", "slopes", "key_blocks", "out_heads", "section", "Hk", "parts",
     "group", "seq_q", "seq_k", "padded", "left", "right", "slopes_batch", "D_K", "D_V",
@@ -475,7 +514,7 @@ def attention_backward(
     scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr,
+    COPY_SUMS: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
@@ -496,6 +535,14 @@ def attention_backward(
         dq_s = gl.allocate_shared_memory(
             gl.float32, [2, dq_desc.block_type.shape[0], dq_desc.block_type.shape[1]], dq_desc.layout
         )
+    ds_full = kv_full
+    ds_empty = kv_full
+    if DQ_WAY == OWN:
+        ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+        ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+        for i in gl.static_range(2):
+            mbarrier.init(ds_full.index(i), count=2)
+            mbarrier.init(ds_empty.index(i), count=1)
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
@@ -503,24 +550,50 @@ def attention_backward(
         mbarrier.init(q_empty.index(i), count=2)
         mbarrier.init(do_empty.index(i), count=2)
     fence_async_shared()
+    follow()
     W0: gl.constexpr = 0
     W1: gl.constexpr = 1
-    gl.warp_specialize([
-        (_producer, (
-            q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
-            q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
-            left, right, M, N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
-        )),
-        (_consumer, (
-            W0, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-            delta_s, kv_full, q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q,
-            seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT,
-            RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS,
-        )),
-        (_consumer, (
-            W1, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-            delta_s, kv_full, q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q,
-            seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT,
-            RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS,
-        )),
-    ], [4, 4], [240, 240])  # fmt: skip
+    if DQ_WAY == OWN:
+        gl.warp_specialize([
+            (_producer, (
+                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
+                q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
+                left, right, M, N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+            )),
+            (_consumer, (
+                W0, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts,
+                group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
+                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, RESIDENT,
+            )),
+            (_consumer, (
+                W1, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts,
+                group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
+                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, RESIDENT,
+            )),
+            (_adder, (
+                sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts, group,
+                seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL, VARLEN, DETERMINISTIC,
+            )),
+        ], [4, 4, 4], [208, 208, 72])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_producer, (
+                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
+                q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
+                left, right, M, N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+            )),
+            (_consumer, (
+                W0, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts,
+                group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
+                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, RESIDENT,
+            )),
+            (_consumer, (
+                W1, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts,
+                group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
+                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, RESIDENT,
+            )),
+        ], [4, 4], [240, 240])  # fmt: skip

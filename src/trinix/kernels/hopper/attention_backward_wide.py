@@ -27,6 +27,7 @@ from trinix.kernels.hopper.attention_backward import (
     _place,
     _query_tiles,
     add_from_registers,
+    follow,
 )
 from trinix.kernels.hopper.attention_scores import keep_columns, sequence, tanh_over_2
 
@@ -243,6 +244,7 @@ def attention_backward_wide(
         mbarrier.init(p_full.index(i), count=1)
         mbarrier.init(ds_full.index(i), count=1)
     fence_async_shared()
+    follow()
     W0: gl.constexpr = 0
     W1: gl.constexpr = 1
     gl.warp_specialize([

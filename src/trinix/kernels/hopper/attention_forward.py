@@ -258,6 +258,19 @@ def _consumer(
         first, last = keys_visited(m * BM, sq, sk, left, right, BM, N, LEFT, RIGHT)
         whole_from, whole_to = key_tiles(m * BM, first, last, sq, sk, left, right, BM, N, LEFT, RIGHT)
         row = (m * CONSUMERS + ME) * M  # of the sequence
+        if RIGHT and BM > N and not PINGPONG:  # give back the tiles on the diagonal that only the warpgroups below need
+            end = gl.maximum(gl.minimum(sk, row + M + sk - sq + right), 0)
+            end = gl.minimum(gl.maximum(gl.cdiv(end, N), first + 1), last)
+            for _ in range(last - end):
+                slot = kv % STAGES
+                mbarrier.wait(k_full.index(slot), (kv // STAGES) & 1)
+                mbarrier.wait(v_full.index(slot), (kv // STAGES) & 1)
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                mbarrier.arrive(v_empty.index(slot), count=1)
+                kv += 1
+            last = end
+            whole_to = gl.minimum(whole_to, last)
+            whole_from = gl.minimum(whole_from, last)
         mine = (t % Q_BUFFERS) * CONSUMERS + ME
         q = q_s.index(mine).reshape([M, D])
         slope = 0.0
@@ -370,7 +383,8 @@ def _consumer(
             lse = lse_ptr + h.to(gl.int64) * rows_all + row0
         else:
             lse = lse_ptr + bh.to(gl.int64) * seq_q
-        gl.store(lse + rows, (m_i + gl.log2(l_row)) * LN2, mask=rows < sq)
+        # one fused multiply-add: the sum in base 2 would be rounded at the maximum's size
+        gl.store(lse + rows, m_i * LN2 + gl.log2(l_row) * LN2, mask=rows < sq)
         o = warpgroup_mma_wait(0, deps=(o,))
         mbarrier.arrive(v_empty.index(slot), count=1)
         kv += 1

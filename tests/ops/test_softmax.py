@@ -202,6 +202,15 @@ def test_the_incoming_gradient_may_have_any_strides(function, incoming, layout):
     oracle(function, *make(layout, torch.float32, "cpu", incoming))
 
 
+@pytest.mark.parametrize(("n", "dtype"), [(17_001, torch.float32), (40_000, torch.bfloat16)], ids=str)
+def test_rows_enough_are_left_whole_in_both_passes(n, dtype, monkeypatch, no_kept_plans):
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 3)
+    for inputs in (1, 2):
+        assert kernels.choose(kernels.view((3, n), 1, ((n, 1),) * 2), dtype.itemsize, inputs, 3).num_warps == 32
+    new = Numbers(dtype, "cpu")
+    oracle(softmax, new(3, n), -1, new(3, n))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("function", OPS)

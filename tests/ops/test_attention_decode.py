@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trinix
-from helpers import Watch, captured, same
+from helpers import Watch, captured, pooled, same
 from trinix.dispatch import Unsupported
 from trinix.kernels.triton import attention_decode as kernels
 from trinix.ops import attention, attention_decode
@@ -73,14 +73,20 @@ class Case:
         )  # fmt: skip
         return out, lse, k, v
 
-    def check(self):
-        """THE test: all four within the budget that float64 and PyTorch in the same dtype give."""
+    def results(self):
+        """(name, the kernels', PyTorch's, the float64 one) of all four."""
         got, low, true = self.run("triton"), self.run("torch"), self.run("torch", torch.float64)
-        verdicts = [judge(*one) for one in zip(("out", "lse", "keys", "values"), got, low, true, strict=True)]
-        assert not [str(v) for v in verdicts if not v.ok]
         assert got[0].is_contiguous()
         assert got[1].dtype == torch.float32
-        return got
+        return list(zip(("out", "lse", "keys", "values"), got, low, true, strict=True))
+
+    def check(self):
+        """THE test: all four within the budget that float64 and PyTorch in the same dtype give."""
+        assert not faults(self.results())
+
+
+def faults(results):
+    return [str(v) for v in (judge(*one) for one in results) if not v.ok]
 
 
 # ---- right numbers -----------------------------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ def test_every_case_holds_the_budget_on_the_card(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_calls_hold_the_budget_on_the_card(dtype):
-    generator = torch.Generator().manual_seed(0)
+    generator, few = torch.Generator().manual_seed(0), []
 
     def one_of(*choices):
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
@@ -177,35 +183,10 @@ def test_random_calls_hold_the_budget_on_the_card(dtype):
             "sink": sink, "causal": one_of(True, False), "window": one_of(None, None, (100, 0), (7, 3), (None, 2)),
             "softcap": one_of(0.0, 0.0, 5.0), "num_splits": one_of(None, 1, 2, 7),
         }  # fmt: skip
-        try:
-            Case("cuda", dtype, **case).check()
-        except AssertionError as error:
-            raise AssertionError(f"{error}: {case}") from error
-
-
-@pytest.mark.parametrize("shares", [1, 4, 40])
-@pytest.mark.parametrize(
-    "case",
-    [
-        {},
-        {"window": (60, 0), "seq": 3, "new": 3, "heads": 4},
-        {"page": 48, "new": 1, "sink": torch.tensor([1.0, -1.0])},
-        {"lengths": (0, 0, 0, 0, 0), "new": 2},
-        {"lengths": (400, 0, 0, 0, 0)},
-        {"lengths": (64, 128, 64, 128, 64)},
-        {"heads": 20, "seq": 2, "window": (100, None)},
-    ],
-    ids=str,
-)
-def test_sequences_are_cut_together(case, shares, monkeypatch):
-    """As many programs as asked for, whatever the lengths: some get pieces of several sequences, some get nothing."""
-    monkeypatch.setattr(kernels, "choose_shares", lambda *_: (shares, True))
-    kernels.plan.cache_clear()
-    shape = {"batch": 5, "heads": 2, "key_heads": 1, "capacity": 400, "lengths": (390, 3, 0, 77, 350)}
-    if case.get("new"):
-        shape["capacity"] = 410
-    Case(**shape | case).check()
-    kernels.plan.cache_clear()
+        results = Case("cuda", dtype, **case).results()
+        few.append(results.pop(1))  # lse: with one key a single product of q and k, whose order of adding is chance
+        assert not faults(results), case
+    assert not [str(v) for v in pooled(few) if not v.ok]
 
 
 def test_what_lies_behind_a_length_is_not_looked_at(device):
@@ -292,27 +273,17 @@ def shares_of(batch, heads, keys, d=128, config=kernels.Config(16, 64, 4, 3)):  
 
 
 def test_the_fewest_shares_that_fill_the_card():
-    assert shares_of(1, 8, 131072) == (16, False)
-    assert shares_of(16, 8, 32768) == (1, False)
-    assert shares_of(8, 8, 8192) == (2, False)
-    assert shares_of(8, 32, 8192) == (1, False)
-    assert shares_of(64, 8, 8192) == (3, False), "512 programs would be a wave and a third"
-    assert shares_of(16, 8, 16384, 64) == (2, False), "small tiles: two programs on each multiprocessor"
-    assert shares_of(5, 8, 16384) == (3, False)
-    assert shares_of(16, 1, 16384, 288, kernels.Config(16, 32, 4, 3)) == (8, False)
-    assert shares_of(2, 8, 0) == (1, False)
-    assert shares_of(2, 8, 100) == (2, False)
-    assert shares_of(4096, 32, 32768) == (1, False)
-
-
-def test_sequences_cut_together_are_as_many_programs_as_the_card_takes(monkeypatch):
-    monkeypatch.setattr(kernels, "CUT_TOGETHER", True)
-    assert shares_of(1, 8, 131072) == (16, False)
-    assert shares_of(16, 8, 32768) == shares_of(64, 8, 32768) == (16, True)
-    assert shares_of(16, 8, 1024) == (1, False), "too short to differ much"
-    assert shares_of(16, 8, 32768, config=kernels.Config(64, 64, 4, 3)) == (1, False), "no registers for it"
-    assert not shares_of(4096, 1, 32768)[1], "more lengths than a program reads"
-    assert not shares_of(16, 200, 32768)[1]
+    assert shares_of(1, 8, 131072) == 16
+    assert shares_of(16, 8, 32768) == 1
+    assert shares_of(8, 8, 8192) == 2
+    assert shares_of(8, 32, 8192) == 1
+    assert shares_of(64, 8, 8192) == 3, "512 programs would be a wave and a third"
+    assert shares_of(16, 8, 16384, 64) == 2, "small tiles: two programs on each multiprocessor"
+    assert shares_of(5, 8, 16384) == 3
+    assert shares_of(16, 1, 16384, 288, kernels.Config(16, 32, 4, 3)) == 8
+    assert shares_of(2, 8, 0) == 1
+    assert shares_of(2, 8, 100) == 2
+    assert shares_of(4096, 32, 32768) == 1
 
 
 @pytest.mark.parametrize("lanes", [32, 64])

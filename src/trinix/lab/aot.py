@@ -46,8 +46,6 @@ MOST_WORKERS = 16  # each imports torch
 
 # case -> bytes a thread that may spill, on any target: more is a fault. These reach 93% of a copy all the same (docs/perf/norm.md)
 KNOWN_SPILLS = {"norm/layer-12288/bwd/float32": 88, "norm/rms-16384/bwd/float32": 16}
-# off, docs/perf/attention_decode.md says until when
-KNOWN_SPILLS |= {"attention_decode/128-together/float32": 16}
 # head_mlp's sums fill the registers on purpose: with fewer a tile, or with more warps, it is slower (docs/perf/head_mlp.md)
 KNOWN_SPILLS |= {"head_mlp/silu-128/bwd/bfloat16": 256, "head_mlp/silu-256/bwd/bfloat16": 504}
 KNOWN_SPILLS |= {"head_mlp/silu-gated-256/bwd/bfloat16": 112, "head_mlp/silu-gated-256/fwd/bfloat16": 32}

@@ -9,9 +9,6 @@ step of a sequence's last share: it reads them where they are, and stores them i
 there, so no program waits for another. Shares write normalised float32 parts with their logarithms, and a second kernel adds
 them up; where every sequence is one share there is no second kernel.
 
-With ``CUT_TOGETHER`` the tiles of keys of all sequences are one row that is cut into equal shares, whatever sequences they
-touch: unlike lengths then keep every multiprocessor as busy as like ones.
-
 A key's channels are two parts where their number is no power of two: 576 is 512 + 64. Values that are the keys' first
 channels, in the same memory, are not read again (latent attention).
 """
@@ -118,29 +115,46 @@ def _span(
     return first, last, tl.maximum(tl.cdiv(tl.maximum(last - first, 0), KEYS), 1)
 
 
-@triton.jit
-def _share(
-    q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse, b, kv, tile, start, stop, blocks, entry,
-    batch, seq, key_heads, capacity, page_size, new, entries, window_left, window_right, table_row, slopes_row,
-    qb, qs, qh, kb, ks, kh, vb, vs, vh, kb_new, ks_new, kh_new, vb_new, vs_new, vh_new, scale, softcap,
+@triton.jit(do_not_specialize=[
+    "seq", "key_heads", "capacity", "page_size", "new", "splits", "entries", "tiles", "window_left",
+    "window_right", "table_row", "slopes_row", "qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh", "kb_new", "ks_new",
+    "kh_new", "vb_new", "vs_new", "vh_new",
+])  # fmt: skip
+def _attend(
+    q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse,
+    seq: "i32", key_heads: "i32", capacity: "i32", page_size: "i32", new: "i32", splits: "i32",
+    entries: "i32", tiles: "i32",
+    window_left: "i32", window_right: "i32", table_row: "i64", slopes_row: "i64",
+    qb: "i64", qs: "i64", qh: "i64", kb: "i64", ks: "i64", kh: "i64", vb: "i64", vs: "i64", vh: "i64",
+    kb_new: "i64", ks_new: "i64", kh_new: "i64", vb_new: "i64", vs_new: "i64", vh_new: "i64",
+    scale: "fp32", softcap: "fp32",
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, PAGES: tl.constexpr,
     NEW: tl.constexpr, SHARED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, PARTS: tl.constexpr,
+    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Tiles ``start`` to ``stop`` of the ``blocks`` of sequence b, for one tile of rows of key head kv."""
-    b = tl.cast(b, tl.int64)
+    # the key heads of one token lie side by side in memory, so their programs run side by side
+    pid = tl.program_id(0)
+    kv = pid % key_heads
+    tile = pid // key_heads % tiles
+    entry = pid // key_heads // tiles  # one share of one sequence
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the adding kernel may come in when all programs of this one have
+    b = (entry // splits).to(tl.int64)
+    split = entry % splits
     length = tl.load(lengths + b)
     outside = (length < 0) | (length + new > capacity)
-    # 0, which the compiler does not know: it would keep addresses of every row in registers from one sequence to the next
-    zero = (length == -2147483648).to(tl.int32)
     length = tl.minimum(tl.maximum(length, 0), capacity)
+    # 0, which the compiler does not know: it would keep addresses of every row in registers, and spill in float32
+    zero = (length == -2147483648).to(tl.int32)
     row = tile * ROWS + tl.arange(0, ROWS) + zero
     i = row // GROUP
     h = kv * GROUP + row % GROUP
     inside = row < seq * GROUP
     position = length + new - seq + i
-    first, last, _ = _span(length, tile, seq, new, window_left, window_right, GROUP, LEFT, RIGHT, ROWS, KEYS)
+    first, last, blocks = _span(length, tile, seq, new, window_left, window_right, GROUP, LEFT, RIGHT, ROWS, KEYS)
+    start = (tl.cast(split, tl.int64) * blocks // splits).to(tl.int32)
+    stop = (tl.cast(split + 1, tl.int64) * blocks // splits).to(tl.int32)
     last = tl.minimum(last, first + stop * KEYS)
     first += start * KEYS
 
@@ -250,82 +264,10 @@ def _share(
         _store_rows(out, ((b * seq + i) * heads + h) * DV, inside, acc.to(out.dtype.element_ty), DV, 0, WIDTH)
 
 
-@triton.jit(do_not_specialize=[
-    "batch", "seq", "key_heads", "capacity", "page_size", "new", "splits", "entries", "tiles", "window_left",
-    "window_right", "table_row", "slopes_row", "qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh", "kb_new", "ks_new",
-    "kh_new", "vb_new", "vs_new", "vh_new",
-])  # fmt: skip
-def _attend(
-    q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse,
-    batch: "i32", seq: "i32", key_heads: "i32", capacity: "i32", page_size: "i32", new: "i32", splits: "i32",
-    entries: "i32", tiles: "i32",
-    window_left: "i32", window_right: "i32", table_row: "i64", slopes_row: "i64",
-    qb: "i64", qs: "i64", qh: "i64", kb: "i64", ks: "i64", kh: "i64", vb: "i64", vs: "i64", vh: "i64",
-    kb_new: "i64", ks_new: "i64", kh_new: "i64", vb_new: "i64", vs_new: "i64", vh_new: "i64",
-    scale: "fp32", softcap: "fp32",
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, PAGES: tl.constexpr,
-    NEW: tl.constexpr, SHARED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    # the key heads of one token lie side by side in memory, so their programs run side by side
-    pid = tl.program_id(0)
-    kv = pid % key_heads
-    tile = pid // key_heads % tiles
-    n = pid // key_heads // tiles
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()  # the adding kernel may come in when all programs of this one have
-    if BATCH:
-        # all sequences are one row of tiles of keys, cut into equal shares whatever sequences they touch
-        every = tl.arange(0, BATCH)
-        ends = tl.load(lengths + every, mask=every < batch, other=0)
-        ends = tl.minimum(tl.maximum(ends, 0), capacity)
-        _, _, spans = _span(ends, tile, seq, new, window_left, window_right, GROUP, LEFT, RIGHT, ROWS, KEYS)
-        spans = tl.where(every < batch, spans, 0)
-        until = tl.cumsum(spans, 0)
-        whole = tl.sum(spans, 0)
-        from_ = (tl.cast(n, tl.int64) * whole // splits).to(tl.int32)
-        to = (tl.cast(n + 1, tl.int64) * whole // splits).to(tl.int32)
-        past = tl.sum(((until <= from_) & (every < batch)).to(tl.int32), 0)
-        after = tl.sum(((until < to) & (every < batch)).to(tl.int32), 0) + 1
-        for b in tl.range(past, after, num_stages=1):
-            blocks = tl.sum(tl.where(every == b, spans, 0), 0)
-            before = tl.sum(tl.where(every < b, spans, 0), 0)
-            start = tl.maximum(from_ - before, 0)
-            stop = tl.minimum(to - before, blocks)
-            _share(
-                q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse, b, kv, tile, start, stop,
-                blocks, n + b, batch, seq, key_heads, capacity, page_size, new, entries, window_left, window_right,
-                table_row, slopes_row, qb, qs, qh, kb, ks, kh, vb, vs, vh, kb_new, ks_new, kh_new, vb_new, vs_new, vh_new,
-                scale, softcap, D, DV, GROUP, UNIT, PAGES, NEW, SHARED, LEFT, RIGHT, ALIBI, SOFTCAP, SINK, PARTS, ROWS,
-                KEYS, HEAD, TAIL, WIDTH,
-            )  # fmt: skip
-            # which shares a sequence has: the first and the last of them say so, behind the parts' logarithms
-            place = out + tl.cast(entries, tl.int64) * (key_heads * GROUP) * seq * (DV + 1)
-            place += ((b * tiles + tile) * key_heads + kv) * 2
-            tl.store(place, n.to(tl.float32), mask=start == 0)
-            tl.store(place + 1, n.to(tl.float32), mask=stop == blocks)
-    else:
-        b = n // splits
-        split = n % splits
-        length = tl.minimum(tl.maximum(tl.load(lengths + b), 0), capacity)
-        _, _, blocks = _span(length, tile, seq, new, window_left, window_right, GROUP, LEFT, RIGHT, ROWS, KEYS)
-        start = (tl.cast(split, tl.int64) * blocks // splits).to(tl.int32)
-        stop = (tl.cast(split + 1, tl.int64) * blocks // splits).to(tl.int32)
-        _share(
-            q, k_cache, v_cache, lengths, table, k_new, v_new, slopes, sink, out, lse, b, kv, tile, start, stop,
-            blocks, n, batch, seq, key_heads, capacity, page_size, new, entries,
-            window_left, window_right, table_row, slopes_row, qb, qs, qh, kb, ks, kh, vb, vs, vh, kb_new, ks_new, kh_new,
-            vb_new, vs_new, vh_new, scale, softcap, D, DV, GROUP, UNIT, PAGES, NEW, SHARED, LEFT, RIGHT, ALIBI, SOFTCAP,
-            SINK, PARTS, ROWS, KEYS, HEAD, TAIL, WIDTH,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["entries", "splits", "heads", "seq", "tiles"])
+@triton.jit(do_not_specialize=["entries", "splits", "heads", "seq"])
 def _combine(
-    parts, sink, out, lse, entries: "i32", splits: "i32", heads: "i32", seq: "i32", tiles: "i32",
-    DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr, DEPENDENT: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+    parts, sink, out, lse, entries: "i32", splits: "i32", heads: "i32", seq: "i32",
+    DV: tl.constexpr, SINK: tl.constexpr, DEPENDENT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out of one query and head from its normalised parts, weighted by their sums."""
     r = tl.program_id(0)
@@ -335,25 +277,17 @@ def _combine(
     logs = parts + tl.cast(entries, tl.int64) * heads * seq * DV
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    first = b * splits
-    count = splits
-    if not EVEN:
-        place = logs + tl.cast(entries, tl.int64) * heads * seq
-        place += ((b * tiles + (i * GROUP + h % GROUP) // ROWS) * (heads // GROUP) + h // GROUP) * 2
-        first = tl.load(place).to(tl.int32)
-        count = tl.load(place + 1).to(tl.int32) - first + 1
-        first += b
     m = float("-inf")
     total = 0.0
     if SINK:
         m = tl.load(sink + h).to(tl.float32)
         total = 1.0
     acc = tl.zeros([WIDTH], tl.float32)
-    for start in tl.range(0, count, CHUNK):
+    for start in tl.range(0, splits, CHUNK):
         n = start + tl.arange(0, CHUNK)
-        at = ((first + n).to(tl.int64) * heads + h) * seq + i
-        log = tl.load(logs + at, mask=n < count, other=float("-inf"))
-        part = _load_rows(parts, at * DV, n < count, DV, 0, WIDTH)
+        at = ((b * splits + n).to(tl.int64) * heads + h) * seq + i
+        log = tl.load(logs + at, mask=n < splits, other=float("-inf"))
+        part = _load_rows(parts, at * DV, n < splits, DV, 0, WIDTH)
         new_m = tl.maximum(m, tl.max(log, 0))
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
         weight = tl.exp(log - base)
@@ -418,33 +352,25 @@ def choose_config(
     return config._replace(num_stages=1) if lanes == 64 else config
 
 
-# Whether sequences of a batch are cut together by their lengths. It passes every test in the interpreter; no card has run it.
-CUT_TOGETHER = False
+def choose_shares(batch: int, heads: int, keys: int, config: Config, bytes_of_key: int, sm_count: int) -> int:
+    """Into how many shares every sequence is cut.
 
-
-def choose_shares(
-    batch: int, heads: int, keys: int, config: Config, bytes_of_key: int, sm_count: int
-) -> tuple[int, bool]:
-    """(shares, whether they are of all sequences together instead of each).
-
-    ``heads``: programs of one share, which are key heads times tiles of rows; ``keys``: the most that a sequence may have.
+    ``heads``: programs of one share of a sequence, which are key heads times tiles of rows; ``keys``: the most that one may have.
     A card reads as fast from one program on each multiprocessor as from several, where a program's tiles are large. The fewest
     shares that leave few multiprocessors idle in the last wave, as docs/perf/attention_decode.md has it.
     """
-    together = CUT_TOGETHER and 1 < batch <= 1024 and keys >= 2048 and config.rows == 16 and heads <= sm_count
-    programs = heads if together else heads * batch
+    programs = heads * batch
     loading = max(1, config.num_stages - 1) * config.keys * bytes_of_key  # on its way into a program, bytes
     wave = sm_count * (1 if loading >= 48 * 1024 else 2)
     resident = max(wave, 200 * 1024 // loading * sm_count)
-    most = -(-keys // config.keys) * (batch if together else 1)
-    most = max(1, min(most, 4 * resident // programs))
+    most = max(1, min(-(-keys // config.keys), 4 * resident // programs))
 
     def busy(shares):
         full = wave if shares * programs <= resident else resident
         return shares * programs / (-(-shares * programs // full) * full)
 
     enough = 0.92 * max(map(busy, range(1, most + 1)))
-    return next(n for n in range(1, most + 1) if busy(n) >= enough), together
+    return next(n for n in range(1, most + 1) if busy(n) >= enough)
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------
@@ -466,23 +392,22 @@ class Flags(NamedTuple):
 
 
 @functools.cache
-def attend_launch(d: int, dv: int, group: int, unit: int, flags: Flags, batch: int, config: Config):
-    """``batch``: a power of two that holds it where shares follow the lengths, else 0."""
+def attend_launch(d: int, dv: int, group: int, unit: int, flags: Flags, config: Config):
     head, tail = channels(d)
     width = head if flags.shared else max(16, _power_of_two(dv))
     return _ATTEND.bind(
         D=d, DV=dv, GROUP=group, UNIT=unit, PAGES=flags.pages, NEW=flags.new, SHARED=flags.shared, LEFT=flags.left,
         RIGHT=flags.right, ALIBI=flags.alibi, SOFTCAP=flags.softcap, SINK=flags.sink,
-        PARTS=flags.parts, DEPENDENT=flags.dependent, BATCH=batch, ROWS=config.rows, KEYS=config.keys, HEAD=head, TAIL=tail,
+        PARTS=flags.parts, DEPENDENT=flags.dependent, ROWS=config.rows, KEYS=config.keys, HEAD=head, TAIL=tail,
         WIDTH=width, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 @functools.cache
-def combine_launch(dv: int, group: int, sink: bool, even: bool, dependent: bool, rows: int):
+def combine_launch(dv: int, sink: bool, dependent: bool):
     width = max(16, _power_of_two(dv))
     return _COMBINE.bind(
-        DV=dv, GROUP=group, SINK=sink, EVEN=even, DEPENDENT=dependent, ROWS=rows, CHUNK=8, WIDTH=width,
+        DV=dv, SINK=sink, DEPENDENT=dependent, CHUNK=8, WIDTH=width,
         num_warps=2 if width <= 128 else 4, launch_pdl=dependent,
     )  # fmt: skip
 
@@ -495,10 +420,8 @@ class Plan(NamedTuple):
     blocks: int
     counts: tuple
     splits: int
-    together: bool  # the splits are of all sequences, not of each
     entries: int  # parts of one head and query
-    numbers: int  # float32 numbers of the parts and what belongs to them
-    tiles: int
+    numbers: int  # float32 numbers of the parts and their logarithms
     config: Config
 
 
@@ -526,12 +449,12 @@ def plan(
     tiles = -(-seq * group // config.rows)
     seen = capacity if window_left < 0 else min(capacity, window_left + seq + config.keys)
     sm_count, dependent = _card(index)
-    splits, together = num_splits, False
-    if not num_splits:
+    splits = num_splits
+    if not splits:
         width = d if shared else d + dv
-        splits, together = choose_shares(batch, key_heads * tiles, seen, config, width * dtype.itemsize, sm_count)
-    entries = splits + batch if together else splits * batch
-    parts = together or splits > 1
+        splits = choose_shares(batch, key_heads * tiles, seen, config, width * dtype.itemsize, sm_count)
+    entries = splits * batch
+    parts = splits > 1
     used = [q_strides[:3], k_strides[:3], v_strides[:3]]
     if new:
         used += [k_new_strides[:3], v_new_strides[:3]]
@@ -543,14 +466,14 @@ def plan(
     )  # fmt: skip
     strides = [s // unit for one in (*used, (0,) * 3, (0,) * 3)[:5] for s in one]
     counts = (
-        batch, seq, key_heads, capacity, page_size, new, splits, entries, tiles, window_left, window_right, table_row,
+        seq, key_heads, capacity, page_size, new, splits, entries, tiles, window_left, window_right, table_row,
         slopes_row, *strides, scale, softcap,
     )  # fmt: skip
-    attend = attend_launch(d, dv, group, unit, flags, _power_of_two(batch) if together else 0, config)
-    combine = combine_launch(dv, group, sink, not together, dependent, config.rows) if parts else None
-    blocks = key_heads * tiles * (splits if together else entries)
-    numbers = entries * heads * seq * (dv + 1) + 2 * batch * tiles * key_heads
-    return Plan(attend, combine, blocks, counts, splits, together, entries, numbers, tiles, config)
+    attend = attend_launch(d, dv, group, unit, flags, config)
+    combine = combine_launch(dv, sink, dependent) if parts else None
+    return Plan(
+        attend, combine, key_heads * tiles * entries, counts, splits, entries, entries * heads * seq * (dv + 1), config
+    )
 
 
 @functools.cache
@@ -625,7 +548,7 @@ def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, option
     )  # fmt: skip
     call.attend(call.blocks, tensors, call.counts)
     if call.combine:
-        sizes = call.entries, call.splits, heads, seq, call.tiles
+        sizes = call.entries, call.splits, heads, seq
         call.combine(batch * heads * seq, (parts, q if sink is None else sink, out, lse), sizes)
     return out, lse
 
@@ -634,8 +557,7 @@ def describe(q, k_cache, v_cache, k_new, v_new, page_table, options) -> str:
     """The configuration of a call, for ``trinix.explain``."""
     call = _plan(q, k_cache, v_cache, k_new, v_new, page_table, options)
     c = call.config
-    of = "all sequences" if call.together else "a sequence"
-    return f"{call.splits} shares of {of}, tile {c.rows} x {c.keys} keys, {c.num_warps} warps, {c.num_stages} stages"
+    return f"{call.splits} shares of a sequence, tile {c.rows} x {c.keys} keys, {c.num_warps} warps, {c.num_stages} stages"
 
 
 def compile_cases(lanes: int = LANES):
@@ -645,7 +567,6 @@ def compile_cases(lanes: int = LANES):
         "64": (64, 64, 1, plain),
         "128": (128, 128, 4, plain),
         "128-whole": (128, 128, 4, plain._replace(parts=False)),
-        "128-together": (128, 128, 4, plain),
         "128-packed": (128, 128, 64, plain),
         "128-pages": (128, 128, 4, plain._replace(pages=2)),
         "128-append": (128, 128, 4, plain._replace(pages=1, new=True)),
@@ -659,14 +580,12 @@ def compile_cases(lanes: int = LANES):
         t = POINTERS[suffix]
         for name, (d, dv, rows, flags) in forms.items():
             config = choose_config(rows, d, dv, flags.shared, dtype.itemsize, flags.pages == 2, flags.new, lanes)
-            launch = attend_launch(
-                d, dv, rows, 16 // dtype.itemsize, flags, 16 if name == "128-together" else 0, config
-            )
+            launch = attend_launch(d, dv, rows, 16 // dtype.itemsize, flags, config)
             out = "*fp32" if flags.parts else t
             tensors = (t, t, t, "*i32", "*i32", t, t, "*fp32", "*fp32", out, "*fp32")
             bits = 64 if name == "128-whole" else 128
             yield compile_case(f"attention_decode/{name}/{suffix}", launch, 2 * dtype.itemsize, tensors, (), bits)
-        for dv, even in ((128, False), (512, True)):
-            launch = combine_launch(dv, 4, True, even, False, 16)
+        for dv in (128, 512):
+            launch = combine_launch(dv, True, False)
             tensors = ("*fp32", "*fp32", t, "*fp32")
             yield compile_case(f"attention_decode/combine-{dv}/{suffix}", launch, dtype.itemsize, tensors, (), 32)

@@ -99,9 +99,12 @@ def test_what_it_cannot_run_has_a_reason():
 def _functions() -> dict:
     """The kernels as plain Python."""
 
+    instructions = {"tanh": np.tanh, "ex2": np.exp2, "rcp": np.reciprocal}
+
     def assembly(text, constraints, args, **_):
-        assert text.startswith("tanh.approx")
-        return gluon_on_cpu.Tensor(np.tanh(args[0].a))
+        if text.startswith("griddepcontrol"):  # launches come one after the other here
+            return None
+        return gluon_on_cpu.Tensor(instructions[text.split(".")[0]](args[0].a))
 
     language = gluon_on_cpu.language()
     language.inline_asm_elementwise = assembly

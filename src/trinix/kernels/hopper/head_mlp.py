@@ -1,4 +1,4 @@
-"""Per-head MLPs on Hopper (sm_90) in Gluon: O = act(X W1) W2, forward.
+"""Per-head MLPs on Hopper (sm_90) in Gluon: O = act(X W1) W2, and its gradients.
 
 A persistent program per multiprocessor walks over items: a head and 64 rows of it for each consumer warpgroup. A producer
 warp streams tiles of W1 and W2 through a ring in shared memory, read by all consumers; each consumer keeps its rows' sums in
@@ -35,8 +35,14 @@ def _tanh(x):
 
 
 @gluon.jit
-def _exp(x):
-    return gl.exp2(x * 1.4426950408889634)
+def _exp(x):  # gl.exp2 and a division keep denormal numbers, for several instructions each
+    y = x * 1.4426950408889634
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -87,13 +93,27 @@ def _silu_dx_of_half(h, g):
 
 
 @gluon.jit
+def _gelu_of_half(h):
+    # P(Z < x) = (1 + tanh u) / 2, u = x (c0 + c1 x^2 + c2 x^4) up to |x| = 6 and a line from there on, h = x / 2. Fitted for
+    # the least error of x P(Z < x) and of its derivative: 4e-5 and 1e-4, tanh.approx aside.
+    q = h * h
+    q = gl.where(q > 9.0, 9.0, q)
+    t = _tanh(h * (1.5948458129002398 + q * (0.2960349274419079 + q * -0.011132056953053725)))
+    return h * t + h
+
+
+@gluon.jit
+def _gelu_dx_of_half(h, g):
+    q = h * h
+    q = gl.where(q > 9.0, 9.0, q)
+    t = _tanh(h * (1.5948458129002398 + q * (0.2960349274419079 + q * -0.011132056953053725)))
+    slope = 1.5948458129002398 + q * (0.8881047823257238 + q * -0.05566028476526862)
+    return g * (h * (1.0 - t * t) * slope + t) + g
+
+
+@gluon.jit
 def _gelu(x):
-    # P(Z > |x|) = exp(-x^2 / 2) t p(t), t = 1 / (1 + 0.31 |x|): the activation's form for half types
-    t = 1.0 / (1.0 + 0.31 * gl.abs(x))
-    p = 0.015744430437461356 + t * (0.1804505973850023 - t * 0.07392922576029642)
-    p = 0.12386070504061905 + t * (0.1204412419244916 + t * (0.13342992970913764 + t * p))
-    tail = _exp(-0.5 * x * x) * t * p
-    return x * gl.where(x > 0, 1.0 - tail, tail)
+    return _gelu_of_half(0.5 * x)
 
 
 @gluon.jit
@@ -115,7 +135,7 @@ def _squared_relu(x):
 def _mish(x):
     e = _exp(gl.where(x > 20.0, 20.0, x))
     n = e * (e + 2.0)
-    return x * (n / (n + 2.0))
+    return x * (n * _reciprocal(n + 2.0))
 
 
 @gluon.jit
@@ -127,7 +147,7 @@ def _leaky_relu(x):
 def _softplus(x):
     # log1p(e) = 2 atanh(s), s = e / (2 + e), as the activation does it
     e = _exp(-gl.abs(x))
-    s = e / (2.0 + e)
+    s = e * _reciprocal(2.0 + e)
     u = s * s
     p = 0.4002511425427157 + u * (0.279576667899683 + u * 0.2819154276246343)
     p = 2.000000008078691 + u * (0.666663101464273 + u * p)
@@ -159,12 +179,7 @@ def _silu_dx(x, dy):
 
 @gluon.jit
 def _gelu_dx(x, dy):
-    e = _exp(-0.5 * x * x)
-    t = 1.0 / (1.0 + 0.31 * gl.abs(x))
-    p = 0.015744430437461356 + t * (0.1804505973850023 - t * 0.07392922576029642)
-    p = 0.12386070504061905 + t * (0.1204412419244916 + t * (0.13342992970913764 + t * p))
-    tail = e * t * p
-    return dy * (gl.where(x > 0, 1.0 - tail, tail) + x * (0.3989422804014327 * e))
+    return _gelu_dx_of_half(0.5 * x, 0.5 * dy)
 
 
 @gluon.jit
@@ -191,7 +206,7 @@ def _mish_dx(x, dy):
     c = gl.where(x > 20.0, 20.0, x)
     e = _exp(c)
     n = e * (e + 2.0)
-    r = 1.0 / (n + 2.0)
+    r = _reciprocal(n + 2.0)
     return dy * (n * r + c * (4.0 * (e * (e + 1.0) * r) * r))
 
 
@@ -227,7 +242,11 @@ FORMULAS = {  # kind -> (value, dx)
 }
 
 
-OF_HALF = {"sigmoid": (_sigmoid_of_half, _sigmoid_dx_of_half), "silu": (_silu_of_half, _silu_dx_of_half)}
+OF_HALF = {
+    "sigmoid": (_sigmoid_of_half, _sigmoid_dx_of_half),
+    "silu": (_silu_of_half, _silu_dx_of_half),
+    "gelu": (_gelu_of_half, _gelu_dx_of_half),
+}
 
 
 @gluon.jit
@@ -381,6 +400,23 @@ def _forward(
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
 
 
+# ---- backward -----------------------------------------------------------------------------------------------------------
+# Two kernels that do not need each other: the rows' starts where the weights' leaves multiprocessors idle, before that has
+# ended. At its own end it waits for the other's, so that whatever comes after it comes after both.
+
+
+@gluon.jit
+def _let_next_kernel_start():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _wait_for_kernel_before():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # ---- backward: rows -----------------------------------------------------------------------------------------------------
 # dX of 64 rows a consumer, as in forward: S = X W1 and dH = dY W2' of the next tile of E are multiplied while this one's
 # dZ goes into dX += dZ W1'.
@@ -415,7 +451,7 @@ def _rows_producer(
 def _rows_consumer(
     me: gl.constexpr, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
     DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
-    HALVED: gl.constexpr,
+    X_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -432,7 +468,7 @@ def _rows_consumer(
         row = (item % per_head) * (64 * CONSUMERS) + me * 64
         mbarrier.wait(x_full.index(me), turn & 1)
         turn = turn + 1
-        x = _operand(x_tile, x_layout, False, HALVED)
+        x = _operand(x_tile, x_layout, X_REGISTERS, HALVED)
         y = _operand(y_tile, x_layout, False, HALVED)
         dx = gl.zeros([64, D], gl.float32, o_layout)
         slot = it % W_SLOTS
@@ -470,7 +506,7 @@ def _rows_consumer(
 def _backward_rows(
     x_desc, y_desc, w1_desc, w2_desc, dx_desc, items, per_head, tiles,
     DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
-    HALVED: gl.constexpr, REGISTERS: gl.constexpr,
+    X_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     x_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], x_desc.layout)
     y_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], y_desc.layout)
@@ -496,21 +532,23 @@ def _backward_rows(
             (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
                               items, per_head, tiles, N, CONSUMERS, W_SLOTS)),
             (_rows_consumer, (W0, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
             (_rows_consumer, (W1, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
                               items, per_head, tiles, N, CONSUMERS, W_SLOTS)),
             (_rows_consumer, (W0, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
             (_rows_consumer, (W1, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
             (_rows_consumer, (W2, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, HALVED)),
+                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+    if DEPENDENT:
+        _wait_for_kernel_before()
 
 
 # ---- backward: weights --------------------------------------------------------------------------------------------------
@@ -547,7 +585,7 @@ def _weights_producer(
 def _weights_consumer(
     me: gl.constexpr, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
     VALUE: gl.constexpr, DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
-    SLOTS: gl.constexpr, HALVED: gl.constexpr,
+    SLOTS: gl.constexpr, W1_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -564,7 +602,7 @@ def _weights_consumer(
         column = (item % per_head) * (64 * CONSUMERS) + me * 64
         mbarrier.wait(w_full.index(me), turn & 1)
         turn = turn + 1
-        up = _operand(w1_tile.permute((1, 0)), w_layout, False, HALVED)
+        up = _operand(w1_tile.permute((1, 0)), w_layout, W1_REGISTERS, HALVED)
         down = _operand(w2_tile, w_layout, False, HALVED)
         dw1 = gl.zeros([64, D], gl.float32, o_layout)  # transposed
         dw2 = gl.zeros([64, D], gl.float32, o_layout)
@@ -611,8 +649,9 @@ def _weights_consumer(
 def _backward_weights(
     x_desc, y_desc, w1_desc, w2_desc, dw1_desc, dw2_desc, items, per_head, tiles,
     VALUE: gl.constexpr, DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
-    HALVED: gl.constexpr,
+    W1_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
 ):  # fmt: skip
+    _let_next_kernel_start()
     CONSUMERS: gl.constexpr = 2
     x_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, N, D], x_desc.layout)
     y_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, N, D], y_desc.layout)
@@ -636,9 +675,9 @@ def _backward_weights(
         (_weights_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
                              items, per_head, tiles, N, CONSUMERS, SLOTS)),
         (_weights_consumer, (W0, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
-                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, HALVED)),
+                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, W1_REGISTERS, HALVED)),
         (_weights_consumer, (W1, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
-                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, HALVED)),
+                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, W1_REGISTERS, HALVED)),
     ], [4, 4], [240, 240])  # fmt: skip
 
 
@@ -660,11 +699,13 @@ class RowsConfig(NamedTuple):
     hidden: int  # columns of E a tile
     consumers: int  # warpgroups of 64 rows
     slots: int
+    x_registers: bool  # X is read from registers, dY from shared memory
 
 
 class WeightsConfig(NamedTuple):
     rows: int  # a tile
     slots: int
+    w1_registers: bool  # W1' is read from registers, W2 from shared memory
 
 
 def choose_forward(heads: int, rows: int, d: int, processors: int) -> ForwardConfig:
@@ -684,11 +725,12 @@ def choose_forward(heads: int, rows: int, d: int, processors: int) -> ForwardCon
 
 
 def choose_rows(d: int) -> RowsConfig:
-    return RowsConfig(128, 2, 3) if d == 64 else RowsConfig(64, 2, 3)
+    return RowsConfig(128, 2, 3, False) if d == 64 else RowsConfig(64, 2, 3, True)
 
 
 def choose_weights(d: int) -> WeightsConfig:
-    return WeightsConfig(64, 4) if d == 64 else WeightsConfig(32, 5)
+    """At D = 128 tiles are narrow, to leave registers for the sums, and shared memory is as busy as the tensor cores."""
+    return WeightsConfig(64, 4, False) if d == 64 else WeightsConfig(32, 5, True)
 
 
 def unsupported(x, w1, w2, b1, b2, w_gate, kind: str = "silu", mean: bool = False, grad: bool = False) -> str | None:
@@ -742,7 +784,8 @@ class _Plan:
         binary = _binaries.get(key)
         if binary is None:
             examples = (*zip(boxes, tensors, strict=True), *integers)
-            binary = _binaries[key] = Binary(kernel, index, examples, constants, num_warps=4)
+            options = {"launch_pdl": True} if constants.get("DEPENDENT") else {}
+            binary = _binaries[key] = Binary(kernel, index, examples, constants, num_warps=4, **options)
         else:  # the boxes of a further plan learn from it how descriptors look
             for box, like in zip(boxes, binary.boxes, strict=True):
                 box.metadata = like.metadata
@@ -800,11 +843,12 @@ def forward(x, w1, w2, b1, b2, w_gate, kind: str, mean: bool) -> torch.Tensor:
     return o
 
 
-def _rows_constants(kind: str, d: int, c: RowsConfig) -> dict:
+def _rows_constants(kind: str, d: int, c: RowsConfig, dependent: bool) -> dict:
+    """``dependent``: the weights' kernel was launched right before."""
     halved = kind in OF_HALF
     return {
         "DX": (OF_HALF if halved else FORMULAS)[kind][1], "N": c.hidden, "D": d, "CONSUMERS": c.consumers,
-        "W_SLOTS": c.slots, "HALVED": halved,
+        "W_SLOTS": c.slots, "X_REGISTERS": c.x_registers, "HALVED": halved, "DEPENDENT": dependent,
         "REGISTERS": 240 if c.consumers == 2 else 160,
     }  # fmt: skip
 
@@ -813,12 +857,12 @@ def _rows_blocks(d: int, c: RowsConfig) -> tuple:
     return (64, d), (64, d), (d, c.hidden), (c.hidden, d), (64, d)
 
 
-def _rows_plan(kind, x, w1, w2, dy, dx):
+def _rows_plan(kind, x, w1, w2, dy, dx, dependent):
     (h, d, e), b = w1.shape, x.shape[1]
     c = choose_rows(d)
     per_head = -(-b // (64 * c.consumers))
     integers = h * per_head, per_head, -(-e // c.hidden)
-    constants = _rows_constants(kind, d, c)
+    constants = _rows_constants(kind, d, c, dependent)
     return _Plan(_backward_rows, (x, dy, w1, w2, dx), _rows_blocks(d, c), h * per_head, integers, constants)
 
 
@@ -826,7 +870,7 @@ def _weights_constants(kind: str, d: int, c: WeightsConfig) -> dict:
     halved = kind in OF_HALF
     value, dx = (OF_HALF if halved else FORMULAS)[kind]
     return {
-        "VALUE": value, "DX": dx, "N": c.rows, "D": d, "SLOTS": c.slots,
+        "VALUE": value, "DX": dx, "N": c.rows, "D": d, "SLOTS": c.slots, "W1_REGISTERS": c.w1_registers,
         "HALVED": halved,
     }  # fmt: skip
 
@@ -850,13 +894,15 @@ def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple
     dx = dw1 = dw2 = None
     dy = dy if _fits(dy) else dy.contiguous()
     key = _key(kind, x, w1, w2, dy.stride())
-    if wanted[1] or wanted[2]:
+    weights = wanted[1] or wanted[2]
+    if weights:
         dw1, dw2 = (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (w1, w2))
         plan = _planned((*key, "weights"), lambda: _weights_plan(kind, x, w1, w2, dy, dw1, dw2))
         plan(x, dy, w1, w2, dw1, dw2)
     if wanted[0]:
         dx = torch.empty_like(x)
-        _planned((*key, "rows"), lambda: _rows_plan(kind, x, w1, w2, dy, dx))(x, dy, w1, w2, dx)
+        plan = _planned((*key, "rows", weights), lambda: _rows_plan(kind, x, w1, w2, dy, dx, weights))
+        plan(x, dy, w1, w2, dx)
     return [dx, dw1 if wanted[1] else None, dw2 if wanted[2] else None, None, None, None]
 
 
@@ -890,6 +936,6 @@ def compile_cases() -> list[CompileCase]:
             add(f"forward/{d}/{c.consumers}/{kind}", _forward, _forward_blocks(d, c), _forward_constants(kind, d, c))
         if d in BACKWARD_WIDTHS:
             r, w = choose_rows(d), choose_weights(d)
-            add(f"rows/{d}/{kind}", _backward_rows, _rows_blocks(d, r), _rows_constants(kind, d, r))
+            add(f"rows/{d}/{kind}", _backward_rows, _rows_blocks(d, r), _rows_constants(kind, d, r, True))
             add(f"weights/{d}/{kind}", _backward_weights, _weights_blocks(d, w), _weights_constants(kind, d, w))
     return cases

@@ -14,7 +14,7 @@ Where the heads and E give too few weights programs for the card, rows are split
 partial sums, no more of them than dY is large, and a second kernel adds them up in a fixed order.
 
 All sums and the activation are float32; the hidden values are rounded to the tensors' dtype for the next product. float32
-tensors are multiplied as float32 ("ieee"), never as tf32.
+tensors are multiplied as float32 ("ieee"), never as tf32, and sums over tiles are float64 there.
 
 Floor: 4 H B D E FLOPs forward, 10 backward (14 as done here); one special-function instruction a hidden element and pass
 over it where the activation is a sigmoid, by tanh.approx (float16 and bfloat16 on NVIDIA).
@@ -81,6 +81,30 @@ def _approx_quick_gelu_dx(x, dy, a, b):
 
 
 @triton.jit
+def _gelu_argument(q):
+    """(u / h, du / dh) for P(Z < x) = (1 + tanh u) / 2, h = x / 2, q = h^2: u = x (c0 + c1 x^2 + c2 x^4), fitted for the
+    least error of x P(Z < x) and of its derivative (4e-5 and 1e-4, tanh.approx aside); a line beyond |x| = 6, where tanh is 1."""
+    q = tl.where(q > 9.0, 9.0, q)
+    u = 1.5948458129002398 + q * (0.2960349274419079 + q * -0.011132056953053725)
+    return u, 1.5948458129002398 + q * (0.8881047823257238 + q * -0.05566028476526862)
+
+
+@triton.jit
+def _approx_gelu(x, a, b):
+    h = 0.5 * x
+    u, _ = _gelu_argument(h * h)
+    return h * _tanh_approx(h * u) + h
+
+
+@triton.jit
+def _approx_gelu_dx(x, dy, a, b):
+    h = 0.5 * x
+    u, slope = _gelu_argument(h * h)
+    t = _tanh_approx(h * u)
+    return dy * (0.5 + 0.5 * (t + h * (1.0 - t * t) * slope))
+
+
+@triton.jit
 def _approx_gelu_tanh(x, a, b):
     return 0.5 * x * _tanh_approx(x * (0.7978845608028654 + 0.035677408136300125 * x * x)) + 0.5 * x
 
@@ -116,6 +140,7 @@ def _identity_dx(x, dy, a, b):
 APPROXIMATE = {  # instead, for float16 and bfloat16 on NVIDIA
     "sigmoid": (_approx_sigmoid, _approx_sigmoid_dx),
     "silu": (_approx_silu, _approx_silu_dx),
+    "gelu": (_approx_gelu, _approx_gelu_dx),
     "quick_gelu": (_approx_quick_gelu, _approx_quick_gelu_dx),
     "gelu_tanh": (_approx_gelu_tanh, _approx_gelu_tanh_dx),
     "tanh": (_approx_tanh, _approx_tanh_dx),
@@ -180,20 +205,29 @@ def _weight(
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "ieee":  # float32: partial sums first, for a smaller error than one long chain has
-        return acc + tl.dot(a, b, input_precision="ieee")
-    return tl.dot(a, b, acc)
+    if PRECISION == "ieee":  # acc is float64: one long chain in float32 has a larger error than PyTorch's products
+        acc += tl.dot(a, b, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """What sums over tiles start from."""
+    return tl.zeros([ROWS, COLUMNS], tl.float64 if PRECISION == "ieee" else tl.float32)
 
 
 @triton.jit
 def _product(a, b, PRECISION: tl.constexpr):
-    """a b, in float32 as sums over 32 terms each that are added up then: one long chain has a larger error."""
+    """a b, in float32 as sums over 32 terms each that are added up then in float64, for the same reason."""
     M: tl.constexpr = a.shape[0]
     K: tl.constexpr = a.shape[1]
     N: tl.constexpr = b.shape[1]
     if PRECISION == "ieee" and K > 32:
         parts = tl.permute(tl.reshape(a, (M, K // 32, 32)), (1, 0, 2))
-        c = tl.sum(tl.dot(parts, tl.reshape(b, (K // 32, 32, N)), input_precision="ieee"), 0)
+        parts = tl.dot(parts, tl.reshape(b, (K // 32, 32, N)), input_precision="ieee")
+        c = tl.sum(parts.to(tl.float64), 0).to(tl.float32)
     else:
         c = tl.dot(a, b, input_precision=PRECISION)
     return c
@@ -263,7 +297,7 @@ def _forward(
     live = rows < B
     d = tl.arange(0, BD)
     x += rows.to(tl.int64)[:, None] * x_b + d[None, :] * x_d
-    acc = tl.zeros([BB, BD], tl.float32)
+    acc = _zeros(BB, BD, PRECISION)
     if MEAN:
         for one in range(H):
             head = first + one
@@ -361,9 +395,9 @@ def _weights_program(
     if GATED:
         wg = _weight_at(wg + head * wg_h, wide_d, from_e, wg_o, wg_i, W1_T)
         gate = _weight(wg, d_live, e_live, W1_T, True, EVEN, D == BD)
-    sum_w1 = tl.zeros([BE, BD], tl.float32)
-    sum_wg = tl.zeros([BE, BD], tl.float32)
-    sum_w2 = tl.zeros([BE, BD], tl.float32)
+    sum_w1 = _zeros(BE, BD, PRECISION)
+    sum_wg = _zeros(BE, BD, PRECISION)
+    sum_w2 = _zeros(BE, BD, PRECISION)
     sum_b1 = tl.zeros([BE], tl.float32)
     sum_b2 = tl.zeros([BD], tl.float32)
     tiles = tl.cdiv(B, BB)
@@ -439,7 +473,7 @@ def _rows_program(
     live = b < B - row
     x += (row + wide_b)[:, None] * x_b + d[None, :] * x_d
     dy += (row + wide_b)[:, None] * y_b + d[None, :] * y_d
-    acc = tl.zeros([BB, BD], tl.float32)
+    acc = _zeros(BB, BD, PRECISION)
     if SHARED:
         rows = _load(x, live, d_live, True, BD != D)
         for one in range(H):

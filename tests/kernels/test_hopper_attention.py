@@ -126,10 +126,13 @@ def test_sections_of_heads_are_nearly_equal():
 
 
 def test_few_key_heads_are_split_until_the_card_is_full():
-    assert hopper.choose_parts(16 * 2, 16, 132) == 16
-    assert hopper.choose_parts(16 * 2, 6, 132) == 2  # only halves
-    assert hopper.choose_parts(400, 8, 132) == 1
-    assert hopper.choose_parts(1, 1, 132) == 1
+    assert hopper.choose_parts(16 * 2, 16, 132, True) == 16  # 528 programs are wanted, 512 are all there can be
+    assert hopper.choose_parts(16 * 8, 5, 132, True) == 5  # any part, not only halves
+    assert hopper.choose_parts(600, 8, 132, True) == 1
+    assert hopper.choose_parts(1, 1, 132, True) == 1
+    assert hopper.choose_parts(16 * 8, 5, 132, False) == 1  # 128 of one length: all at once
+    assert hopper.choose_parts(32, 32, 132, False) == 4
+    assert hopper.choose_parts(140, 4, 132, False) == 4  # 560 in 5 turns of a quarter, not 2 whole ones
 
 
 def test_the_copy_engine_reads_what_is_aligned():

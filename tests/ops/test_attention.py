@@ -174,7 +174,9 @@ def test_dq_by_atomics_holds_the_float64_budget(name, monkeypatch):
     "name", ["causal, more queries", "window", "odd head dims", "softcap", "dropout", "variable lengths"]
 )
 def test_dk_and_dv_by_two_walks_hold_the_float64_budget(name, monkeypatch):
-    monkeypatch.setattr(kernels, "choose_split", lambda *_: (kernels.Config(16, 32, 4, 1), kernels.Config(32, 32, 4, 1)))
+    monkeypatch.setattr(
+        kernels, "choose_split", lambda *_: (kernels.Config(16, 32, 4, 1), kernels.Config(32, 32, 4, 1))
+    )
     assert not CASES[name]().faults("triton")
 
 
@@ -546,7 +548,9 @@ def test_a_wrong_delta_fails(monkeypatch):
     assert any(fault.startswith("dq") for fault in CASES["plain"]().faults("triton"))
 
 
-def test_wide_causal_backwards_ask_cudnn_first():
+def test_cudnn_is_asked_first_where_it_was_faster_on_hopper():
+    assert contract.order((9, 0), 64, True, False, 16 * 1024 * 32, 1024)[0] == "cudnn"
+    assert contract.order((9, 0), 64, True, False, 8 * 1024, 1024)[0] == "hopper"
     assert contract.order((9, 0), 192, True, True)[0] == "cudnn"
     assert contract.order((9, 0), 256, True, True)[0] == contract.order((9, 0), 192, True, False)[0] == "hopper"
 

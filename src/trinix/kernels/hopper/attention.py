@@ -387,7 +387,8 @@ class _BackwardPlan:
         block = backward_kernels.BLOCK
         group = s.heads // s.key_heads
         self.key_blocks = key_blocks = _cdiv(s.seq_k, c.n)
-        self.parts = parts = choose_parts(key_blocks * s.batch * s.key_heads, group, _multiprocessors(s.device))
+        programs = key_blocks * s.batch * s.key_heads
+        self.parts = parts = choose_parts(programs, group, _multiprocessors(s.device), bounded)
         if s.varlen:
             self.padded = _cdiv(s.rows + s.batch * block, block) * block
             self.padded_rows = s.heads * self.padded
@@ -498,12 +499,14 @@ def choose_section(heads: int, head_bytes: int, most: int) -> int:
     return _cdiv(heads, sections)
 
 
-def choose_parts(programs: int, group: int, multiprocessors: int) -> int:
-    """Into how many parts to split the query heads of a key head, so that few key heads still fill the card."""
-    parts = 1
-    while programs * parts < 2 * multiprocessors and group % (2 * parts) == 0:
-        parts *= 2
-    return parts
+def choose_parts(programs: int, group: int, multiprocessors: int, bounded: bool) -> int:
+    """Into how many parts to split the query heads of a key head, each then a program whose dK and dV are added up afterwards."""
+    ways = [parts for parts in range(1, group + 1) if group % parts == 0]
+    if bounded:  # programs of unlike length: several on each multiprocessor, to even out
+        return next((parts for parts in ways if programs * parts >= 4 * multiprocessors), group)
+    # of one length: the fewest parts whose last turn of programs leaves about as little idle as any
+    turns = {parts: _cdiv(programs * parts, multiprocessors) / parts for parts in ways}
+    return next(parts for parts in ways if turns[parts] <= 1.03 * min(turns.values()))
 
 
 def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, needs) -> tuple:

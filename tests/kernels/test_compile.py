@@ -87,6 +87,11 @@ def test_every_decoding_kernel_and_dtype_is_listed():
     assert listed("attention_decode") == {f"attention_decode/{name}/{d}" for name in names for d in dtypes}
 
 
+def test_every_linear_kernel_is_listed():
+    names = ("4096", "14336-bias", "3000")
+    assert listed("linear") == {f"linear/{name}/{d}" for name in names for d in ("float16", "bfloat16")}
+
+
 def test_every_head_mlp_kernel_is_listed():
     forms = (*ops.KINDS, "silu-16", "silu-128", "silu-256", "silu-gated-64", "silu-gated-128", "silu-gated-256")
     cases = [f"{form}/bfloat16" for form in (*forms, "silu-bias-mean", "silu-transposed", "silu-odd")]

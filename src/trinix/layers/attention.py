@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from trinix import ops
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
+from trinix.layers.linear import FastLinear
 from trinix.layers.norm import FastLayerNorm, FastRMSNorm
 
 
@@ -213,8 +214,8 @@ class FastGroupedQueryAttention(_FastAttention):
         super().__init__(embed_dim, num_heads, num_kv_heads, dropout, bias, **options)
         place = {"device": options.get("device"), "dtype": options.get("dtype")}
         heads = num_heads + 2 * num_kv_heads
-        self.qkv_proj = nn.Linear(embed_dim, heads * self.head_dim, bias, **place)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias, **place)
+        self.qkv_proj = FastLinear(embed_dim, heads * self.head_dim, bias, **place)
+        self.o_proj = FastLinear(num_heads * self.head_dim, embed_dim, bias, **place)
         self.reset_parameters()
 
     def forward(
@@ -329,10 +330,10 @@ class FastMultiHeadAttention(_FastAttention):
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         check_sizes("FastMultiHeadAttention", kdim=self.kdim, vdim=self.vdim)
-        self.q_proj = nn.Linear(embed_dim, width, bias, **place)
-        self.k_proj = nn.Linear(self.kdim, width, bias, **place)
-        self.v_proj = nn.Linear(self.vdim, width, bias, **place)
-        self.o_proj = nn.Linear(width, embed_dim, bias, **place)
+        self.q_proj = FastLinear(embed_dim, width, bias, **place)
+        self.k_proj = FastLinear(self.kdim, width, bias, **place)
+        self.v_proj = FastLinear(self.vdim, width, bias, **place)
+        self.o_proj = FastLinear(width, embed_dim, bias, **place)
         self.reset_parameters()
 
     def forward(

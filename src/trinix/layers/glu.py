@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trinix import ops
 from trinix.layers.activation import choose_backend
+from trinix.layers.linear import FastLinear
 from trinix.ops.glu import triton_can_run
 
 # what checkpoints call (gate, up, down)
@@ -58,8 +59,8 @@ class _FastGLU(nn.Module):
         self.output_dim = output_dim
         self.use_triton = use_triton
         self.backend = backend
-        self.gate_up_proj = nn.Linear(input_dim, 2 * hidden_dim, bias, device, dtype)
-        self.down_proj = nn.Linear(hidden_dim, output_dim, bias, device, dtype) if output_dim else None
+        self.gate_up_proj = FastLinear(input_dim, 2 * hidden_dim, bias, device, dtype)
+        self.down_proj = FastLinear(hidden_dim, output_dim, bias, device, dtype) if output_dim else None
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = self.gate_up_proj.in_features
@@ -126,7 +127,7 @@ class _FastGLU(nn.Module):
         >>> trinix.FastSwiGLU.from_checkpoint(mlp.state_dict())
         FastSwiGLU(
           4, 6
-          (gate_up_proj): Linear(in_features=4, out_features=12, bias=True)
+          (gate_up_proj): FastLinear(in_features=4, out_features=12, bias=True)
         )
         """
         found = _entries(cls.__name__, state, names, prefix)

@@ -35,6 +35,7 @@ from trinix.layers.attention import (
     window_of,
 )
 from trinix.layers.cache import LatentCache
+from trinix.layers.linear import FastLinear
 from trinix.layers.norm import FastRMSNorm
 
 DEEPSEEK = {  # our names: theirs
@@ -149,11 +150,11 @@ class FastMultiHeadLatentAttention(nn.Module):
         place = {"device": device, "dtype": dtype}
         rows = num_heads * (self.rope_head_dim + self.head_dim)
         if self.q_latent_dim:
-            self.q_down_proj = nn.Linear(embed_dim, self.q_latent_dim, bias, **place)
-        self.q_up_proj = nn.Linear(self.q_latent_dim or embed_dim, rows, bias, **place)
-        self.kv_down_proj = nn.Linear(embed_dim, self.latent_dim + self.rope_head_dim, bias, **place)
-        self.kv_up_proj = nn.Linear(self.latent_dim, num_heads * (self.head_dim + self.v_head_dim), False, **place)
-        self.o_proj = nn.Linear(num_heads * self.v_head_dim, embed_dim, bias, **place)
+            self.q_down_proj = FastLinear(embed_dim, self.q_latent_dim, bias, **place)
+        self.q_up_proj = FastLinear(self.q_latent_dim or embed_dim, rows, bias, **place)
+        self.kv_down_proj = FastLinear(embed_dim, self.latent_dim + self.rope_head_dim, bias, **place)
+        self.kv_up_proj = FastLinear(self.latent_dim, num_heads * (self.head_dim + self.v_head_dim), False, **place)
+        self.o_proj = FastLinear(num_heads * self.v_head_dim, embed_dim, bias, **place)
         normed = latent_norm and self.q_latent_dim
         self.q_norm = FastRMSNorm(self.q_latent_dim, norm_eps, **place) if normed else None
         self.kv_norm = FastRMSNorm(self.latent_dim, norm_eps, **place) if latent_norm else None

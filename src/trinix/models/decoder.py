@@ -20,6 +20,7 @@ from trinix.layers.attention import FastGroupedQueryAttention
 from trinix.layers.cache import DynamicCache, LatentCache, PagedCache, StaticCache
 from trinix.layers.glu import FastSwiGLU
 from trinix.layers.latent_attention import FastMultiHeadLatentAttention
+from trinix.layers.linear import FastLinear
 from trinix.layers.norm import FastFusedResidualLayerNorm, FastFusedResidualRMSNorm
 
 
@@ -94,7 +95,7 @@ def _attention(config: Config, **place) -> nn.Module:
 def _feed_forward(config: Config, **place) -> nn.Module:
     if config.gated:
         return FastSwiGLU(config.dim, config.hidden, config.dim, bias=False, **place)
-    up, down = nn.Linear(config.dim, config.hidden, **place), nn.Linear(config.hidden, config.dim, **place)
+    up, down = FastLinear(config.dim, config.hidden, **place), FastLinear(config.hidden, config.dim, **place)
     return nn.Sequential(up, FastGELU(approximate="tanh"), down)
 
 
@@ -115,7 +116,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, **place) for _ in range(config.layers))
         norm = FastFusedResidualRMSNorm if config.gated else FastFusedResidualLayerNorm
         self.norm = norm(config.dim, 1e-5, **place)
-        self.output = nn.Linear(config.dim, config.vocabulary, False, **place)
+        self.output = FastLinear(config.dim, config.vocabulary, False, **place)
         for table in (self.embedding, self.positions):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)

@@ -905,7 +905,12 @@ _PREPARE_ROWS = 32
 
 @functools.cache
 def keys_launch(
-    form: Form, fused: bool, one: bool, config: Config, want: tuple[bool, bool] = (True, True), overlap: bool = False,
+    form: Form,
+    fused: bool,
+    one: bool,
+    config: Config,
+    want: tuple[bool, bool] = (True, True),
+    overlap: bool = False,
     early: bool = False,
 ) -> Launch:
     """``want``: dk, dv; ``early``: it may start before the kernel in front has ended."""
@@ -1244,7 +1249,7 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options, needs
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dbias, dsink), None where ``needs`` is False."""
-    want_q, want_k, want_v, want_bias, want_sink = needs
+    _, want_k, want_v, want_bias, want_sink = needs
     q, k, v, out, dout, lse = _dense(q), _dense(k), _dense(v), _dense(out), _dense(dout), lse.contiguous()
     if dout.stride(dout.ndim - 3) >= _MOST_STRIDE:
         dout = dout.contiguous()

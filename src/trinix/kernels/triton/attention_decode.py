@@ -557,7 +557,9 @@ def describe(q, k_cache, v_cache, k_new, v_new, page_table, options) -> str:
     """The configuration of a call, for ``trinix.explain``."""
     call = _plan(q, k_cache, v_cache, k_new, v_new, page_table, options)
     c = call.config
-    return f"{call.splits} shares of a sequence, tile {c.rows} x {c.keys} keys, {c.num_warps} warps, {c.num_stages} stages"
+    return (
+        f"{call.splits} shares of a sequence, tile {c.rows} x {c.keys} keys, {c.num_warps} warps, {c.num_stages} stages"
+    )
 
 
 def compile_cases(lanes: int = LANES):

@@ -548,11 +548,22 @@ def test_a_wrong_delta_fails(monkeypatch):
     assert any(fault.startswith("dq") for fault in CASES["plain"]().faults("triton"))
 
 
-def test_cudnn_is_asked_first_where_it_was_faster_on_hopper():
-    assert contract.order((9, 0), 64, True, False, 16 * 1024 * 32, 1024)[0] == "cudnn"
-    assert contract.order((9, 0), 64, True, False, 8 * 1024, 1024)[0] == "hopper"
-    assert contract.order((9, 0), 192, True, True)[0] == "cudnn"
-    assert contract.order((9, 0), 256, True, True)[0] == contract.order((9, 0), 192, True, False)[0] == "hopper"
+def test_the_backend_measured_fastest_on_hopper_is_asked_first():
+    def first(*call, fa4=False):
+        return contract.order((9, 0), *call, fa4)[0]
+
+    assert first(64, 64, True, False, 16 * 1024 * 32, 1024) == "cudnn"
+    assert first(64, 64, True, False, 8 * 1024, 1024) == "hopper"
+    assert first(192, 128, True, True, 16 * 4096, 4096) == "cudnn"
+    assert first(256, 256, True, True, 16 * 4096, 4096) == "hopper"
+    assert first(192, 128, True, False, 16 * 4096, 4096) == "hopper"
+    for call in ((192, 128, False, False, 16 * 4096, 4096), (192, 128, True, True, 16 * 4096, 4096)):
+        assert first(*call, fa4=True) == "flash_attn" != first(*call)
+    long, short = (128, 128, True, True, 16 * 16384, 16384), (128, 128, True, True, 40 * 2048, 2048)
+    assert first(*long, fa4=True) == "flash_attn"
+    assert first(*long) == "hopper"
+    assert first(*short, fa4=True) == "hopper"
+    assert contract.order((8, 0), 64, 64, True, True, 8, 8) == ("flash_attn", "cudnn", "triton")
 
 
 # ---- on the card -------------------------------------------------------------------------------------------------------

@@ -124,18 +124,37 @@ BACKENDS = {
 
 
 def order(
-    capability: tuple[int, int], head_dim: int, causal: bool, backward: bool, rows: int = 0, keys: int = 0
+    capability: tuple[int, int], d: int, dv: int, causal: bool, backward: bool, rows: int, keys: int, fa4: bool = False
 ) -> tuple[str, ...]:
-    """Which backends "auto" asks on a card, the fastest first. ``rows``: queries of all heads; ``keys``: of one sequence."""
-    if capability[0] == 9:
-        if backward:  # 0.63 against 0.85 ms at (1, 4096, 16, 192 and 128)
-            cudnn_first = causal and 128 < head_dim < 256
-        else:  # 0.21 against 0.23 ms at (16, 1024, 32, 64)
-            cudnn_first = causal and head_dim <= 64 and keys <= 1024 and rows >= 1 << 18
-        if cudnn_first:
-            return "cudnn", "hopper", "flash_attn", "triton"
-        return "hopper", "cudnn", "flash_attn", "triton"
-    return "flash_attn", "cudnn", "triton"
+    """Which backends "auto" asks on a card, the fastest first; readings: docs/perf/attention.md.
+
+    ``rows``: queries of all heads; ``keys``: of one sequence; ``fa4``: whether FlashAttention 4 is installed. Its calls cost the
+    host 0.2 ms, so it stands first only where the card needs longer.
+    """
+    if capability[0] != 9:
+        return "flash_attn", "cudnn", "triton"
+    if fa4 and fa4_is_faster(d, dv, causal, backward, rows, keys):
+        return "flash_attn", "hopper", "cudnn", "triton"
+    if backward:  # 0.63 against 0.85 ms at (1, 4096, 16, 192 and 128)
+        cudnn_first = causal and 128 < d < 256
+    else:  # 0.21 against 0.23 ms at (16, 1024, 32, 64)
+        cudnn_first = causal and d <= 64 and keys <= 1024 and rows >= 1 << 18
+    if cudnn_first:
+        return "cudnn", "hopper", "flash_attn", "triton"
+    return "hopper", "cudnn", "flash_attn", "triton"
+
+
+def fa4_is_faster(d: int, dv: int, causal: bool, backward: bool, rows: int, keys: int) -> bool:
+    """Where FlashAttention 4 was measured faster on Hopper than the kernels here, wall time included."""
+    scores = rows * keys // (2 if causal else 1)
+    if 128 < d <= 192 and dv <= 128:
+        # (1, 4096, 16, 192 and 128): forward 0.24 against 0.27 ms, backward 0.97 against 1.60
+        return scores >= (1 << 27 if backward else 1 << 28)
+    if d > 128 or not backward:
+        return False
+    if d > 64:  # 16384 keys: 7% behind it; up to 4096 level
+        return keys >= 8192
+    return causal and keys <= 1024 and rows >= 1 << 18  # 0.59 against 0.63 ms at (16, 1024, 32, 64)
 
 
 def attention(
@@ -509,8 +528,10 @@ def pick(q: Tensor, k: Tensor, v: Tensor, options: Options, grad: bool) -> tuple
 
 def _first(q, k, v, options, backward, rejected) -> str | None:
     """The first backend in ``order`` that can run; the reasons of those before it go into ``rejected``."""
-    rows, keys = math.prod(q.shape[:-1]), k.shape[-3]
-    for name in order(torch.cuda.get_device_capability(q.device), q.shape[-1], options.causal, backward, rows, keys):
+    card = torch.cuda.get_device_capability(q.device)
+    call = q.shape[-1], v.shape[-1], options.causal, backward, math.prod(q.shape[:-1]), k.shape[-3]
+    fa4 = card[0] == 9 and fa4_is_faster(*call) and _missing("flash_attn") is None and _flash_attn().has_fa4()
+    for name in order(card, *call, fa4):
         reason = _missing(name) or BACKENDS[name]().unsupported(q, k, v, options, backward)
         if reason is None:
             return name

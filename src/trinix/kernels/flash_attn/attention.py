@@ -39,6 +39,10 @@ def _module(name: str):
     return f"is of another version: {module.__name__} has no {lacking[0]}" if lacking else module
 
 
+def has_fa4() -> bool:
+    return not isinstance(_module("FlashAttention 4"), str)
+
+
 def _against(name: str, q, k, v, options, backward: bool) -> str | None:
     """Why this one cannot run the call, or None."""
     major = torch.cuda.get_device_capability(q.device)[0]

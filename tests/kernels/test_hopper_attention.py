@@ -67,11 +67,12 @@ for case in compile_cases():
         command = [f"{TOOLS}/ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [f"{TOOLS}/cuobjdump", "--dump-sass", cubin]
-        found = loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = loops(sass)
     print(json.dumps({
         "name": case.name, "shared": binary.metadata.shared, "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
         "loops": len(found), "spills": max(sum("LDL" in i or "STL" in i for i in b) for b in found),
-        "reductions": [i for b in found for i in b if i.startswith(("RED", "ATOM", "UTMAREDG"))],
+        "reductions": re.findall(r"\\b(?:RED|ATOM|UTMAREDG)[^;]*", sass),
     }))
 """
 

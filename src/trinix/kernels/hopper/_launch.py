@@ -22,14 +22,14 @@ raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from
 class Box:
     """What a kernel reads or writes at a time of tensors of one shape: ``at(address)`` is the descriptor."""
 
-    def __init__(self, shape, strides, block, dtype):
+    def __init__(self, shape, strides, block, dtype, swizzled=True):
         # no step is ever taken along a dimension of 1, but the strides of all must be multiples of 16 bytes
         unit = 16 // dtype.itemsize
         self.shape = [int(n) for n in shape]
         self.strides = [s if n > 1 else unit for n, s in zip(shape[:-1], strides[:-1], strict=True)] + [1]
         self.block = list(block)
         bits = 8 * dtype.itemsize
-        swizzle = min(128, block[-1] * dtype.itemsize) if len(block) > 1 else 0
+        swizzle = min(128, block[-1] * dtype.itemsize) if swizzled and len(block) > 1 else 0
         self.layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(block))
         self.dtype = dtype
         self.metadata = None  # how this binary's descriptor looks; set by Binary

@@ -109,7 +109,8 @@ class BackwardConfig(NamedTuple):
     stages: int
     dq_way: int
     copy_sums: bool = False  # whether the copy engine adds dQ up
-    resident: bool = False  # whether K and V stay in registers
+    k_held: int = 0  # columns of K that stay in registers
+    v_held: int = 0
     dv: int = 0  # the width of the tiles of V where it is not Q's
 
 
@@ -143,10 +144,8 @@ def choose_backward(d: int, dv: int, causal: bool, plain: bool) -> BackwardConfi
         return BackwardConfig(64, 64, 256, 2, backward_kernels.WIDE.value, dv=max(out, 128))
     if width == out == 64:
         way = backward_kernels.OWN if causal else backward_kernels.TURNS
-        return BackwardConfig(64, 128, 64, 3, way.value, resident=True)
-    if plain and not causal:
-        return BackwardConfig(64, 128, 128, 2, backward_kernels.TURNS.value, copy_sums=True)
-    return BackwardConfig(64, 128, 128, 2, backward_kernels.COLUMNS.value)
+        return BackwardConfig(64, 128, 64, 3, way.value, k_held=64, v_held=64)
+    return BackwardConfig(64, 128, 128, 2, backward_kernels.COLUMNS.value, copy_sums=True, v_held=64 if plain else 0)
 
 
 def _chosen_forward(d, dv, options, keys):
@@ -183,7 +182,7 @@ def backward_constants(
 ) -> dict:  # fmt: skip
     """The constants of the backward kernel, in its order."""
     wide = c.dq_way == backward_kernels.WIDE.value
-    narrow = {"COPY_SUMS": c.copy_sums and not deterministic, "RESIDENT": c.resident}
+    narrow = {"COPY_SUMS": c.copy_sums and not deterministic, "K_HELD": c.k_held, "V_HELD": c.v_held}
     return {
         "M": c.m, "N": c.n, "D": c.d, **({"DV": c.dv} if wide else {}), "STAGES": c.stages,
         **({} if wide else {"DQ_WAY": c.dq_way}), "BLOCK": backward_kernels.BLOCK, "LEFT": left, "RIGHT": right,
@@ -414,8 +413,9 @@ class _BackwardPlan:
         self.q, self.dout = s.box(q, c.m, c.d), s.box(dout, c.m, dv_width)
         self.k, self.v = s.box(k, keys, c.d), s.box(v, keys, dv_width)
         self.dk, self.dv = s.box(dk, keys, c.d), s.box(dv, keys, dv_width)
-        square = torch.empty(4, width, dtype=torch.float32, device=device)
-        self.dq = Box((self.padded_rows * (c.d // width), width), (width, 1), (64, width), torch.float32)
+        square = torch.empty(4, 256, dtype=torch.float32, device=device)
+        # 64 rows of ``width`` columns, as they lie in memory
+        self.dq = Box((self.padded_rows * c.d // 256, 256), (256, 1), (width // 4, 256), torch.float32, swizzled=False)
         self.lse, self.delta = (Box((self.padded_rows,), (1,), (c.m,), torch.float32) for _ in range(2))
 
         def steps(t):  # batch, row, head, in units of 8 elements: so the compiler knows how they are aligned
@@ -453,11 +453,10 @@ class _BackwardPlan:
             constants, launch_pdl=True,
         )  # fmt: skip
         dq = torch.empty(q.shape, dtype=q.dtype, device="meta")
-        in_order = c.copy_sums and not self.deterministic
         self.after_scalars = (s.heads, s.seq_q, self.padded, 2 * blocks, *steps(dq), s.d // 8, options.scale)
         self.after = _binary(
             backward_kernels.after, s.device, (line, dk, ends_q, *self.after_scalars),
-            {"D": c.d, "WIDTH": width, "BLOCK": block, "VARLEN": s.varlen, "IN_ORDER": in_order},
+            {"D": c.d, "WIDTH": width, "BLOCK": block, "VARLEN": s.varlen},
             num_warps=8, launch_pdl=True,
         )  # fmt: skip
         self.after_blocks = 2 * self.small * (c.d // width)
@@ -664,9 +663,7 @@ def compile_cases() -> list[CompileCase]:
             boxes = dict.fromkeys(("q_desc", "do_desc"), (c.m, c.d))
             boxes |= dict.fromkeys(("k_desc", "v_desc", "dk_desc", "dv_desc"), (keys, c.d))
             line = f"tensordesc<fp32[{c.m}],NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)>"
-            square = (
-                f"tensordesc<fp32[64, {width}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)>"
-            )
+            square = f"tensordesc<fp32[{width // 4}, 256],NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)>"
             signature = _descriptors(boxes) | {"dq_desc": square, "lse_desc": line, "delta_desc": line}
             signature |= {"dk_ptr": "*bf16", "dv_ptr": "*bf16", "sums": "*fp32", "slopes": "*fp32"}
             signature |= dict.fromkeys(("turns", "cu_q", "cu_k"), "*i32")

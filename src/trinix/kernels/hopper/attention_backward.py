@@ -12,11 +12,13 @@ the group, so that grouped heads need no reduction of dK and dV. Per query tile,
 dQ is added up in float32 by reductions into global memory; its last bits depend on the order of arrival unless
 DETERMINISTIC makes every program wait for its turn. dK and dV are the same on every run. The sums lie in the order in which
 the threads of a warpgroup hold them (``_in_thread_order``), so that every reduction is 16 bytes a thread and 512 in a row;
-``after`` puts them in order, scales and rounds.
+``after`` puts them in order, scales and rounds. With COPY_SUMS the threads leave them in shared memory and go on, and the
+producer has the copy engine add them.
 
 Three ways to make dQ: TURNS (one warpgroup makes a whole tile, then the other: wide products, and the other one runs ahead),
 COLUMNS (each makes half of the columns), OWN (a third warpgroup makes nothing else). Products of 64 queries read as many bytes of
-shared memory as it delivers; where registers are left (D = 64), K and V stay in them as left operands (RESIDENT).
+shared memory as it delivers: as many columns of K and V as there are registers for stay in them as left operands
+(K_HELD, V_HELD).
 
 The three kernels follow each other by programmatic launches: each lets the next in early, and waits for the one before it.
 """
@@ -104,7 +106,7 @@ def before(
 @triton.jit(do_not_specialize=("cu_q", "H", "seq_q", "padded", "blocks", "dq_b", "dq_s", "dq_h", "DQ"))
 def after(
     sums, dq, cu_q, H, seq_q, padded, blocks, dq_b: "i64", dq_s: "i64", dq_h: "i64", DQ, scale: "fp32", D: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, IN_ORDER: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """64 rows and WIDTH columns of dQ. Strides and DQ count 8 elements: so the compiler knows how they are aligned."""
     tl.extra.cuda.gdc_wait()
@@ -119,11 +121,8 @@ def after(
     if VARLEN:
         b = b * 0
     flat = tl.load(sums + (base + m) * D + part * (64 * WIDTH) + tl.arange(0, 64 * WIDTH))
-    if IN_ORDER:
-        x = tl.reshape(flat * scale, (64, WIDTH)).to(dq.dtype.element_ty)
-    else:
-        x = tl.reshape(flat * scale, (4, WIDTH // 8, 8, 4, 2, 2))  # as _in_thread_order left it
-        x = tl.reshape(tl.permute(x, (0, 4, 2, 1, 3, 5)), (64, WIDTH)).to(dq.dtype.element_ty)
+    x = tl.reshape(flat * scale, (4, WIDTH // 8, 8, 4, 2, 2))  # as _in_thread_order left it
+    x = tl.reshape(tl.permute(x, (0, 4, 2, 1, 3, 5)), (64, WIDTH)).to(dq.dtype.element_ty)
     i = m + tl.arange(0, 64)
     d = part * WIDTH + tl.arange(0, WIDTH)
     to = dq + (b * dq_b + (bh % H).to(tl.int64) * dq_h + (row0 + i).to(tl.int64)[:, None] * dq_s) * 8 + d[None, :]
@@ -224,9 +223,10 @@ def _padded_row(b, h, row0, H, padded, BLOCK: gl.constexpr, VARLEN: gl.constexpr
 @gluon.jit
 def _producer(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, q_full,
-    q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
-    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    TAIL: gl.constexpr, VARLEN: gl.constexpr,
+    q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q,
+    seq_k, padded, left, right, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DQ_WAY: gl.constexpr,
+    BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr,
+    COPY_SUMS: gl.constexpr,
 ):  # fmt: skip
     n, bh = _place(key_blocks, out_heads, section)
     b = bh // (Hk * parts)
@@ -238,6 +238,8 @@ def _producer(
         tma_load(k_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full, k_s.index(g))
         tma_load(v_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full, v_s.index(g))
     it = 0
+    row_1 = 0  # the sums' rows of the last tile, and of the one before it
+    row_2 = 0
     for g in range(group):
         h = out_head * group + g
         row = _padded_row(b, h, row0, Hk * parts * group, padded, BLOCK, VARLEN)
@@ -253,6 +255,16 @@ def _producer(
             mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
             tma_load(do_desc, [batch, row0 + m * M, h, 0], do_full.index(slot), do_s.index(slot))
             tma_load(delta_desc, [row + m * M], do_full.index(slot), delta_s.index(slot))
+            if COPY_SUMS:  # with two slots, dQ of the tile before the last is there when a slot is free for the next
+                if it > 2:
+                    _add_copied(dq_desc, dq_s, dq_full, dq_empty, it - 3, row_2, D, DQ_WAY)
+                row_2 = row_1
+                row_1 = row + m * M
+    if COPY_SUMS:
+        if it > 1:
+            _add_copied(dq_desc, dq_s, dq_full, dq_empty, it - 2, row_2, D, DQ_WAY)
+        if it > 0:
+            _add_copied(dq_desc, dq_s, dq_full, dq_empty, it - 1, row_1, D, DQ_WAY)
 
 
 @gluon.jit
@@ -279,17 +291,56 @@ def add_from_registers(
 
 
 @gluon.jit
+def _dq_turn(i, me, DQ_WAY: gl.constexpr):
+    """Tile i -> (the barriers of its dQ, how often their buffer was used before): COLUMNS fills both parts for every tile,
+    TURNS one for every second."""
+    at = 0
+    use = i
+    if DQ_WAY == TURNS:
+        at = me
+        use = i // 2
+    return at, use
+
+
+@gluon.jit
 def _add(
-    sums, dq_desc, dq_s, row, share, dq, turns, turn, ME: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
-    DETERMINISTIC: gl.constexpr, COPY_SUMS: gl.constexpr,
+    sums, dq_s, dq_full, dq_empty, i, row, share, dq, turns, turn, ME: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
+    DQ_WAY: gl.constexpr, DETERMINISTIC: gl.constexpr, COPY_SUMS: gl.constexpr,
 ):  # fmt: skip
     if COPY_SUMS:
-        tma.store_wait(0)  # the previous reduction has read dq_s
-        dq_s.index(ME).store(dq)
+        at, use = _dq_turn(i, ME, DQ_WAY)
+        mbarrier.wait(dq_empty.index(at), (use & 1) ^ 1)
+        dq_s.index(ME).store(gl.reshape(_in_thread_order(dq, WIDTH), (WIDTH // 4, 256)))
         fence_async_shared()
-        tma_reduce_add(dq_desc, [row * (D // WIDTH) + share * 64, 0], dq_s.index(ME))
+        mbarrier.arrive(dq_full.index(at), count=1)
     else:
         add_from_registers(sums, row, share, dq, turns, turn, D, WIDTH, DETERMINISTIC)
+
+
+@gluon.jit
+def _add_copied(dq_desc, dq_s, dq_full, dq_empty, i, row, D: gl.constexpr, DQ_WAY: gl.constexpr):
+    """The producer's part of ``_add``."""
+    at, use = _dq_turn(i, i % 2, DQ_WAY)
+    mbarrier.wait(dq_full.index(at), use & 1)
+    if DQ_WAY == COLUMNS:
+        for part in gl.static_range(2):
+            tma_reduce_add(dq_desc, [row // (256 // D) + part * (D // 8), 0], dq_s.index(part))
+    else:
+        tma_reduce_add(dq_desc, [row // (256 // D), 0], dq_s.index(at))
+    tma.store_wait(0)
+    mbarrier.arrive(dq_empty.index(at), count=1)
+
+
+@gluon.jit
+def _scores(left, keys, queries, zero, D: gl.constexpr, HELD: gl.constexpr):
+    """``keys queries^T``, started; ``left`` is their first HELD columns in registers, or themselves."""
+    if HELD == 0 or HELD == D:
+        x = warpgroup_mma(left, queries.permute((1, 0)), zero, use_acc=False, is_async=True)
+    else:
+        rest = queries.slice(HELD, D - HELD, dim=1).permute((1, 0))
+        x = warpgroup_mma(keys.slice(HELD, D - HELD, dim=1), rest, zero, use_acc=False, is_async=True)
+        x = warpgroup_mma(left, queries.slice(0, HELD, dim=1).permute((1, 0)), x, is_async=True)
+    return x
 
 
 @gluon.jit
@@ -308,12 +359,13 @@ def _dq_product(ds_s, buf, k0, k1, zero, ME: gl.constexpr, WIDTH: gl.constexpr, 
 
 @gluon.jit
 def _consumer(
-    ME: gl.constexpr, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s,
-    dq_s, lse_s, delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk,
-    parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    ME: gl.constexpr, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s,
+    dq_s, lse_s, delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads,
+    section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale,
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr, RESIDENT: gl.constexpr,
+    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = N // 2  # keys of this warpgroup
     PARTS: gl.constexpr = 3 if LEFT else (2 if RIGHT or TAIL else 1)
@@ -347,9 +399,10 @@ def _consumer(
     v_my = v_s.index(ME).reshape([HALF, D])
     k_left = k_my
     v_left = v_my
-    if RESIDENT:
-        k_left = k_my.load(gl.DotOperandLayout(0, s_layout, 2))
-        v_left = v_my.load(gl.DotOperandLayout(0, s_layout, 2))
+    if K_HELD:
+        k_left = k_my.slice(0, K_HELD, dim=1).load(gl.DotOperandLayout(0, s_layout, 2))
+    if V_HELD:
+        v_left = v_my.slice(0, V_HELD, dim=1).load(gl.DotOperandLayout(0, s_layout, 2))
     it = 0
     for g in range(group):
         h = out_head * group + g
@@ -376,9 +429,9 @@ def _consumer(
                 q = q_s.index(slot).reshape([M, D])
                 do = do_s.index(slot).reshape([M, D])
                 mbarrier.wait(q_full.index(slot), phase)
-                s_tok = warpgroup_mma(k_left, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                s_tok = _scores(k_left, k_my, q, zero_s, D, K_HELD)
                 mbarrier.wait(do_full.index(slot), phase)
-                dp_tok = warpgroup_mma(v_left, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                dp_tok = _scores(v_left, v_my, do, zero_s, D, V_HELD)
                 s = warpgroup_mma_wait(1, deps=(s_tok,))
                 lse = gl.expand_dims(lse_s.index(slot).load(query_axis), 0)  # kept in registers it would cause spills
                 at = gl.expand_dims(m * M + sk - sq + gl.arange(0, M, query_axis), 0)
@@ -421,7 +474,10 @@ def _consumer(
                     dk_tok = warpgroup_mma(dsb, q, dk, is_async=True)
                     dv, dq = warpgroup_mma_wait(1, deps=(dv_tok, dq_tok))
                     mbarrier.arrive(do_empty.index(slot), count=1)
-                    _add(sums, dq_desc, dq_s, row, ME, dq, turns, 2 * turn, ME, D, WIDTH, DETERMINISTIC, COPY_SUMS)
+                    _add(
+                        sums, dq_s, dq_full, dq_empty, it - 1, row, ME, dq, turns, 2 * turn, ME, D, WIDTH, DQ_WAY,
+                        DETERMINISTIC, COPY_SUMS,
+                    )  # fmt: skip
                     dk = warpgroup_mma_wait(0, deps=(dk_tok,))
                     mbarrier.arrive(q_empty.index(slot), count=1)
                 else:
@@ -437,8 +493,10 @@ def _consumer(
                             _wait_for_other(ME)
                             dq = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
                             dq = warpgroup_mma_wait(0, deps=(dq,))
-                            _add(sums, dq_desc, dq_s, row, 0, dq, turns, turn, ME, D, WIDTH, DETERMINISTIC, COPY_SUMS)
-    tma.store_wait(0)
+                            _add(
+                                sums, dq_s, dq_full, dq_empty, it - 1, row, 0, dq, turns, turn, ME, D, WIDTH, DQ_WAY,
+                                DETERMINISTIC, COPY_SUMS,
+                            )  # fmt: skip
     if DQ_WAY == OWN:  # noqa: SIM102  (a constant and a value at run time)
         if it > 0:
             mbarrier.wait(ds_empty.index((it - 1) % 2), ((it - 1) // 2) & 1)
@@ -514,7 +572,7 @@ def attention_backward(
     scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr, RESIDENT: gl.constexpr,
+    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
@@ -535,6 +593,14 @@ def attention_backward(
         dq_s = gl.allocate_shared_memory(
             gl.float32, [2, dq_desc.block_type.shape[0], dq_desc.block_type.shape[1]], dq_desc.layout
         )
+    dq_full = kv_full
+    dq_empty = kv_full
+    if COPY_SUMS:
+        dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+        dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+        for i in gl.static_range(2):
+            mbarrier.init(dq_full.index(i), count=2 if DQ_WAY == COLUMNS else 1)
+            mbarrier.init(dq_empty.index(i), count=1)
     ds_full = kv_full
     ds_empty = kv_full
     if DQ_WAY == OWN:
@@ -557,20 +623,21 @@ def attention_backward(
         gl.warp_specialize([
             (_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
-                q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
-                left, right, M, N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+                q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
+                parts, group, seq_q, seq_k, padded, left, right, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+                COPY_SUMS,
             )),
             (_consumer, (
-                W0, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts,
-                group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
-                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, RESIDENT,
+                W0, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
+                parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
+                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD,
             )),
             (_consumer, (
-                W1, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts,
-                group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
-                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, RESIDENT,
+                W1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
+                parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
+                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD,
             )),
             (_adder, (
                 sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts, group,
@@ -581,19 +648,20 @@ def attention_backward(
         gl.warp_specialize([
             (_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
-                q_full, q_empty, do_full, do_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
-                left, right, M, N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+                q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
+                parts, group, seq_q, seq_k, padded, left, right, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+                COPY_SUMS,
             )),
             (_consumer, (
-                W0, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts,
-                group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
-                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, RESIDENT,
+                W0, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
+                parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
+                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD,
             )),
             (_consumer, (
-                W1, dk_desc, dv_desc, dq_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts,
-                group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
-                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, RESIDENT,
+                W1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
+                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
+                parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
+                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD,
             )),
         ], [4, 4], [240, 240])  # fmt: skip

@@ -97,7 +97,6 @@ class ForwardConfig(NamedTuple):
     consumers: int
     registers: int
     q_buffers: int
-    scores_first: bool
     pingpong: bool
     lazy: bool = False
 
@@ -125,14 +124,14 @@ def choose_forward(d: int, dv: int, causal: bool, keys: int) -> ForwardConfig | 
         return None
     if width == out == 64:
         if causal and keys < 4096:  # blocks of 128 rows: less of the diagonal is computed for nothing
-            return ForwardConfig(64, 128, 64, 64, 64, 4, 2, 240, 2, True, False, True)
-        return ForwardConfig(64, 128, 64, 64, 64, 3, 3, 160, 2, False, False, True)
+            return ForwardConfig(64, 128, 64, 64, 64, 4, 2, 240, 2, False, True)
+        return ForwardConfig(64, 128, 64, 64, 64, 3, 3, 160, 2, False, True)
     if max(width, out) <= 128:
-        return ForwardConfig(64, 128, 128, 128, 128, 2, 2, 240, 2, True, True, True)
+        return ForwardConfig(64, 128, 128, 128, 128, 2, 2, 240, 2, True, True)
     used = 192 if 128 < d <= 192 else width
     if out <= 128:
-        return ForwardConfig(64, 64, 256, used, 128, 2, 2, 240, 1, True, False, True)
-    return ForwardConfig(64, 64, 256, max(used, 192), 256, 2, 2, 240, 1, True, False, True)
+        return ForwardConfig(64, 64, 256, used, 128, 2, 2, 240, 1, False, True)
+    return ForwardConfig(64, 64, 256, max(used, 192), 256, 2, 2, 240, 1, False, True)
 
 
 def choose_backward(d: int, dv: int, causal: bool, plain: bool) -> BackwardConfig | None:
@@ -172,7 +171,7 @@ def forward_constants(
         "M": c.m, "N": c.n, "D": c.d, "D_QK": c.d_qk, "DV": c.dv, "STAGES": c.stages, "CONSUMERS": c.consumers,
         "REGISTERS": c.registers, "Q_BUFFERS": c.q_buffers, "LEFT": left, "RIGHT": right, "TAIL": tail,
         "ONE_MASK": one_mask, "SOFTCAP": softcap, "ALIBI": alibi, "SINK": sink, "VARLEN": varlen,
-        "SCORES_FIRST": c.scores_first, "PINGPONG": c.pingpong, "LAZY": c.lazy,
+        "PINGPONG": c.pingpong, "LAZY": c.lazy,
     }  # fmt: skip
 
 

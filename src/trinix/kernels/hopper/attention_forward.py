@@ -172,26 +172,32 @@ def _partial_sums(p, M: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def _softmax_step(
-    s,
-    m_old,
-    l_old,
-    scale,
-    IN_LOG2: gl.constexpr,
-    MASKED: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    LAZY: gl.constexpr = False,
-):
-    """Scores -> (exponentials, new maximum, new sums, factor of the old ones). Maxima are in units of log2.
+def _row_maxima(s, M: gl.constexpr, N: gl.constexpr):
+    """Row maxima by short chains that can run side by side: gl.max is one chain over all columns of a thread."""
+    x = gl.max(gl.reshape(s, (M, 4, N // 32, 4, 2)), 2)
+    x = gl.max(gl.max(x, 3), 1)
+    return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, s.type.layout))
 
-    scale holds log2(e), so that exp2 of one fused multiply-add is the whole exponential; IN_LOG2: s has been scaled."""
+
+@gluon.jit
+def _new_maximum(s, m_old, scale, IN_LOG2: gl.constexpr, M: gl.constexpr, N: gl.constexpr, LAZY: gl.constexpr):
+    """The maximum so far, in units of log2. scale holds log2(e); IN_LOG2: s has been scaled."""
     if IN_LOG2:
-        m_new = gl.maximum(m_old, gl.max(s, 1))
+        m_new = gl.maximum(m_old, _row_maxima(s, M, N))
     else:
-        m_new = gl.maximum(m_old, gl.max(s, 1) * scale)
+        m_new = gl.maximum(m_old, _row_maxima(s, M, N) * scale)
     if LAZY:  # a maximum may stay behind by 8 bits: exponentials reach 256, sums are float32
         m_new = gl.where(m_new - m_old > 8.0, m_new, m_old)
+    return m_new
+
+
+@gluon.jit
+def _exponentials(
+    s, m_old, m_new, l_old, scale, IN_LOG2: gl.constexpr, MASKED: gl.constexpr, M: gl.constexpr, N: gl.constexpr
+):
+    """Scores -> (exponentials, new sums, factor of the old ones).
+
+    scale holds log2(e), so that exp2 of one fused multiply-add is the whole exponential; IN_LOG2: s has been scaled."""
     m_use = m_new
     if MASKED:  # a row without any key yet: -inf - -inf would be NaN
         m_use = gl.where(m_new == -float("inf"), 0.0, m_new)
@@ -201,7 +207,16 @@ def _softmax_step(
         p = gl.exp2(s * scale - gl.expand_dims(m_use, 1))
     alpha = gl.exp2(m_old - m_use)
     a = gl.convert_layout(alpha, gl.SliceLayout(1, l_old.type.layout))
-    return p, m_new, l_old * gl.expand_dims(a, 1) + _partial_sums(p, M, N), alpha
+    return p, l_old * gl.expand_dims(a, 1) + _partial_sums(p, M, N), alpha
+
+
+@gluon.jit
+def _rounded(p, like):
+    """p in the type of like. From one loop to the next LLVM would carry the halves of each register apart, and join them by
+    an instruction each in every tile; what an assembler line returned it leaves together."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [p.to(like.dtype)], dtype=like.dtype, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
@@ -226,7 +241,7 @@ def _consumer(
     slopes_batch, scale, cap, D_OUT, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr,
     DV: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr,
     RIGHT: gl.constexpr, TAIL: gl.constexpr, ONE_MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
-    SINK: gl.constexpr, VARLEN: gl.constexpr, SCORES_FIRST: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
+    SINK: gl.constexpr, VARLEN: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = M * CONSUMERS
     MASKED: gl.constexpr = LEFT or RIGHT or TAIL
@@ -303,7 +318,11 @@ def _consumer(
         s = transformed(s, at, keys, scale, cap, slope, SOFTCAP, ALIBI)
         if MASKED:
             s = keep_columns(s, from_key - (last - 1) * N, to_key - (last - 1) * N, -float("inf"), LEFT, True)
-        p, m_i, l_i, alpha = _softmax_step(s, m_i, l_i, scale, IN_LOG2, MASKED, M, N, LAZY)
+        m_new = _new_maximum(s, m_i, scale, IN_LOG2, M, N, LAZY)
+        p, l_i, alpha = _exponentials(s, m_i, m_new, l_i, scale, IN_LOG2, MASKED, M, N)
+        m_i = m_new
+        p = _rounded(p, k_s)
+        mbarrier.wait(v_full.index(slot), (kv // STAGES) & 1)
 
         # Steady state, once for each kind of tile.
         for part in gl.static_range(PARTS):
@@ -320,44 +339,33 @@ def _consumer(
                     lo = gl.maximum(last - whole_from, 1)
             for j in range(lo, hi):
                 v_slot = kv % STAGES
-                v_phase = (kv // STAGES) & 1
                 kv += 1
                 slot = kv % STAGES
                 phase = (kv // STAGES) & 1
                 v = v_s.index(v_slot).reshape([N, DV])
-                if SCORES_FIRST:
-                    mbarrier.wait(k_full.index(slot), phase)
-                    if PINGPONG:
-                        _wait_turn(ME)
-                    s_tok = _score_product(q, k_s, slot, zero, N, D, D_QK)
-                    pb = gl.convert_layout(p.to(dtype), p_layout)
-                    mbarrier.wait(v_full.index(v_slot), v_phase)
-                    o_tok = warpgroup_mma(pb, v, o, is_async=True)
-                    if PINGPONG:
-                        _pass_turn(ME)
-                    s = warpgroup_mma_wait(1, deps=(s_tok,))
-                    mbarrier.arrive(k_empty.index(slot), count=1)
-                else:  # fewer registers: P is used up before the scores need room (3 warpgroups of 160 registers)
-                    pb = gl.convert_layout(p.to(dtype), p_layout)
-                    mbarrier.wait(v_full.index(v_slot), v_phase)
-                    mbarrier.wait(k_full.index(slot), phase)
-                    o_tok = warpgroup_mma(pb, v, o, is_async=True)
-                    s_tok = _score_product(q, k_s, slot, zero, N, D, D_QK)
-                    o = warpgroup_mma_wait(1, deps=(o_tok,))
-                    mbarrier.arrive(v_empty.index(v_slot), count=1)
-                    s = warpgroup_mma_wait(0, deps=(s_tok,))
-                    mbarrier.arrive(k_empty.index(slot), count=1)
+                mbarrier.wait(k_full.index(slot), phase)
+                if PINGPONG:
+                    _wait_turn(ME)
+                s_tok = _score_product(q, k_s, slot, zero, N, D, D_QK)
+                o_tok = warpgroup_mma(gl.convert_layout(p, p_layout), v, o, is_async=True)
+                if PINGPONG:
+                    _pass_turn(ME)
+                s = warpgroup_mma_wait(1, deps=(s_tok,))
+                mbarrier.arrive(k_empty.index(slot), count=1)
                 keys = gl.expand_dims((last - 1 - j) * N + gl.arange(0, N, gl.SliceLayout(0, s_layout)), 0)
                 s = transformed(s, at, keys, scale, cap, slope, SOFTCAP, ALIBI)
                 if PARTS > 1 and part != 1:
                     col = (last - 1 - j) * N
                     s = keep_columns(s, from_key - col, to_key - col, -float("inf"), LEFT, True)
-                p, m_i, l_i, alpha = _softmax_step(s, m_i, l_i, scale, IN_LOG2, PARTS > 1 and part != 1, M, N, LAZY)
-                if SCORES_FIRST:
-                    # ptxas moves this wait up, in front of most of the softmax. That is fine: the overlap that counts
-                    # is with the other warpgroup (docs/perf/attention.md).
-                    o = warpgroup_mma_wait(0, deps=(o_tok,))
-                    mbarrier.arrive(v_empty.index(v_slot), count=1)
+                m_new = _new_maximum(s, m_i, scale, IN_LOG2, M, N, LAZY)
+                # V(j) is needed only by the next product. Its wait is a branch: it keeps the wait for O behind the maxima,
+                # which would else come first, and the product under them (docs/perf/attention.md).
+                mbarrier.wait(v_full.index(slot), phase)
+                o = warpgroup_mma_wait(0, deps=(o_tok,))
+                mbarrier.arrive(v_empty.index(v_slot), count=1)
+                p, l_i, alpha = _exponentials(s, m_i, m_new, l_i, scale, IN_LOG2, PARTS > 1 and part != 1, M, N)
+                m_i = m_new
+                p = _rounded(p, k_s)
                 if LAZY:
                     o = _rescale(o, gl.convert_layout(alpha, o_row), DV)
                 else:
@@ -365,9 +373,7 @@ def _consumer(
 
         # Last P V, normalise, store.
         slot = kv % STAGES
-        pb = gl.convert_layout(p.to(dtype), p_layout)
-        mbarrier.wait(v_full.index(slot), (kv // STAGES) & 1)
-        o = warpgroup_mma(pb, v_s.index(slot).reshape([N, DV]), o, is_async=True)
+        o = warpgroup_mma(gl.convert_layout(p, p_layout), v_s.index(slot).reshape([N, DV]), o, is_async=True)
         l_row = gl.convert_layout(gl.sum(l_i, 1), s_row)
         inv = gl.where(l_row == 0.0, 0.0, 1.0 / l_row)
         if SINK:  # one more logit in the normaliser, whose value is 0
@@ -431,7 +437,7 @@ def attention_forward(
     N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, ONE_MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
-    VARLEN: gl.constexpr, SCORES_FIRST: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
+    VARLEN: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(q_desc.dtype, [Q_BUFFERS * CONSUMERS, 1, M, 1, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, N, 1, D], k_desc.layout)
@@ -473,13 +479,13 @@ def attention_forward(
                 W0, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
                 right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
             )),
             (_consumer, (
                 W1, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
                 right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
             )),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
@@ -493,18 +499,18 @@ def attention_forward(
                 W0, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
                 right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
             )),
             (_consumer, (
                 W1, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
                 right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
             )),
             (_consumer, (
                 W2, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
                 right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SCORES_FIRST, PINGPONG, LAZY,
+                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
             )),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

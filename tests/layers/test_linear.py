@@ -25,6 +25,12 @@ def made(k, n, bias=True, dtype=torch.bfloat16, device="cpu"):
     return layer.requires_grad_(False)
 
 
+def with_(layer, **parameters):
+    for name, value in parameters.items():
+        setattr(layer, name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
+    return layer
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often the kernel ran."""
@@ -64,14 +70,38 @@ def test_one_row_holds_the_float64_budget(k, n, bias, dtype, device, calls):
         lambda layer, x: (layer, x.clone().requires_grad_()),
         lambda layer, x: (made(20, 3, device=x.device), x[..., :20]),
         lambda layer, x: (layer, torch.stack((x, x), -1)[..., 0]),
+        lambda layer, x: (with_(layer, bias=layer.bias[:1]), x),
+        lambda layer, x: (with_(layer, bias=None, weight=layer.weight[0]), x),
     ],
-    ids=["float32", "two rows", "no row", "subclass", "weights that learn", "x that learns", "K of 20", "strided"],
-)
+    ids=[
+        "float32", "two rows", "no row", "subclass", "weights that learn", "x that learns", "K of 20", "strided",
+        "bias for all", "one column",
+    ],
+)  # fmt: skip
 def test_other_calls_are_pytorchs(change, device, calls):
     layer = made(64, 5, device=device)
     layer, x = change(layer, normal((1, 1, 64), torch.bfloat16, seed=9, device=device))
     same(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not calls
+
+
+def test_a_sparse_weight_is_pytorchs(device, calls):
+    layer, x = made(64, 8, False, device=device), normal((1, 64), torch.bfloat16, seed=9, device=device)
+    with_(layer, weight=layer.weight.to_sparse_csr())
+    try:
+        want = F.linear(x, layer.weight)
+    except RuntimeError:  # not every PyTorch has the product
+        with pytest.raises(RuntimeError, match=r"^(?!.*is_contiguous)"):
+            layer(x)
+    else:
+        same(layer(x), want)
+    assert not calls
+
+
+def test_a_layer_on_the_meta_device_gives_shapes():
+    place = {"dtype": torch.bfloat16, "device": "meta"}
+    with torch.no_grad():
+        assert FastLinear(64, 5, **place)(torch.empty(1, 64, **place)).shape == (1, 5)
 
 
 def test_contexts_that_leave_it_to_pytorch(device, calls):
@@ -93,6 +123,9 @@ def test_a_row_of_another_width_is_refused_as_torch_refuses_it(device):
     layer = made(64, 5, device=device)
     with pytest.raises(RuntimeError):
         layer(torch.zeros(8, 8, dtype=torch.bfloat16, device=device))
+    with_(layer, bias=torch.zeros(3, dtype=torch.bfloat16, device=device))
+    with pytest.raises(RuntimeError):
+        layer(torch.zeros(1, 64, dtype=torch.bfloat16, device=device))
 
 
 def test_it_is_a_linear_layer():

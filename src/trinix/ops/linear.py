@@ -36,8 +36,8 @@ def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         dispatch.plain(*tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not torch.is_autocast_enabled(x.device.type)
         and dispatch.resolve("auto") in ("auto", "triton")
         and _kernels() is not None
         and _kernels().unsupported(*tensors) is None
+        and not torch.is_autocast_enabled(x.device.type)  # last: it knows no meta device
     )

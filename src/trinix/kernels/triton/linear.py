@@ -67,8 +67,15 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """Why this kernel does not compute ``F.linear(x, weight, bias)``, or None."""
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return f"needs a GPU tensor, got {x.device.type}"
+    if (
+        x.layout is not torch.strided
+        or weight.layout is not torch.strided
+        or weight.dim() != 2
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        return "takes a dense weight [N, K] and a bias [N]"  # PyTorch broadcasts a bias of [1], and refuses others
     n, k = weight.shape
-    if x.numel() != k or x.shape[-1] != k:
+    if x.numel() != k or x.shape[-1:] != (k,):
         return f"takes one row of {k}, got shape {list(x.shape)}"
     if x.dtype not in DTYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return f"takes tensors of one dtype, float16 or bfloat16, got {x.dtype} and {weight.dtype}"

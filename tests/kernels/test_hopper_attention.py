@@ -261,6 +261,19 @@ def test_emulated_prepared_calls_are_the_same(monkeypatch, d):
                 torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)  # dq's sums come in any order
 
 
+def test_emulated_gradients_of_saved_tensors_that_a_hook_has_packed(monkeypatch):
+    """q, k and v out of one product come back dense, as torch.autograd.graph.save_on_cpu leaves them; then as they were."""
+    gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, 4)
+    q, k, v = normal((1, 70, 3, 2, 64), torch.float16, seed=0).unbind(2)
+    dout = normal(q.shape, torch.float16, seed=1)
+    prepared = hopper.Prepared("hopper", q, k, v, Options(scale=0.125))
+    out, lse = prepared.forward(q, k, v, True)
+    true = hopper.backward(dout, None, q, k, v, out, lse, prepared.options, (True,) * 5)[:3]
+    for saved in ([q, k, v], [t.contiguous() for t in (q, k, v)], [q, k, v]):
+        for a, b in zip(prepared.backward(dout, *saved, out, lse), true, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_emulated_lengths_slopes_and_sink(monkeypatch, d):
     queries, keys = [70, 140, 1, 0], [70, 160, 5, 30]

@@ -559,7 +559,7 @@ class Prepared:
         # one place for all that is written and never read, and no allocation, where the host's time counts
         self.unread_lse = _unread(self.device) if batch * heads * rows <= _UNREAD else None
         self.plan = None
-        self.backward_plans = {}  # strides of dout -> plan, shapes of dk, dv and space
+        self.backward_plans = {}  # strides of dout, q, k and v -> plan, shapes of dk, dv and space
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, wants_lse: bool) -> tuple[Tensor, Tensor]:
         """(out, lse); without ``wants_lse`` nobody may read lse."""
@@ -583,16 +583,18 @@ class Prepared:
         stream = raw_stream(self.index)
         if dout.data_ptr() & 15:
             dout = readable(dout)
-        found = self.backward_plans.get(dout.stride())
+        # of q, k and v too: hooks on saved tensors may have packed them densely (torch.autograd.graph.save_on_cpu does)
+        kept = q.stride(), k.stride(), v.stride()
+        found = self.backward_plans.get((dout.stride(), *kept))
         if found is None:
             dout = readable(dout)
-            found = self.backward_plans.get(dout.stride())
+            found = self.backward_plans.get((dout.stride(), *kept))
             if found is None:
                 plan = _BackwardPlan((q, k, v, out, dout, lse, lse), self.options, False, *(lse,) * 4)
                 shapes = _dense(*plan.dk_shape), _dense(*plan.dv_shape), _dense(plan.space)
                 if len(self.backward_plans) >= _MOST_PLANS:
                     self.backward_plans.clear()
-                found = self.backward_plans[dout.stride()] = plan, *shapes
+                found = self.backward_plans[dout.stride(), *kept] = plan, *shapes
         plan, dk_shape, dv_shape, space_shape = found
         dq = torch.empty_strided(*self.q_shape, dtype=self.dtype, device=self.device)
         dk = torch.empty_strided(*dk_shape, dtype=self.dtype, device=self.device)

@@ -1,5 +1,6 @@
 """The adapters to cuDNN's and FlashAttention's kernels: what they refuse and why, and on the card the same numbers as ours."""
 
+import importlib
 import sys
 import types
 
@@ -15,6 +16,7 @@ from trinix.ops.attention import Options
 from trinix.testing import judge, normal
 
 BACKENDS = ("cudnn", "flash_attn")
+contract = importlib.import_module("trinix.ops.attention")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -210,10 +212,45 @@ def test_rows_of_a_gradient_that_lie_askew_are_copied(package, monkeypatch):
     given = []
     monkeypatch.setattr(flash, "_backward", lambda name, dout, *_: given.append(dout) or (dout,) * 3)
     q, lse = torch.zeros(1, 4, 1, 8), torch.zeros(1, 1, 4)
-    for dout in (torch.randn(1, 4, 1, 9)[..., :8], torch.randn(40)[1:33].view(q.shape)):
+    for dout in (torch.randn(1, 4, 1, 9)[..., :8], torch.randn(40)[1:33].view(q.shape), torch.randn(8).expand(q.shape)):
         flash.backward(dout, None, q, q, q, q, lse, Options(scale=1.0), (True,) * 3)
         assert flash._rows_are_aligned(given[-1])
+        assert 0 not in given[-1].stride()
         torch.testing.assert_close(given[-1], dout)
+
+
+def test_grouped_heads_of_two_head_dimensions_have_no_backward_in_4_on_hopper(package):
+    q, k, v = (torch.zeros(1, 4, heads, d) for heads, d in ((4, 16), (2, 16), (2, 8)))
+    if "4" not in package[0]:
+        pytest.skip("takes one head dimension")
+    options = Options(scale=1.0)
+    assert flash._names(q, k, v, options, False)[0] == package[0]
+    assert flash._names(q, k[:, :, :1].expand_as(q), v[:, :, :1].expand(1, 4, 4, 8), options, True)[0] == package[0]
+    assert "no backward of grouped heads" in flash._names(q, k, v, options, True)[1][package[0]]
+
+
+TIMED_FA4 = {
+    "plain": {}, "causal": {"causal": True, "window_right": 0}, "grouped heads": {"key_heads": 4},
+}  # fmt: skip
+NOT_TIMED = {
+    "window": {"window_left": 512, "window_right": 0, "causal": True}, "softcap": {"softcap": 20.0},
+    "slopes": {"alibi_slopes": torch.ones(16)}, "the same bits": {"deterministic": True},
+    "lengths": {"cu_seqlens_q": torch.tensor([0, 9, 16384], dtype=torch.int32), "max_seqlen_k": 16375},
+    "two dimensions of grouped heads": {"key_heads": 4, "dv": 64}, "a short call": {"length": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", TIMED_FA4 | NOT_TIMED)
+def test_4_goes_first_on_hopper_only_where_it_was_timed_and_can_run(asked, package, monkeypatch):
+    """Another package may take the call, and is not asked before our own kernels."""
+    for module in ("flash_attn", "hopper", "cudnn"):
+        monkeypatch.setattr(contract.BACKENDS[module](), "unsupported", lambda *call: None)
+    options = (TIMED_FA4 | NOT_TIMED)[asked].copy()
+    heads, dv, length = options.pop("key_heads", 16), options.pop("dv", 128), options.pop("length", 16384)
+    shapes = [(1, length, 16, 128), (1, length, heads, 128), (1, length, heads, dv)]
+    tensors = [torch.empty(shape[1 if asked == "lengths" else 0 :], device="meta") for shape in shapes]
+    first = contract._first(*tensors, Options(**({"scale": 1.0} | options)), True, {})
+    assert first == ("flash_attn" if "4" in package[0] and asked in TIMED_FA4 else "hopper")
 
 
 def test_only_a_scale_above_zero_is_taken(package):

@@ -128,8 +128,8 @@ def order(
 ) -> tuple[str, ...]:
     """Which backends "auto" asks on a card, the fastest first; readings: docs/perf/attention.md.
 
-    ``rows``: queries of all heads; ``keys``: of one sequence; ``fa4``: whether FlashAttention 4 is installed. Its calls cost the
-    host 0.2 ms, so it stands first only where the card needs longer.
+    ``rows``: queries of all heads; ``keys``: of one sequence; ``fa4``: whether FlashAttention 4 can run the call. Its calls cost
+    the host 0.2 ms, so it stands first only where the card needs longer.
     """
     if capability[0] != 9:
         return "flash_attn", "cudnn", "triton"
@@ -530,7 +530,14 @@ def _first(q, k, v, options, backward, rejected) -> str | None:
     """The first backend in ``order`` that can run; the reasons of those before it go into ``rejected``."""
     card = torch.cuda.get_device_capability(q.device)
     call = q.shape[-1], v.shape[-1], options.causal, backward, math.prod(q.shape[:-1]), k.shape[-3]
-    fa4 = card[0] == 9 and fa4_is_faster(*call) and _missing("flash_attn") is None and _flash_attn().has_fa4()
+    timed = (  # windows, lengths and the rest were not: there FlashAttention 4 waits for its turn
+        options.window_left < 0 and options.window_right <= 0 and not options.softcap and not options.deterministic
+        and options.cu_seqlens_q is None
+    )  # fmt: skip
+    fa4 = (
+        card[0] == 9 and timed and fa4_is_faster(*call) and _missing("flash_attn") is None
+        and _flash_attn().fa4_can_run(q, k, v, options, backward)
+    )  # fmt: skip
     for name in order(card, *call, fa4):
         reason = _missing(name) or BACKENDS[name]().unsupported(q, k, v, options, backward)
         if reason is None:

@@ -32,15 +32,11 @@ def _module(name: str):
         module = importlib.import_module(_PACKAGES[name][0])
     except ModuleNotFoundError as error:
         return f"needs the package {error.name}, which is not installed"
-    except (ImportError, AttributeError, RuntimeError, OSError) as error:  # built for other versions of what it needs
+    except Exception as error:  # built for other versions of what it needs; "auto" must live with it
         return f"cannot be imported: {type(error).__name__}: {error}"
     halves = ("_flash_attn_fwd", "_flash_attn_bwd") if name == "FlashAttention 4" else ("_flash_attn_forward",)
     lacking = [half for half in halves if not hasattr(module, half)]
     return f"is of another version: {module.__name__} has no {lacking[0]}" if lacking else module
-
-
-def has_fa4() -> bool:
-    return not isinstance(_module("FlashAttention 4"), str)
 
 
 def _against(name: str, q, k, v, options, backward: bool) -> str | None:
@@ -67,9 +63,16 @@ def _against(name: str, q, k, v, options, backward: bool) -> str | None:
         return f"takes head dimensions that are multiples of 8, up to 256, got {d} and {dv}"
     if not new and d != dv:
         return f"takes one head dimension, got {d} for keys and {dv} for values"
+    if new and major == 9 and backward and d != dv and q.shape[-2] != k.shape[-2]:
+        return f"has no backward of grouped heads with two head dimensions on this card, got {d} and {dv}"
     if new and major != 9 and max(d, dv) > 128 and (d, dv) != (192, 128):
         return f"takes head dimensions up to 128, or 192 with 128, on this card, got {d} and {dv}"
     return None
+
+
+def fa4_can_run(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> bool:
+    """Whether this call would be FlashAttention 4's, as far as only it decides."""
+    return _against("FlashAttention 4", q, k, v, options, backward) is None
 
 
 def _names(q, k, v, options, backward) -> tuple[str | None, dict]:
@@ -216,7 +219,7 @@ def backward(dout, dlse, q, k, v, out, lse, options, needs):
     name = _names(q, k, v, options, True)[0]
     if _empty_rows(q, k, options):
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # exp(z - inf) is 0, exp(z + inf) is not
-    if not _rows_are_aligned(dout):
+    if not _rows_are_aligned(dout) or 0 in dout.stride():  # the copy engine takes no stride of 0
         dout = dout.clone(memory_format=torch.contiguous_format)  # a dense tensor at an odd address is contiguous
     takes_dlse = name == "FlashAttention 4"
     if dlse is not None and not takes_dlse and options.softcap:

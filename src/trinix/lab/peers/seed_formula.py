@@ -49,13 +49,14 @@ FORMS: dict[str, Callable[[Case], Callable | str | None]] = {
 }
 
 
-COPIES = 4  # of the scores that the formula holds at its peak: what softmax kept, its two gradients, one more
+# of the scores that the formula holds at its peak: what softmax kept, its two gradients, one more; with a mask the masked ones too
+COPIES = {False: 4, True: 5}
 
 
 def prepare(case: Case) -> Callable | str | None:
     card = device.card()
     if case.op in attention.SCORED and card:
-        gib = COPIES * attention.scores(case) * case.dtype.itemsize / 2**30
+        gib = COPIES[case.args.get("causal", False)] * attention.scores(case) * case.dtype.itemsize / 2**30
         if gib > card.memory_gib * 0.9:
             return f"its scores would take {gib:.0f} GiB of this card's {card.memory_gib:.0f}"
     return FORMS[case.op](case) if case.op in FORMS else None

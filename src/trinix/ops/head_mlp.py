@@ -19,8 +19,8 @@ The hidden values, [H, B, E], are computed a tile at a time and never stored. Ba
 them again; it writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
 Kernels: D up to 256; float16, bfloat16 and float32; any H, B, E (0 too) and strides, so that [B, H, D] data is passed as
 ``x.transpose(0, 1)`` without a copy. Sums are float32, and hidden values are rounded to the dtype between the two products, as
-PyTorch's are. float32 is true float32, not tf32. Gradients are the same bits on every run. Where the heads and E are few,
-the weights' gradients are summed in float32 parts, which need at most dO's size of memory.
+PyTorch's are. float32 is true float32, not tf32, its sums over tiles float64. Gradients are the same bits on every run. Where
+the heads and E are few, the weights' gradients are summed in float32 parts, which need at most dO's size of memory.
 A second derivative (``create_graph=True``) goes through the PyTorch formula.
 
 "auto" takes PyTorch's formula, which stores the hidden values, for CPU tensors, for float32 and float64, and for

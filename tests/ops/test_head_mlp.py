@@ -446,6 +446,13 @@ def test_a_tensor_subclass_keeps_its_type(backend, device):
     assert type(head_mlp(x.as_subclass(Tagged), w1, w2, backend=backend)) is Tagged
 
 
+def test_meta_tensors_give_shapes():
+    x, w1, w2 = (torch.empty(shape, device="meta", requires_grad=True) for shape in ((2, 5, 8), (2, 8, 16), (2, 16, 8)))
+    y = head_mlp(x, w1, w2)
+    assert (y.shape, y.device.type) == (x.shape, "meta")
+    assert [g.shape for g in torch.autograd.grad(y.sum(), (x, w1, w2))] == [x.shape, w1.shape, w2.shape]
+
+
 # ---- calls like one before ---------------------------------------------------------------------------------------------
 
 

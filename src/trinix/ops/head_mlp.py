@@ -162,7 +162,7 @@ def _key(x, w1, w2, kind, backend) -> tuple | None:
     whether autograd records."""
     if (
         not dispatch.plain(x, w1, w2) or type(kind) is not str or type(backend) is not str
-        or torch.is_autocast_enabled(x.device.type)
+        or _autocast(x)
     ):  # fmt: skip
         return None
     return (
@@ -236,10 +236,14 @@ def _activation(kind: str, gated: bool) -> str:
     raise ValueError(f"head_mlp: kind must be one of {list(KINDS)}, got {kind!r}")
 
 
+def _autocast(x) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
+
+
 def _cast(*tensors):
     """The tensors in autocast's dtype where it is on for x's device, as PyTorch casts the operands of a matrix product."""
     x = tensors[0]
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not _autocast(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     wide = torch.float64

@@ -617,51 +617,25 @@ def attention_backward(
         mbarrier.init(do_empty.index(i), count=2)
     fence_async_shared()
     follow()
-    W0: gl.constexpr = 0
-    W1: gl.constexpr = 1
-    if DQ_WAY == OWN:
-        gl.warp_specialize([
-            (_producer, (
-                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
-                q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
-                parts, group, seq_q, seq_k, padded, left, right, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
-                COPY_SUMS,
-            )),
-            (_consumer, (
-                W0, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
-                parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
-                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD,
-            )),
-            (_consumer, (
-                W1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
-                parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
-                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD,
-            )),
-            (_adder, (
-                sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts, group,
-                seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL, VARLEN, DETERMINISTIC,
-            )),
-        ], [4, 4, 4], [208, 208, 72])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_producer, (
-                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
-                q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
-                parts, group, seq_q, seq_k, padded, left, right, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
-                COPY_SUMS,
-            )),
-            (_consumer, (
-                W0, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
-                parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
-                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD,
-            )),
-            (_consumer, (
-                W1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s,
-                delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
-                parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY,
-                BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD,
-            )),
-        ], [4, 4], [240, 240])  # fmt: skip
+    # Part 0 is the producer, 1 and 2 are consumers. The argument tuples must be written out here (attention_forward.py).
+    PARTS: gl.constexpr = 4 if DQ_WAY == OWN else 3
+    gl.warp_specialize([
+        (_producer, (
+            q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
+            q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
+            parts, group, seq_q, seq_k, padded, left, right, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+            COPY_SUMS,
+        )) if part == 0 else
+        (_adder, (
+            sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts, group,
+            seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL, VARLEN, DETERMINISTIC,
+        )) if part == 3 else
+        (_consumer, (
+            part - 1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s,
+            lse_s, delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks,
+            out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap,
+            k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS,
+            K_HELD, V_HELD,
+        ))
+        for part in (0, 1, 2, 3)[:PARTS]
+    ], [4] * (PARTS - 1), [208, 208, 72] if DQ_WAY == OWN else [240, 240])  # fmt: skip

@@ -464,53 +464,19 @@ def attention_forward(
         mbarrier.init(work_full.index(i), count=1)
         mbarrier.init(work_empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    W0: gl.constexpr = 0
-    W1: gl.constexpr = 1
-    W2: gl.constexpr = 2
-    # The argument tuples must be written out here: through a variable, constexprs would turn into tensors.
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (_producer, (
-                q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left,
-                right, M, N, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, VARLEN,
-            )),
-            (_consumer, (
-                W0, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
-                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
-            )),
-            (_consumer, (
-                W1, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
-                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
-            )),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_producer, (
-                q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left,
-                right, M, N, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, VARLEN,
-            )),
-            (_consumer, (
-                W0, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
-                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
-            )),
-            (_consumer, (
-                W1, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
-                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
-            )),
-            (_consumer, (
-                W2, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left,
-                right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, TAIL,
-                ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
-            )),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+    # Part 0 is the producer, the others are consumers. The argument tuples must be written out here: through a variable, or
+    # behind a +, constexprs would turn into tensors.
+    gl.warp_specialize([
+        (_producer, (
+            q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full,
+            v_empty, work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left, right, M, N,
+            STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, VARLEN,
+        )) if part == 0 else
+        (_consumer, (
+            part - 1, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full,
+            k_empty, v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all,
+            left, right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT,
+            TAIL, ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
+        ))
+        for part in (0, 1, 2, 3)[:1 + CONSUMERS]
+    ], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip

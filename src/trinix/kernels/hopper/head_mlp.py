@@ -375,29 +375,16 @@ def _forward(
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(w_empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    W0: gl.constexpr = 0
-    W1: gl.constexpr = 1
-    W2: gl.constexpr = 2
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (_forward_producer, (x_desc, w1_desc, w2_desc, x_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
-                                 per_head, tiles, N, CONSUMERS, W_SLOTS)),
-            (_forward_consumer, (W0, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
-                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-            (_forward_consumer, (W1, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
-                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_forward_producer, (x_desc, w1_desc, w2_desc, x_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
-                                 per_head, tiles, N, CONSUMERS, W_SLOTS)),
-            (_forward_consumer, (W0, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
-                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-            (_forward_consumer, (W1, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
-                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-            (_forward_consumer, (W2, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
-                                 tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+    # Part 0 is the producer, the others are consumers. The arguments must be written out in the call: through a variable, or
+    # behind a +, constexprs would turn into tensors.
+    gl.warp_specialize([
+        (_forward_producer, (x_desc, w1_desc, w2_desc, x_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head,
+                             tiles, N, CONSUMERS, W_SLOTS))
+        if part == 0 else
+        (_forward_consumer, (part - 1, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
+                             tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED))
+        for part in (0, 1, 2, 3)[:1 + CONSUMERS]
+    ], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip
 
 
 # ---- backward -----------------------------------------------------------------------------------------------------------
@@ -524,29 +511,14 @@ def _backward_rows(
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(w_empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    W0: gl.constexpr = 0
-    W1: gl.constexpr = 1
-    W2: gl.constexpr = 2
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
-                              items, per_head, tiles, N, CONSUMERS, W_SLOTS)),
-            (_rows_consumer, (W0, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-            (_rows_consumer, (W1, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
-                              items, per_head, tiles, N, CONSUMERS, W_SLOTS)),
-            (_rows_consumer, (W0, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-            (_rows_consumer, (W1, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-            (_rows_consumer, (W2, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                              DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+    gl.warp_specialize([
+        (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
+                          per_head, tiles, N, CONSUMERS, W_SLOTS))
+        if part == 0 else
+        (_rows_consumer, (part - 1, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+                          DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED))
+        for part in (0, 1, 2, 3)[:1 + CONSUMERS]
+    ], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip
     if DEPENDENT:
         _wait_for_kernel_before()
 
@@ -669,16 +641,14 @@ def _backward_weights(
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    W0: gl.constexpr = 0
-    W1: gl.constexpr = 1
     gl.warp_specialize([
         (_weights_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
-                             items, per_head, tiles, N, CONSUMERS, SLOTS)),
-        (_weights_consumer, (W0, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
-                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, W1_REGISTERS, HALVED)),
-        (_weights_consumer, (W1, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
-                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, W1_REGISTERS, HALVED)),
-    ], [4, 4], [240, 240])  # fmt: skip
+                             items, per_head, tiles, N, CONSUMERS, SLOTS))
+        if part == 0 else
+        (_weights_consumer, (part - 1, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
+                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, W1_REGISTERS, HALVED))
+        for part in (0, 1, 2)
+    ], [4] * CONSUMERS, [240] * CONSUMERS)  # fmt: skip
 
 
 # ---- the choice, the launches -------------------------------------------------------------------------------------------

@@ -97,6 +97,24 @@ def _live(i, j, n, cols, UNIT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.conste
     return inside, live
 
 
+@triton.jit
+def _load(at, live, EVEN: tl.constexpr):
+    """In float32; EVEN: every element of the tile is one of the tensor's."""
+    if EVEN:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=live, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(at, x, live, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(at, x.to(at.dtype.element_ty))
+    else:
+        tl.store(at, x.to(at.dtype.element_ty), mask=live)
+
+
 # ---- the tile kernels --------------------------------------------------------------------------------------------------
 
 
@@ -121,10 +139,7 @@ def _forward_tile(
     x += _slab(o, O1, O2, x0, x1, x2, FLAT, UNIT) + _offset(0, j0, xn, xc, X_ALONG, UNIT)
     y += _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
     inside, live = _live(i, j, n, c - j0, UNIT, HALF, ROWS, COLS)
-    if EVEN:
-        z = tl.load(x + _offset(i, j, xn, xc, X_ALONG, UNIT)).to(tl.float32) * scale
-    else:
-        z = tl.load(x + _offset(i, j, xn, xc, X_ALONG, UNIT), mask=live, other=0.0).to(tl.float32) * scale
+    z = _load(x + _offset(i, j, xn, xc, X_ALONG, UNIT), live, EVEN) * scale
     if M_ALONG >= 0:
         mask += _slab(o, O1, O2, m0, m1, m2, FLAT, UNIT) + _offset(0, j0, mn, mc, M_ALONG, UNIT)
         z += tl.load(mask + _offset(i, j, mn, mc, M_ALONG, UNIT), mask=live, other=0.0).to(tl.float32)
@@ -137,11 +152,7 @@ def _forward_tile(
         out = z - tl.log(total)
     else:
         out = _quotient(e, total, y)
-    at = y + _offset(i, j, yn, yc, Y_ALONG, UNIT)
-    if EVEN:
-        tl.store(at, out.to(y.dtype.element_ty))
-    else:
-        tl.store(at, out.to(y.dtype.element_ty), mask=live)
+    _store(y + _offset(i, j, yn, yc, Y_ALONG, UNIT), out, live, EVEN)
 
 
 @triton.jit(do_not_specialize=[
@@ -168,20 +179,13 @@ def _backward_tile(
     )  # fmt: skip
     dy += _slab(o, O1, O2, g0, g1, g2, FLAT, UNIT) + _offset(0, j0, gn, gc, G_ALONG, UNIT)
     _, live = _live(i, j, n, c - j0, UNIT, HALF, ROWS, COLS)
-    if EVEN:
-        p = tl.load(y + at).to(tl.float32)
-        g = tl.load(dy + _offset(i, j, gn, gc, G_ALONG, UNIT)).to(tl.float32)
-    else:
-        p = tl.load(y + at, mask=live, other=0.0).to(tl.float32)
-        g = tl.load(dy + _offset(i, j, gn, gc, G_ALONG, UNIT), mask=live, other=0.0).to(tl.float32)
+    p = _load(y + at, live, EVEN)
+    g = _load(dy + _offset(i, j, gn, gc, G_ALONG, UNIT), live, EVEN)
     if LOG:
         out = scale * (g - tl.exp(p) * tl.sum(g, N_AXIS, keep_dims=True))
     else:
         out = scale * p * (g - tl.sum(p * g, N_AXIS, keep_dims=True))
-    if EVEN:
-        tl.store(dx + at, out.to(dx.dtype.element_ty))
-    else:
-        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=live)
+    _store(dx + at, out, live, EVEN)
 
 
 # ---- the stream kernels ------------------------------------------------------------------------------------------------
@@ -194,6 +198,27 @@ def _backward_tile(
 # order, so the first unfinished block always has all its chunks running: nothing waits for what cannot start.
 #
 # disable_licm: what is hoisted out of the loop over work items lives across it, and spills at 64 registers.
+
+
+@triton.jit
+def _step_indices(DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALONG: tl.constexpr):
+    i, j = _indices(ROWS, COLS, ALONG)
+    return tl.arange(0, DEEP)[:, None, None] * ROWS + i[None, :, :], j[None, :, :]
+
+
+@triton.jit
+def _item(
+    work, n, panels, chunks, steps, FLAT: tl.constexpr, PANEL: tl.constexpr, STEP: tl.constexpr, COLS: tl.constexpr
+):
+    """A work item's outer index, panel, chunk, first column, first index of N, number of steps."""
+    part = work // PANEL
+    panel = part // chunks
+    o = 0 if FLAT else panel // panels
+    block = (panel if FLAT else panel % panels) * PANEL + work % PANEL
+    j0 = tl.cast(block, tl.int64) * COLS
+    start = tl.cast(part % chunks, tl.int64) * steps * STEP
+    here = tl.cdiv(tl.minimum(n - start, tl.cast(steps, tl.int64) * STEP), STEP).to(tl.int32)
+    return o, panel, part % chunks, j0, start, here
 
 
 @triton.jit
@@ -262,18 +287,10 @@ def _forward_stream(
     N_AXIS: tl.constexpr = 1 - Y_ALONG
     FIRST: tl.constexpr = ROWS if Y_ALONG == 1 else COLS
     LAST: tl.constexpr = COLS if Y_ALONG == 1 else ROWS
-    i, j = _indices(ROWS, COLS, Y_ALONG)
-    i = tl.arange(0, DEEP)[:, None, None] * ROWS + i[None, :, :]
-    j = j[None, :, :]
+    i, j = _step_indices(DEEP, ROWS, COLS, Y_ALONG)
     column = tl.arange(0, COLS)
     for work in tl.range(tl.program_id(0), works, tl.num_programs(0), disable_licm=True):
-        part = work // PANEL
-        panel = part // chunks
-        o = 0 if FLAT else panel // panels
-        block = (panel if FLAT else panel % panels) * PANEL + work % PANEL
-        j0 = tl.cast(block, tl.int64) * COLS
-        start = tl.cast(part % chunks, tl.int64) * steps * STEP
-        here = tl.cdiv(tl.minimum(n - start, tl.cast(steps, tl.int64) * STEP), STEP).to(tl.int32)  # steps of this chunk
+        o, panel, chunk, j0, start, here = _item(work, n, panels, chunks, steps, FLAT, PANEL, STEP, COLS)
         base_x = x + _slab(o, O1, O2, x0, x1, x2, FLAT, UNIT) + _offset(start, j0, xn, xc, X_ALONG, UNIT)
         base_m = mask
         if M_ALONG >= 0:
@@ -288,10 +305,7 @@ def _forward_stream(
             inside = i < tl.minimum(n - start - at, STEP).to(tl.int32)
             live = inside & (j < cols)
             from_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
-            if EVEN:
-                z = tl.load(from_x).to(tl.float32) * scale
-            else:
-                z = tl.load(from_x, mask=live, other=0.0).to(tl.float32) * scale
+            z = _load(from_x, live, EVEN) * scale
             if M_ALONG >= 0:
                 from_m = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
                 z += tl.load(from_m, mask=live, other=0.0).to(tl.float32)
@@ -308,7 +322,7 @@ def _forward_stream(
         if SPLIT:
             slab = tl.cast(panel, tl.int64) * PANEL + work % PANEL
             line = partial + slab * (chunks + 1) * (2 * COLS)  # two rows for the result, then two for every chunk
-            mine = line + (part % chunks + 1) * (2 * COLS) + column
+            mine = line + (chunk + 1) * (2 * COLS) + column
             tl.store(mine, most)
             tl.store(mine + COLS, sums)
             seen = _arrive(arrived + slab)
@@ -325,10 +339,7 @@ def _forward_stream(
             at = tl.cast(here - 1 - k, tl.int64) * STEP
             live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)
             from_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
-            if EVEN:
-                z = tl.load(from_x).to(tl.float32) * scale
-            else:
-                z = tl.load(from_x, mask=live, other=0.0).to(tl.float32) * scale
+            z = _load(from_x, live, EVEN) * scale
             if M_ALONG >= 0:
                 from_m = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
                 z += tl.load(from_m, mask=live, other=0.0).to(tl.float32)
@@ -337,10 +348,7 @@ def _forward_stream(
             else:
                 out = _quotient(tl.exp(z - most), sums, y)
             to = base_y + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
-            if EVEN:
-                tl.store(to, out.to(y.dtype.element_ty))
-            else:
-                tl.store(to, out.to(y.dtype.element_ty), mask=live)
+            _store(to, out, live, EVEN)
 
 
 @triton.jit(do_not_specialize=[
@@ -362,18 +370,10 @@ def _backward_stream(
     N_AXIS: tl.constexpr = 1 - Y_ALONG
     FIRST: tl.constexpr = ROWS if Y_ALONG == 1 else COLS
     LAST: tl.constexpr = COLS if Y_ALONG == 1 else ROWS
-    i, j = _indices(ROWS, COLS, Y_ALONG)
-    i = tl.arange(0, DEEP)[:, None, None] * ROWS + i[None, :, :]
-    j = j[None, :, :]
+    i, j = _step_indices(DEEP, ROWS, COLS, Y_ALONG)
     column = tl.arange(0, COLS)
     for work in tl.range(tl.program_id(0), works, tl.num_programs(0), disable_licm=True):
-        part = work // PANEL
-        panel = part // chunks
-        o = 0 if FLAT else panel // panels
-        block = (panel if FLAT else panel % panels) * PANEL + work % PANEL
-        j0 = tl.cast(block, tl.int64) * COLS
-        start = tl.cast(part % chunks, tl.int64) * steps * STEP
-        here = tl.cdiv(tl.minimum(n - start, tl.cast(steps, tl.int64) * STEP), STEP).to(tl.int32)
+        o, panel, chunk, j0, start, here = _item(work, n, panels, chunks, steps, FLAT, PANEL, STEP, COLS)
         base = _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(start, j0, yn, yc, Y_ALONG, UNIT)
         base_g = dy + _slab(o, O1, O2, g0, g1, g2, FLAT, UNIT) + _offset(start, j0, gn, gc, G_ALONG, UNIT)
         cols = tl.minimum(c - j0, COLS).to(tl.int32)
@@ -384,22 +384,16 @@ def _backward_stream(
             live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)
             from_y = y + base + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
             from_g = base_g + _offset(at, 0, gn, gc, G_ALONG, UNIT) + _offset(i, j, gn, gc, G_ALONG, UNIT)
-            if EVEN:
-                g = tl.load(from_g).to(tl.float32)
-            else:
-                g = tl.load(from_g, mask=live, other=0.0).to(tl.float32)
+            g = _load(from_g, live, EVEN)
             if not LOG:
-                if EVEN:
-                    g *= tl.load(from_y).to(tl.float32)
-                else:
-                    g *= tl.load(from_y, mask=live, other=0.0).to(tl.float32)
+                g *= _load(from_y, live, EVEN)
             total += tl.sum(g, 0)
         sums = tl.sum(total, N_AXIS)
 
         if SPLIT:
             slab = tl.cast(panel, tl.int64) * PANEL + work % PANEL
             line = partial + slab * (chunks + 1) * COLS
-            tl.store(line + (part % chunks + 1) * COLS + column, sums)
+            tl.store(line + (chunk + 1) * COLS + column, sums)
             seen = _arrive(arrived + slab)
             if seen == chunks:
                 _combine_sums(line, chunks, MERGE, COLS)
@@ -413,20 +407,13 @@ def _backward_stream(
             live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)
             to = base + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
             from_g = base_g + _offset(at, 0, gn, gc, G_ALONG, UNIT) + _offset(i, j, gn, gc, G_ALONG, UNIT)
-            if EVEN:
-                p = tl.load(y + to).to(tl.float32)
-                g = tl.load(from_g).to(tl.float32)
-            else:
-                p = tl.load(y + to, mask=live, other=0.0).to(tl.float32)
-                g = tl.load(from_g, mask=live, other=0.0).to(tl.float32)
+            p = _load(y + to, live, EVEN)
+            g = _load(from_g, live, EVEN)
             if LOG:
                 out = scale * (g - tl.exp(p) * sums)
             else:
                 out = scale * p * (g - sums)
-            if EVEN:
-                tl.store(dx + to, out.to(dx.dtype.element_ty))
-            else:
-                tl.store(dx + to, out.to(dx.dtype.element_ty), mask=live)
+            _store(dx + to, out, live, EVEN)
 
 
 # ---- the view, the choice, the launches ----------------------------------------------------------------------------------

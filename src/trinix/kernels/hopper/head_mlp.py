@@ -265,6 +265,30 @@ def _operand(tile, layout: gl.constexpr, REGISTERS: gl.constexpr, HALVED: gl.con
     return x
 
 
+# ---- rings of tiles in shared memory --------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _ring(SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """The two barriers of every slot, (full, empty)."""
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], bar)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
+    return full, empty
+
+
+@gluon.jit
+def _fill(slot, use, full, empty, a_desc, a_at, a_s, b_desc, b_at, b_s):
+    """Tiles of A and B into a slot, as soon as those of its use before this one have been read."""
+    mbarrier.wait(empty.index(slot), (use & 1) ^ 1)
+    mbarrier.expect(full.index(slot), a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+    tma_load(a_desc, a_at, full.index(slot), a_s.index(slot))
+    tma_load(b_desc, b_at, full.index(slot), b_s.index(slot))
+
+
 # ---- forward ------------------------------------------------------------------------------------------------------------
 
 
@@ -284,12 +308,9 @@ def _forward_producer(
             tma_load(x_desc, [head, row + c * 64, 0], x_full.index(c), x_s.index(c))
         turn = turn + 1
         for j in range(tiles):
-            slot = it % W_SLOTS
-            mbarrier.wait(w_empty.index(slot), ((it // W_SLOTS) & 1) ^ 1)
+            slot, use = it % W_SLOTS, it // W_SLOTS
+            _fill(slot, use, w_full, w_empty, w1_desc, [head, 0, j * N], w1_s, w2_desc, [head, j * N, 0], w2_s)
             it += 1
-            mbarrier.expect(w_full.index(slot), w1_desc.block_type.nbytes + w2_desc.block_type.nbytes)
-            tma_load(w1_desc, [head, 0, j * N], w_full.index(slot), w1_s.index(slot))
-            tma_load(w2_desc, [head, j * N, 0], w_full.index(slot), w2_s.index(slot))
 
 
 @gluon.jit
@@ -363,17 +384,8 @@ def _forward(
         o_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], o_desc.layout)
     else:
         o_s = x_s
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    x_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
-    x_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
-    w_full = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], bar)
-    w_empty = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], bar)
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_empty.index(i), count=1)
-    for i in gl.static_range(W_SLOTS):
-        mbarrier.init(w_full.index(i), count=1)
-        mbarrier.init(w_empty.index(i), count=CONSUMERS)
+    x_full, x_empty = _ring(CONSUMERS, 1)
+    w_full, w_empty = _ring(W_SLOTS, CONSUMERS)
     fence_async_shared()
     # Part 0 is the producer, the others are consumers. The arguments must be written out in the call: through a variable, or
     # behind a +, constexprs would turn into tensors.
@@ -420,18 +432,13 @@ def _rows_producer(
         head = item // per_head
         row = (item % per_head) * (64 * CONSUMERS)
         for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(x_empty.index(c), (turn & 1) ^ 1)
-            mbarrier.expect(x_full.index(c), x_desc.block_type.nbytes + y_desc.block_type.nbytes)
-            tma_load(x_desc, [head, row + c * 64, 0], x_full.index(c), x_s.index(c))
-            tma_load(y_desc, [head, row + c * 64, 0], x_full.index(c), y_s.index(c))
+            at = row + c * 64
+            _fill(c, turn, x_full, x_empty, x_desc, [head, at, 0], x_s, y_desc, [head, at, 0], y_s)
         turn = turn + 1
         for j in range(tiles):
-            slot = it % W_SLOTS
-            mbarrier.wait(w_empty.index(slot), ((it // W_SLOTS) & 1) ^ 1)
+            slot, use = it % W_SLOTS, it // W_SLOTS
+            _fill(slot, use, w_full, w_empty, w1_desc, [head, 0, j * N], w1_s, w2_desc, [head, j * N, 0], w2_s)
             it += 1
-            mbarrier.expect(w_full.index(slot), w1_desc.block_type.nbytes + w2_desc.block_type.nbytes)
-            tma_load(w1_desc, [head, 0, j * N], w_full.index(slot), w1_s.index(slot))
-            tma_load(w2_desc, [head, j * N, 0], w_full.index(slot), w2_s.index(slot))
 
 
 @gluon.jit
@@ -499,17 +506,8 @@ def _backward_rows(
     y_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], y_desc.layout)
     w1_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, D, N], w1_desc.layout)
     w2_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, N, D], w2_desc.layout)
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    x_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
-    x_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
-    w_full = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], bar)
-    w_empty = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], bar)
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_empty.index(i), count=1)
-    for i in gl.static_range(W_SLOTS):
-        mbarrier.init(w_full.index(i), count=1)
-        mbarrier.init(w_empty.index(i), count=CONSUMERS)
+    x_full, x_empty = _ring(CONSUMERS, 1)
+    w_full, w_empty = _ring(W_SLOTS, CONSUMERS)
     fence_async_shared()
     gl.warp_specialize([
         (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
@@ -539,18 +537,13 @@ def _weights_producer(
         head = item // per_head
         column = (item % per_head) * (64 * CONSUMERS)
         for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(w_empty.index(c), (turn & 1) ^ 1)
-            mbarrier.expect(w_full.index(c), w1_desc.block_type.nbytes + w2_desc.block_type.nbytes)
-            tma_load(w1_desc, [head, 0, column + c * 64], w_full.index(c), w1_s.index(c))
-            tma_load(w2_desc, [head, column + c * 64, 0], w_full.index(c), w2_s.index(c))
+            at = column + c * 64
+            _fill(c, turn, w_full, w_empty, w1_desc, [head, 0, at], w1_s, w2_desc, [head, at, 0], w2_s)
         turn = turn + 1
         for j in range(tiles):
-            slot = it % SLOTS
-            mbarrier.wait(x_empty.index(slot), ((it // SLOTS) & 1) ^ 1)
+            slot, use = it % SLOTS, it // SLOTS
+            _fill(slot, use, x_full, x_empty, x_desc, [head, j * N, 0], x_s, y_desc, [head, j * N, 0], y_s)
             it += 1
-            mbarrier.expect(x_full.index(slot), x_desc.block_type.nbytes + y_desc.block_type.nbytes)
-            tma_load(x_desc, [head, j * N, 0], x_full.index(slot), x_s.index(slot))
-            tma_load(y_desc, [head, j * N, 0], x_full.index(slot), y_s.index(slot))
 
 
 @gluon.jit
@@ -629,17 +622,8 @@ def _backward_weights(
     y_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, N, D], y_desc.layout)
     w1_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, D, 64], w1_desc.layout)
     w2_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], w2_desc.layout)
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    w_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
-    w_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
-    x_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], bar)
-    x_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], bar)
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(w_full.index(i), count=1)
-        mbarrier.init(w_empty.index(i), count=1)
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_empty.index(i), count=CONSUMERS)
+    w_full, w_empty = _ring(CONSUMERS, 1)
+    x_full, x_empty = _ring(SLOTS, CONSUMERS)
     fence_async_shared()
     gl.warp_specialize([
         (_weights_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,

@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trinix.kernels.hopper._compat import tma_load, tma_reduce_add, tma_store
-from trinix.kernels.hopper.attention_scores import keep_columns, sequence, tanh_over_2
+from trinix.kernels.hopper.attention_scores import keep_columns, named_arrive, named_wait, sequence, tanh_over_2
 
 TURNS, COLUMNS, OWN, WIDE = (gl.constexpr(i) for i in range(4))
 BLOCK = 128  # rows of a program of ``before``; every sequence's padded rows start and end at multiples of it
@@ -136,23 +136,17 @@ def after(
 
 @gluon.jit
 def _both():
-    gl.inline_asm_elementwise("bar.sync 10, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    named_wait(10)
 
 
 @gluon.jit
 def _wait_for_other(ME: gl.constexpr):
-    if ME == 0:
-        gl.inline_asm_elementwise("bar.sync 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise("bar.sync 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    named_wait(8 + ME)
 
 
 @gluon.jit
 def _tell_other(ME: gl.constexpr):
-    if ME == 0:
-        gl.inline_asm_elementwise("bar.arrive 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise("bar.arrive 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    named_arrive(9 - ME)
 
 
 @gluon.jit
@@ -167,14 +161,17 @@ def follow():
 
 
 @gluon.jit
-def _place(key_blocks, out_heads, section):
-    """Program -> (key block, batch * heads of dK + head). The first key blocks, which most queries see under a causal mask,
-    go first, within sections of heads that share the L2 cache."""
+def _place(key_blocks, out_heads, section, Hk, parts):
+    """Program -> (key block, batch, head of dK). The first key blocks, which most queries see under a causal mask, go first,
+    within sections of heads that share the L2 cache."""
     idx = gl.program_id(0)
     sec = idx // (section * key_blocks)
     r = idx - sec * section * key_blocks
     width = gl.minimum(section, out_heads - sec * section)
-    return r // width, sec * section + r % width
+    n = r // width
+    bh = sec * section + r % width
+    b = bh // (Hk * parts)
+    return n, b, bh - b * Hk * parts
 
 
 @gluon.jit
@@ -213,6 +210,12 @@ def _query_tiles(
 
 
 @gluon.jit
+def _queries_that_see(keys, sk, left, right, RIGHT: gl.constexpr):
+    """Where the queries stand that see each key: (the first, the last)."""
+    return gl.where(keys < sk, keys - right if RIGHT else -(1 << 30), 1 << 30), keys + left
+
+
+@gluon.jit
 def _padded_row(b, h, row0, H, padded, BLOCK: gl.constexpr, VARLEN: gl.constexpr):
     row = (b * H + h) * padded
     if VARLEN:
@@ -228,9 +231,7 @@ def _producer(
     BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr,
     COPY_SUMS: gl.constexpr,
 ):  # fmt: skip
-    n, bh = _place(key_blocks, out_heads, section)
-    b = bh // (Hk * parts)
-    out_head = bh - b * Hk * parts
+    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
     mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
@@ -377,9 +378,7 @@ def _consumer(
     key_axis: gl.constexpr = gl.SliceLayout(1, s_layout)
     query_axis: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
-    n, bh = _place(key_blocks, out_heads, section)
-    b = bh // (Hk * parts)
-    out_head = bh - b * Hk * parts
+    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
     H = Hk * parts * group
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, whole_from, whole_to, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
@@ -388,9 +387,7 @@ def _consumer(
     zero_s = gl.zeros([HALF, M], gl.float32, s_layout)
     zero_q = gl.zeros([64, WIDTH], gl.float32, q_layout)
     keys = n * N + ME * HALF + gl.arange(0, HALF, key_axis)
-    # where the queries stand that see a key
-    from_query = gl.where(keys < sk, keys - right if RIGHT else -(1 << 30), 1 << 30)
-    to_query = keys + left
+    from_query, to_query = _queries_that_see(keys, sk, left, right, RIGHT)
     keys = gl.expand_dims(keys, 1)
     mbarrier.wait(kv_full, 0)
     k0 = k_s.index(0).reshape([HALF, D])
@@ -534,9 +531,7 @@ def _adder(
 ):  # fmt: skip
     """The warpgroup that makes dQ and nothing else."""
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    n, bh = _place(key_blocks, out_heads, section)
-    b = bh // (Hk * parts)
-    out_head = bh - b * Hk * parts
+    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
     _, row0, _, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
     zero = gl.zeros([64, D], gl.float32, q_layout)

@@ -25,6 +25,7 @@ from trinix.kernels.hopper.attention_backward import (
     _both,
     _padded_row,
     _place,
+    _queries_that_see,
     _query_tiles,
     add_from_registers,
     follow,
@@ -39,9 +40,7 @@ def _producer(
     N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, VARLEN: gl.constexpr,
 ):  # fmt: skip
-    n, bh = _place(key_blocks, out_heads, section)
-    b = bh // (Hk * parts)
-    out_head = bh - b * Hk * parts
+    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -92,9 +91,7 @@ def _consumer(
     key_axis: gl.constexpr = gl.SliceLayout(1, s_layout)
     query_axis: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
-    n, bh = _place(key_blocks, out_heads, section)
-    b = bh // (Hk * parts)
-    out_head = bh - b * Hk * parts
+    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
     H = Hk * parts * group
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, whole_from, whole_to, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
@@ -102,9 +99,7 @@ def _consumer(
     zero_s = gl.zeros([N, M], gl.float32, s_layout)
     zero_q = gl.zeros([M, WIDTH], gl.float32, q_layout)
     keys = n * N + gl.arange(0, N, key_axis)
-    # where the queries stand that see a key
-    from_query = gl.where(keys < sk, keys - right if RIGHT else -(1 << 30), 1 << 30)
-    to_query = keys + left
+    from_query, to_query = _queries_that_see(keys, sk, left, right, RIGHT)
     keys = gl.expand_dims(keys, 1)
     mbarrier.wait(kv_full, 0)
     k = k_s.index(0).reshape([N, D])

@@ -27,6 +27,8 @@ from trinix.kernels.hopper.attention_scores import (
     keep_columns,
     key_tiles,
     keys_visited,
+    named_arrive,
+    named_wait,
     place,
     sequence,
     transformed,
@@ -40,18 +42,12 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _wait_turn(ME: gl.constexpr):
-    if ME == 0:
-        gl.inline_asm_elementwise("bar.sync 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise("bar.sync 10, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    named_wait(9 + ME)
 
 
 @gluon.jit
 def _pass_turn(ME: gl.constexpr):
-    if ME == 0:
-        gl.inline_asm_elementwise("bar.arrive 10, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise("bar.arrive 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    named_arrive(10 - ME)
 
 
 # ---- producer ----------------------------------------------------------------------------------------------------------

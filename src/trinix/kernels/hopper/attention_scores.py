@@ -1,7 +1,20 @@
-"""What both attention kernels ask about an item of work and about scores: where it lies, which keys it sees, what they become."""
+"""What both attention kernels ask about an item of work and about scores: where it lies, which keys it sees, what they become.
+And hardware barriers between two warpgroups."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def named_wait(BARRIER: gl.constexpr):
+    """Come to a hardware barrier of two warpgroups and wait for the other."""
+    gl.inline_asm_elementwise(f"bar.sync {BARRIER}, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def named_arrive(BARRIER: gl.constexpr):
+    """Come to a hardware barrier of two warpgroups and go on."""
+    gl.inline_asm_elementwise(f"bar.arrive {BARRIER}, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -298,25 +298,17 @@ def _forward(
     d = tl.arange(0, BD)
     x += rows.to(tl.int64)[:, None] * x_b + d[None, :] * x_d
     acc = _zeros(BB, BD, PRECISION)
-    if MEAN:
-        for one in range(H):
-            head = first + one
-            acc = _forward_head(
-                acc, _load(x + head * x_h, live, d < D, True, BD != D), w1 + head * w1_h, wg + head * wg_h,
-                w2 + head * w2_h, b1 + head * E, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
-                VALUE, A, B_, GATED, HAS_B1, W1_T, W2_T, EVEN, D, BD, BE, PRECISION,
-            )  # fmt: skip
-            if HAS_B2:
-                acc += tl.load(b2 + head * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        acc = acc / H
-    else:
+    for one in range(H if MEAN else 1):
+        head = first + one
         acc = _forward_head(
-            acc, _load(x + first * x_h, live, d < D, True, BD != D), w1 + first * w1_h, wg + first * wg_h,
-            w2 + first * w2_h, b1 + first * E, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
+            acc, _load(x + head * x_h, live, d < D, True, BD != D), w1 + head * w1_h, wg + head * wg_h,
+            w2 + head * w2_h, b1 + head * E, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
             VALUE, A, B_, GATED, HAS_B1, W1_T, W2_T, EVEN, D, BD, BE, PRECISION,
         )  # fmt: skip
         if HAS_B2:
-            acc += tl.load(b2 + first * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(b2 + head * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if MEAN:
+        acc = acc / H
     at = o + first * o_h + rows.to(tl.int64)[:, None] * o_b + d[None, :] * o_d
     tl.store(at, acc.to(o.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
@@ -474,20 +466,12 @@ def _rows_program(
     x += (row + wide_b)[:, None] * x_b + d[None, :] * x_d
     dy += (row + wide_b)[:, None] * y_b + d[None, :] * y_d
     acc = _zeros(BB, BD, PRECISION)
-    if SHARED:
-        rows = _load(x, live, d_live, True, BD != D)
-        for one in range(H):
-            head = first + one
-            acc = _row_gradient(
-                acc, rows, _load(dy + head * y_h, live, d_live, True, BD != D), w1 + head * w1_h, wg + head * wg_h,
-                w2 + head * w2_h, b1 + head * E, scale, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
-                VALUE, DX, A, B_, GATED, HAS_B1, MEAN, W1_T, W2_T, EVEN, D, BD, BE, PRECISION,
-            )  # fmt: skip
-    else:
+    rows = _load(x if SHARED else x + first * x_h, live, d_live, True, BD != D)
+    for one in range(H if SHARED else 1):
+        head = first + one
         acc = _row_gradient(
-            acc, _load(x + first * x_h, live, d_live, True, BD != D),
-            _load(dy + first * y_h, live, d_live, True, BD != D), w1 + first * w1_h, wg + first * wg_h,
-            w2 + first * w2_h, b1 + first * E, scale, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
+            acc, rows, _load(dy + head * y_h, live, d_live, True, BD != D), w1 + head * w1_h, wg + head * wg_h,
+            w2 + head * w2_h, b1 + head * E, scale, E, w1_o, w1_i, wg_o, wg_i, w2_o, w2_i,
             VALUE, DX, A, B_, GATED, HAS_B1, MEAN, W1_T, W2_T, EVEN, D, BD, BE, PRECISION,
         )  # fmt: skip
     at = dx + first * dx_h + (row + wide_b)[:, None] * dx_b + d[None, :] * dx_d

@@ -129,7 +129,7 @@ def order(
     """Which backends "auto" asks on a card, the fastest first; readings: docs/perf/attention.md.
 
     ``rows``: queries of all heads; ``keys``: of one sequence; ``fa4``: whether FlashAttention 4 can run the call. Its calls cost
-    the host 0.2 ms, so it stands first only where the card needs longer.
+    the host 0.1 to 0.2 ms, so it stands first only where the card needs longer.
     """
     if capability[0] != 9:
         return "flash_attn", "cudnn", "triton"
@@ -145,7 +145,7 @@ def order(
 
 
 def fa4_is_faster(d: int, dv: int, causal: bool, backward: bool, rows: int, keys: int) -> bool:
-    """Where FlashAttention 4 was measured faster on Hopper than the kernels here, wall time included."""
+    """Where FlashAttention 4 was measured faster on Hopper than the kernels here, and the card needs longer than its calls."""
     scores = rows * keys // (2 if causal else 1)
     if 128 < d <= 192 and dv <= 128:
         # (1, 4096, 16, 192 and 128): forward 0.24 against 0.27 ms, backward 0.97 against 1.60

@@ -59,6 +59,7 @@ def test_every_glu_kernel_and_dtype_is_listed():
     names = [f"{kind}/{way}" for kind in kinds for way in ("fwd", "bwd")] + ["swiglu/bwd-gate", "swiglu/bwd-up"]
     ways = ("pairs", "rows", "rows-short", "rows-pairs", "strided")
     names += [f"swiglu/{way}-{kernel}" for way in ("fwd", "bwd") for kernel in ways]
+    names += [f"{kind}/bwd-sums" for kind in ("swiglu", "geglu", "reglu")]
     assert listed("glu") == {f"glu/{name}/{d}" for name in names for d in ("float16", "bfloat16", "float32")}
 
 

@@ -631,6 +631,119 @@ def test_a_tensor_subclass_as_either_input_keeps_its_type(backend, device):
         torch.testing.assert_close(y.as_subclass(torch.Tensor), F.silu(gate) * up)
 
 
+# ---- the gradient of a bias before ------------------------------------------------------------------------------------
+
+
+def sums_oracle(kind, x, dy, layout="gate_first"):
+    """The gradients of the packed x = F.linear(.., bias) and of bias, against what autograd makes of x + bias."""
+    got = kernels.backward_sums(x, dy, kind, layout, x.dtype)
+    formula = call(kind, "torch", layout)
+    low, true = (
+        vjp(lambda x, b: formula(x + b), [dense(x, p), x.new_zeros(x.shape[-1:], dtype=p)], dense(dy, p))
+        for p in (None, torch.float64)
+    )
+    assert_within_budget((formula(x), *got), low, true)
+    assert got[0].stride() == torch.empty_like(x, device="meta").stride()
+    return got
+
+
+@pytest.mark.parametrize("memory", PACKED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_column_sums_hold_the_float64_budget_in_every_layout(dtype, layout, memory):
+    (x,), dy = make(memory, dtype, "cpu", layouts=PACKED)
+    sums_oracle("swiglu", x, dy, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_column_sums_hold_the_budget_with_every_kind_and_dtype(kind, dtype):
+    for layout in LAYOUTS:
+        (x,), dy = make("contiguous", dtype, "cpu", layouts=PACKED)
+        sums_oracle(kind, x, dy, layout)
+
+
+@pytest.mark.parametrize("incoming", [g for g in GRADIENTS if g != "contiguous"])
+@pytest.mark.parametrize("memory", ["contiguous", "slice of a wider one", "one row past the tile"])
+def test_with_column_sums_the_incoming_gradient_may_have_any_strides(memory, incoming):
+    (x,), dy = make(memory, torch.float32, "cpu", incoming, PACKED)
+    sums_oracle("swiglu", x, dy)
+
+
+@pytest.mark.parametrize("shape", [(70, 48), (600, 6), (19, 2 * (BLOCK + 1))])
+def test_column_sums_of_several_groups_rounds_and_tiles(shape, device):
+    x, dy = (normal(size, torch.float32, seed=1, device=device) for size in (shape, (shape[0], shape[1] // 2)))
+    first = sums_oracle("swiglu", x, dy)
+    same(kernels.backward_sums(x, dy, "swiglu", "gate_first", x.dtype), first)
+
+
+def test_column_sums_come_in_the_biass_dtype_unrounded_and_alone(device):
+    (x,), dy = make("one row past the tile", torch.bfloat16, device, layouts=PACKED)
+    dx, sums = kernels.backward_sums(x, dy, "swiglu", "gate_first", torch.float32)
+    none, alone = kernels.backward_sums(x, dy, "swiglu", "gate_first", torch.float32, False)
+    assert none is None
+    same(alone, sums)
+    same(dx, vjp(call("swiglu", "triton"), [x], dy)[1])
+    true = vjp(call("swiglu", "torch"), [x.double()], dy.double())[1].sum(0)
+    torch.testing.assert_close(sums.double(), true, rtol=1e-5, atol=1e-5)
+
+
+def summing(kind, sums):
+    """glu of 2 x + bias as a layer calls it, or as autograd has it."""
+    if sums:
+        return lambda x, bias: op._GluOfSum.apply(2 * x + bias.detach(), bias, kind)
+    return lambda x, bias: call(kind, "torch")(2 * x + bias)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_the_function_gives_what_is_wanted(wanted, device):
+    results = []
+    for sums in (True, False):
+        x, bias = (normal(s, torch.float32, seed=1, device=device) for s in ((5, 48), (48,)))
+        leaves = [t.requires_grad_(want) for t, want in zip((x, bias), wanted, strict=True)]
+        y = summing("geglu", sums)(*leaves)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), [t for t in leaves if t.requires_grad])))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_second_derivative_by_a_bias_is_pytorchs(kind, device):
+    results = []
+    for sums in (True, False):
+        leaves = [normal(s, torch.float32, seed=1, device=device).requires_grad_() for s in ((5, 48), (48,), (5, 24))]
+        *inputs, dy = leaves
+        grads = torch.autograd.grad(summing(kind, sums)(*inputs), inputs, dy, create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        results.append([g.detach() for g in grads] + list(torch.autograd.grad(penalty, leaves)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_batch_of_gradients_is_pulled_back_to_a_bias_at_once(device):
+    x, bias = (normal((10,), torch.float32, seed=s, device=device).requires_grad_() for s in (1, 2))
+    eye = torch.eye(5, device=device)
+    jacobians = [
+        torch.autograd.grad(summing("swiglu", sums)(x, bias), (x, bias), eye, is_grads_batched=True)
+        for sums in (True, False)
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
+@pytest.mark.parametrize("lost", ["program", "partial"])
+def test_a_program_or_a_partial_that_is_left_out_fails_the_oracle_of_the_sums(lost, device, monkeypatch):
+    run = _launch.Launch.__call__
+
+    def short(self, blocks, tensors, scalars):
+        if lost == "partial" and self.kernel is kernels.norm._add_partials:
+            scalars = (scalars[0] - 1,)
+        run(self, blocks - (lost == "program" and self.kernel is kernels._backward_sums), tensors, scalars)
+
+    (x,), dy = make("one row past the tile", torch.float32, device, layouts=PACKED)
+    sums_oracle("swiglu", x, dy)
+    monkeypatch.setattr(_launch.Launch, "__call__", short)
+    with pytest.raises(AssertionError, match=r"d1: error .*OVER BUDGET"):
+        sums_oracle("swiglu", x, dy)
+
+
 # ---- the tests can fail ------------------------------------------------------------------------------------------------
 
 
@@ -644,7 +757,15 @@ def _gradient_without_its_second_term(x, dy, a, b):
     return dy / (1.0 + tl.exp(-x))
 
 
-CACHED = ("forward_flat", "backward_flat", "forward_rows", "backward_rows", "forward_strided", "backward_strided")
+CACHED = (
+    "backward_sums_launch",
+    "forward_flat",
+    "backward_flat",
+    "forward_rows",
+    "backward_rows",
+    "forward_strided",
+    "backward_strided",
+)
 
 
 @pytest.fixture
@@ -720,6 +841,40 @@ def test_on_the_card_a_packed_tensor_holds_the_float64_budget(dtype, layout, mem
         tensors, dy = make(memory, dtype, "cuda", incoming, GPU_PACKED)
         for _ in range(2):
             oracle("swiglu", tensors, dy, layout)
+
+
+@gpu
+@pytest.mark.parametrize("memory", [m for m in GPU_PACKED if m != "transposed"])
+@pytest.mark.parametrize("layout", ["gate_first", "gate_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_the_card_column_sums_hold_the_float64_budget_with_the_same_bits_each_time(dtype, layout, memory):
+    for incoming in ("contiguous", "padded"):
+        (x,), dy = make(memory, dtype, "cuda", incoming, GPU_PACKED)
+        first = sums_oracle("swiglu", x, dy, layout)
+        for _ in range(5):
+            same(kernels.backward_sums(x, dy, "swiglu", layout, x.dtype), first)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_card_column_sums_hold_the_budget_with_every_kind(kind, dtype):
+    for memory in ("wide", "odd half"):
+        (x,), dy = make(memory, dtype, "cuda", layouts=GPU_PACKED)
+        sums_oracle(kind, x, dy)
+
+
+@gpu
+def test_column_sums_of_more_than_2_to_the_31_elements():
+    skip_below(40)
+    rows, h = 2**20 + 3, 2**10 + 8
+    x = torch.ones(rows, 2 * h, dtype=torch.bfloat16, device="cuda")
+    x[-1] = 3  # relu: gate's gradient is up, up's is gate
+    dy = torch.ones(1, h, dtype=torch.bfloat16, device="cuda").expand(rows, h)
+    dx, sums = kernels.backward_sums(x, dy, "reglu", "gate_first", torch.float32)
+    same(sums, torch.full_like(sums, rows + 2))
+    same(dx[-1], x[-1])
+    same(dx[2**31 // (2 * h)], torch.ones_like(dx[0]))
 
 
 @gpu

@@ -42,6 +42,7 @@ import functools
 import inspect
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -227,7 +228,7 @@ class _Glu(torch.autograd.Function):
         if not again and dispatch.plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
             grads = _triton().backward(gate, up, dy, *ctx.call, *wanted)
         else:
-            grads = _formula_gradients(gate, up, dy, *ctx.call, wanted)
+            grads = _formula_gradients(lambda gate, up: reference.forward(gate, up, *ctx.call), (gate, up), dy, wanted)
         return _in_place(grads, wanted)
 
 
@@ -238,18 +239,67 @@ def _in_place(grads, wanted):
     return (grads[0], None, None, None) if wanted[0] else (None, grads[0], None, None)
 
 
-def _formula_gradients(gate, up, dy, kind, layout, wanted):
+def _formula_gradients(formula, inputs, dy, wanted):
     """The same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # aliases: gate and up may be one tensor, or one be computed from the other
-        gate, up = (
+        inputs = [
             None if t is None else t.view_as(t) if again else t.detach().requires_grad_(want)
-            for t, want in zip((gate, up), wanted, strict=True)
-        )
-        y = reference.forward(gate, up, kind, layout)
-    leaves = [t for t, want in zip((gate, up), wanted, strict=True) if want]
+            for t, want in zip(inputs, wanted, strict=True)
+        ]
+        y = formula(*inputs)
+    leaves = [t for t, want in zip(inputs, wanted, strict=True) if want]
     return torch.autograd.grad(y, leaves, dy, create_graph=again)
+
+
+# A bias added before: the gradient of packed = F.linear(x, weight, bias) and its column sums, bias's gradient, come from one
+# kernel, where autograd would read the whole gradient once more for the sums. The bias stays in the product: added to the
+# rounded product instead, it would turn the sign of a gate near 0, and with it relu's gradient.
+
+
+def sums_bias(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> bool:
+    """Whether ``linear_glu`` runs this eager call: a gradient of the bias is wanted, and Triton takes it."""
+    backend = dispatch.resolve(backend)
+    return (
+        bias.requires_grad
+        and torch.is_grad_enabled()
+        and (backend == "triton" or (backend == "auto" and x.is_cuda))
+        and dispatch.plain(x, weight, bias)
+        and not _against_triton(x, bias)
+    )
+
+
+def linear_glu(x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> Tensor:
+    """``glu(F.linear(x, weight, bias), kind=kind)`` where ``sums_bias``."""
+    return _GluOfSum.apply(F.linear(x, weight, bias.detach()), bias, kind)
+
+
+class _GluOfSum(torch.autograd.Function):
+    """``_Glu`` of a packed tensor that holds a bias already, whose gradient this gives too."""
+
+    @staticmethod
+    def forward(ctx, packed, bias, kind):
+        ctx.save_for_backward(packed, bias)
+        ctx.kind = kind
+        return _triton().forward(packed, None, kind, "gate_first")
+
+    @staticmethod
+    def backward(ctx, dy):
+        packed, bias = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        again = torch.is_grad_enabled()
+        if not again and dispatch.plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
+            if wanted[1]:
+                return *_triton().backward_sums(packed, dy, ctx.kind, "gate_first", bias.dtype, wanted[0]), None
+            return _triton().backward(packed, None, dy, ctx.kind, "gate_first")[0], None, None
+
+        def formula(packed, bias):  # the bias changes y, and its value counts once
+            shift = bias - bias.detach()
+            return reference.forward(packed + shift.to(packed.dtype), None, ctx.kind, "gate_first")
+
+        grads = _formula_gradients(formula, (packed, bias), dy, wanted)
+        return _in_place(grads, wanted)[:3]
 
 
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch

@@ -6,6 +6,10 @@ flat     gate, up and dy are dense with equal strides, or one dense interleaved 
 rows     [rows, columns] with a stride between rows: packed halves, slices of a wider projection
 strided  everything else, without a copy
 
+``backward_sums`` adds a fourth to backward, for dense packed halves: the gradient's column sums, which are the gradient of a bias
+before. Its programs are persistent, each walks rows of its columns and leaves a float32 row of sums; the norms' second kernel
+adds those in a fixed order.
+
 The formulas are the activations' own, constants of the kernel. Backward calls value(gate) and dx(gate, dy * up) side by
 side; the compiler computes what they share (the sigmoid, the erf, the exp) once. All arithmetic is float32.
 
@@ -21,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trinix.kernels.triton import activation
+from trinix.kernels.triton import activation, norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import Launch, Launcher
 from trinix.kernels.triton.activation import FlatConfig, TileConfig, _row_offsets, merge_dims
@@ -221,6 +225,46 @@ def _backward_strided(
     )  # fmt: skip
 
 
+# x and dx are dense, [rows, 2 * width]. The tile's height is kept in the sums, so that threads meet once, at the end.
+
+
+@triton.jit(do_not_specialize=["rows", "cols"])
+def _backward_sums(
+    x, dy, dx, partial, rows: "i64", cols: "i64", VALUE: tl.constexpr, DX: tl.constexpr, GATE_LAST: tl.constexpr,
+    WANT_X: tl.constexpr, UNIT: tl.constexpr, DEPENDENT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    width = cols * UNIT
+    tiles = tl.cast(tl.cdiv(width, COLS), tl.int32)
+    group = tl.program_id(0) // tiles
+    groups = tl.num_programs(0) // tiles
+    col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
+    gate_at = width if GATE_LAST else 0
+    up_at = 0 if GATE_LAST else width
+    g_sum = tl.zeros((ROWS, COLS), tl.float32)
+    u_sum = tl.zeros((ROWS, COLS), tl.float32)
+    for i in tl.range(0, tl.cdiv(rows, groups.to(tl.int64) * ROWS).to(tl.int32), num_stages=STAGES):
+        row = (i * groups + group).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        live = (row < rows)[:, None] & (col < width)[None, :]
+        at = (row * (2 * width))[:, None] + col[None, :]
+        # zeros where there is nothing: they add nothing to the sums
+        g = tl.load(x + gate_at + at, mask=live, other=0.0).to(tl.float32)
+        u = tl.load(x + up_at + at, mask=live, other=0.0).to(tl.float32)
+        d = tl.load(dy + ((row * width)[:, None] + col[None, :]), mask=live, other=0.0).to(tl.float32)
+        dg = DX(g, d * u, 0.0, 0.0)
+        du = d * VALUE(g, 0.0, 0.0)
+        if WANT_X:
+            tl.store(dx + gate_at + at, dg.to(dx.dtype.element_ty), mask=live)
+            tl.store(dx + up_at + at, du.to(dx.dtype.element_ty), mask=live)
+        g_sum += dg
+        u_sum += du
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the adding kernel may come in now; it waits for the end of this one
+    mine = partial + group.to(tl.int64) * (2 * width) + col
+    tl.store(mine + gate_at, tl.sum(g_sum, 0), mask=col < width)
+    tl.store(mine + up_at, tl.sum(u_sum, 0), mask=col < width)
+
+
 # ---- the table, the choice, the launches -------------------------------------------------------------------------------
 
 ACTIVATIONS = {
@@ -240,6 +284,10 @@ _FORWARD_ROWS = Launcher(_forward_rows, tensors=3)
 _BACKWARD_ROWS = Launcher(_backward_rows, tensors=5)
 _FORWARD_STRIDED = Launcher(_forward_strided, tensors=3)
 _BACKWARD_STRIDED = Launcher(_backward_strided, tensors=5)
+_BACKWARD_SUMS = Launcher(_backward_sums, tensors=4)
+
+SUMS_PROGRAMS = 4  # a multiprocessor; chosen without a reading, as are the stages
+SUMS_STAGES = 3
 
 
 def formula(kind: str, dtype: torch.dtype) -> tuple:
@@ -336,6 +384,18 @@ def backward_strided(kind: str, dtype: torch.dtype, want_gate: bool, want_up: bo
     )  # fmt: skip
 
 
+@functools.cache
+def backward_sums_launch(
+    kind: str, dtype: torch.dtype, layout: str, want_x: bool, unit: int, dependent: bool, tile: TileConfig,
+    lanes: int = LANES,
+) -> Launch:  # fmt: skip
+    _, value, dx = formula(kind, dtype)
+    return _BACKWARD_SUMS.bind(
+        VALUE=value, DX=dx, GATE_LAST=layout == "gate_last", WANT_X=want_x, UNIT=unit, DEPENDENT=dependent,
+        ROWS=tile.rows, COLS=tile.cols, STAGES=SUMS_STAGES if lanes == 32 else 1, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
 def empty_output(gate: torch.Tensor, up: torch.Tensor | None, layout: str) -> torch.Tensor:
     """y, unwritten: laid out as gate."""
     if up is not None:
@@ -414,6 +474,31 @@ def backward(
         else:
             _backward_any(gate, up, dy, d_gate, d_up, kind, layout, want_gate, want_up)
     return [d_gate, d_up] if want_gate and want_up else [d_gate]
+
+
+def backward_sums(
+    x: torch.Tensor, dy: torch.Tensor, kind: str, layout: str, sums: torch.dtype, want_x: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(gradient of the packed x if wanted, its sums over all rows, [2H] of dtype ``sums``)."""
+    h = x.shape[-1] // 2
+    if not x.is_contiguous() or layout == "interleaved" or not dy.numel():
+        (dx,) = backward(x, None, dy, kind, layout)
+        return dx if want_x else None, dx.reshape(x.shape[:-1].numel(), 2 * h).sum(0, dtype=torch.float32).to(sums)
+    rows, dtype = dy.numel() // h, x.dtype
+    unit = math.gcd(h, 16 // dtype.itemsize)
+    tile = choose_rows(rows, h, dtype.itemsize, False, LANES)
+    tiles, steps = -(-h // tile.cols), -(-rows // tile.rows)
+    most = max(1, (norm.sm_count(x.get_device()) * SUMS_PROGRAMS if x.is_cuda else 3) // tiles)
+    groups = -(-steps // -(-steps // most))
+    dependent = x.is_cuda and norm.dependent_launch(x.get_device())
+    dx = torch.empty_like(x) if want_x else None
+    partial = x.new_empty(groups * 2 * h, dtype=torch.float32)
+    launch = backward_sums_launch(kind, dtype, layout, want_x, unit, dependent, tile)
+    launch(groups * tiles, (x, dy.contiguous(), x if dx is None else dx, partial), (rows, h // unit))
+    total = x.new_empty(2 * h, dtype=sums)
+    cols, launch = norm.add_partials_launch(2 * h, True, False, groups, dependent)
+    launch(-(-2 * h // cols), (partial, total, partial), (groups,))
+    return dx, total
 
 
 def _offsets(h, layout):
@@ -550,7 +635,7 @@ def describe(gate: torch.Tensor, up: torch.Tensor | None, layout: str) -> str:
 
 
 def compile_cases(lanes: int = LANES):
-    """Every flat and rows binary of both passes; strided ones for two transposed tensors."""
+    """Every flat and rows binary of both passes; strided ones for two transposed tensors; sums of three kinds."""
     rows = cols = 4096
     sizes, dense, halved = (rows, cols, 1, 1, rows), (0, 0, 0, cols, 1), (0, 0, 0, 2 * cols, 2)
 
@@ -582,3 +667,7 @@ def compile_cases(lanes: int = LANES):
         yield case("swiglu/fwd-strided", launch, 3 * size, (t,) * 3, sizes + dense + halved)
         launch = backward_strided(kind, dtype, True, True, tile)
         yield case("swiglu/bwd-strided", launch, 5 * size, (t,) * 5, sizes + dense + halved + dense + dense)
+        tile = choose_rows(rows, cols, size, False, lanes)
+        for kind in ("swiglu", "geglu", "reglu"):
+            launch = backward_sums_launch(kind, dtype, "gate_first", True, unit, False, tile, lanes)
+            yield case(f"{kind}/bwd-sums", launch, 5 * size, (t, t, t, "*fp32"))

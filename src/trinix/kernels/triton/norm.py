@@ -583,19 +583,19 @@ def _rows_of(t: torch.Tensor, n: int) -> tuple[torch.Tensor, int, tuple[int, int
 
 
 @functools.cache
-def _sm_count(index: int) -> int:
+def sm_count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @functools.cache
-def _dependent_launch(index: int) -> bool:
+def dependent_launch(index: int) -> bool:
     """Whether a kernel may be launched before the one that it depends on has ended (CUDA, capability 9 and later)."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def _programs(x: torch.Tensor, rows: int, config: BackwardConfig) -> int:
     """As many as the card holds at a time, less those that an even share of the tiles leaves without work."""
-    most = _sm_count(x.get_device()) * config.programs_per_sm if x.is_cuda else 3
+    most = sm_count(x.get_device()) * config.programs_per_sm if x.is_cuda else 3
     tiles = -(-rows // config.rows)
     return -(-tiles // -(-tiles // most))
 
@@ -771,10 +771,10 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
     sums_wanted = wanted.dw + wanted.db
     scalars = (rows, *x_view, *g_view, offset, p, 1 / (1 - p))
     out, out_r = x if dx is None else dx, x if dr is None else dr
-    dependent = sums_wanted > 0 and x.is_cuda and _dependent_launch(x.get_device())
+    dependent = sums_wanted > 0 and x.is_cuda and dependent_launch(x.get_device())
     chosen = backward_launch(norm, n, x.element_size(), *flags, wanted, x_unit, g_unit, dependent)
     if _takes_chunks(norm, n, seed is not None):
-        programs = min(rows, _sm_count(x.get_device()) if x.is_cuda else 3)
+        programs = min(rows, sm_count(x.get_device()) if x.is_cuda else 3)
         partial = _partial(x, programs * n * sums_wanted)
         launch = chunks_launch(norm, n, flags[0], flags[2], wanted, x_unit, g_unit, dependent)
         launch(programs, (x, dy, dh, w, stats, out, partial), scalars[:-2])
@@ -790,7 +790,7 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
         if wanted.dx:
             first(rows, (x, dy, w, b, stats, sums), scalars[:-2])
         blocks = -(-n // WIDE_TILE[1])
-        programs = max(1, min(_sm_count(x.get_device()) * 4 // blocks if x.is_cuda else 3, -(-rows // WIDE_TILE[0])))
+        programs = max(1, min(sm_count(x.get_device()) * 4 // blocks if x.is_cuda else 3, -(-rows // WIDE_TILE[0])))
         partial = _partial(x, programs * n * sums_wanted)
         second(programs * blocks, (x, dy, dh, w, b, stats, sums, s, out, out_r, partial), scalars)
     if sums_wanted:

@@ -157,6 +157,125 @@ def test_autocast_gives_the_lower_dtype_and_full_gradients(name, device):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
 
 
+# ---- the bias whose gradient the activation's kernel sums ---------------------------------------------------------------
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """How often a bias's gradient came out of the activation's kernel."""
+    from trinix.kernels.triton import glu as kernels
+
+    seen = []
+    run = kernels.backward_sums
+    monkeypatch.setattr(kernels, "backward_sums", lambda *a: seen.append(a[-1]) or run(*a))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", GATES)
+def test_the_kernels_sum_the_bias_gradient_and_all_gradients_hold_the_budget(name, dtype, device, sums):
+    module = filled(getattr(trinix, name)(40, 72, use_triton=True, device=device, dtype=dtype))
+    parameters = [p.detach() for p in module.parameters()]
+    x, dy = normal((2, 33, 40), dtype, seed=1, device=device), normal((2, 33, 72), dtype, seed=2, device=device)
+    got = vjp(called(module), [x, *parameters], dy)
+    assert sums == [True]
+    plain = twin(GATES[name], 72)
+    low = vjp(plain, [x, *parameters], dy)
+    assert_within_budget(got, low, vjp(plain, [t.double() for t in (x, *parameters)], dy.double()))
+
+
+def _weights_alone(module, x):
+    module.gate_up_proj.bias.requires_grad_(False)
+    return module, x
+
+
+def _hooked(module, x):
+    module.gate_up_proj.register_forward_hook(lambda _, __, y: 2 * y)
+    return module, x
+
+
+def _other_class(module, x):
+    proj = nn.Linear(40, 144, device=x.device)
+    proj.load_state_dict(module.gate_up_proj.state_dict())
+    module.gate_up_proj = proj
+    return module, x
+
+
+def _own_forward(module, x):
+    forward = module.gate_up_proj.forward
+    module.gate_up_proj.forward = lambda x: 3 * forward(x)
+    return module, x
+
+
+@pytest.mark.parametrize("change", [_weights_alone, _hooked, _other_class, _own_forward])
+def test_a_projection_that_does_more_or_learns_no_bias_is_called_as_it_is(change, device, sums):
+    module = filled(trinix.FastSwiGLU(40, 72, use_triton=True, device=device))
+    module, x = change(module, normal((5, 40), torch.float32, seed=1, device=device))
+    g, u = module.gate_up_proj(x).chunk(2, -1)
+    y = module(x)
+    torch.testing.assert_close(y, F.silu(g) * u)
+    y.sum().backward()
+    assert not sums
+    assert module.gate_up_proj.weight.grad is not None
+
+
+def test_only_a_wanted_bias_gradient_leaves_the_product(device, sums):
+    module = filled(trinix.FastSwiGLU(40, 72, use_triton=True, device=device))
+    x = normal((5, 40), torch.float32, seed=1, device=device)
+    kept = module(x)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), kept)
+    module.gate_up_proj.weight.requires_grad_(False)
+    module(x).sum().backward()
+    assert sums == [False]
+    with trinix.use_backend("torch"):
+        filled(trinix.FastSwiGLU(40, 72, device=device))(x).sum().backward()
+    assert len(sums) == 1
+
+
+def test_autocast_gives_the_bias_a_full_gradient_through_the_kernels(device, sums):
+    module = filled(trinix.FastSwiGLU(40, 72, use_triton=True, device=device))
+    x, dy = (
+        normal((33, 40), torch.float32, seed=1, device=device),
+        normal((33, 72), torch.bfloat16, seed=2, device=device),
+    )
+    grads = []
+    for use_triton in (True, False):
+        module.use_triton = use_triton
+        with torch.autocast(device, torch.bfloat16):
+            y = module(x)
+        assert y.dtype == torch.bfloat16
+        grads.append(torch.autograd.grad(y, list(module.parameters()), dy))
+    assert sums == [True]
+    assert all(g.dtype == torch.float32 for g in grads[0])
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.2)
+
+
+def test_a_gradient_penalty_through_the_bias_is_pytorchs(device, sums):
+    results = []
+    for use_triton in (True, False):
+        module = filled(trinix.FastSwiGLU(6, 7, use_triton=use_triton, device=device))
+        x = normal((4, 6), torch.float32, seed=1, device=device).requires_grad_()
+        grads = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()], create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        results.append(torch.autograd.grad(penalty, [x, *module.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-3)
+    assert len(sums) == 1  # of the penalty's own way through y
+
+
+def test_no_row_at_all_gives_zero_gradients(device):
+    module = trinix.FastReGLU(6, 7, use_triton=True, device=device)
+    module(torch.empty(0, 6, device=device)).sum().backward()
+    assert not any(p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.gpu
+def test_auto_sums_the_bias_gradient_on_the_card(sums):
+    module = trinix.FastReGLU(64, 96, device="cuda", dtype=torch.bfloat16)
+    module(torch.ones(4, 64, device="cuda", dtype=torch.bfloat16)).sum().backward()
+    assert sums == [True]
+
+
 def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="FastReGLU: hidden_dim must be an int from 1 on, got 0"):
         trinix.FastReGLU(6, 0)

@@ -7,17 +7,20 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from trinix import ops
 from trinix.layers.activation import choose_backend
 from trinix.layers.linear import FastLinear
-from trinix.ops.glu import triton_can_run
+from trinix.ops.glu import linear_glu, sums_bias, triton_can_run
 
 # what checkpoints call (gate, up, down)
 NAMES = {
     "llama": ("gate_proj", "up_proj", "down_proj"),
     "t5": ("wi_0", "wi_1", "wo"),
 }
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _FastGLU(nn.Module):
@@ -68,12 +71,29 @@ class _FastGLU(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: x must be [..., {wanted}], got {list(x.shape)}; input_dim is the last dimension"
             )
-        packed = self.gate_up_proj(x)
-        backend = self.backend
-        if self.use_triton is not None:
-            backend = choose_backend(self.use_triton, triton_can_run, packed)
-        hidden = ops.glu(packed, kind=self.kind, backend=backend)
+        if self._sums_bias(x):
+            hidden = linear_glu(x, self.gate_up_proj.weight, self.gate_up_proj.bias, self.kind)
+        else:
+            packed = self.gate_up_proj(x)
+            hidden = ops.glu(packed, kind=self.kind, backend=self._backend_for(packed))
         return hidden if self.down_proj is None else self.down_proj(hidden)
+
+    def _sums_bias(self, x: Tensor) -> bool:
+        """Whether the kernel that writes the product's gradient sums the bias's too: the product then runs without its module,
+        which must be one that does nothing else."""
+        proj = self.gate_up_proj
+        return (
+            not torch.compiler.is_compiling()
+            and type(proj) is FastLinear
+            and proj.bias is not None
+            and sums_bias(x, proj.weight, proj.bias, self._backend_for(x))
+            and "forward" not in proj.__dict__
+            and not any(getattr(proj, name) for name in _HOOKS)
+            and not torch_module._has_any_global_hook()
+        )
+
+    def _backend_for(self, x: Tensor) -> str:
+        return self.backend if self.use_triton is None else choose_backend(self.use_triton, triton_can_run, x)
 
     def load_checkpoint(self, state: Mapping[str, Tensor], names: str = "llama", prefix: str = "") -> None:
         """Copy the weights (and biases) of separate projections, ``state[prefix + name + ".weight"]``.

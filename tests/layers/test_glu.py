@@ -207,7 +207,12 @@ def _own_forward(module, x):
     return module, x
 
 
-@pytest.mark.parametrize("change", [_weights_alone, _hooked, _other_class, _own_forward])
+def _one_bias_for_all(module, x):
+    module.gate_up_proj.bias = nn.Parameter(module.gate_up_proj.bias.detach()[:1].clone())
+    return module, x
+
+
+@pytest.mark.parametrize("change", [_one_bias_for_all, _weights_alone, _hooked, _other_class, _own_forward])
 def test_a_projection_that_does_more_or_learns_no_bias_is_called_as_it_is(change, device, sums):
     module = filled(trinix.FastSwiGLU(40, 72, use_triton=True, device=device))
     module, x = change(module, normal((5, 40), torch.float32, seed=1, device=device))

@@ -264,6 +264,7 @@ def sums_bias(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> bool:
     return (
         bias.requires_grad
         and torch.is_grad_enabled()
+        and bias.shape == weight.shape[:1]  # F.linear broadcasts others
         and (backend == "triton" or (backend == "auto" and x.is_cuda))
         and dispatch.plain(x, weight, bias)
         and not _against_triton(x, bias)

@@ -95,6 +95,13 @@ def test_a_row_shows_every_implementation_and_the_best_rival_over_ours():
     assert (row["host us"], row["MiB"], row["error"]) == ("10.0", "9.00", "1.00")
 
 
+def test_a_line_with_some_clocks_only_shows_those():
+    clocks = dict.fromkeys(("backend", "host_us", "wall_ms", "peak_mib", "error_ratio"))
+    (row,) = speed([gpu_line("D-32x4096-b1-8192", "fwd", "trinix", 0.5, **clocks)])
+    assert (row["trinix"], row["share"]) == ("0.5000", "87.5%")
+    assert {row[name] for name in ("runs", "best / trinix", "wall ms", "host us", "MiB", "error")} == {""}
+
+
 def test_a_loss_is_shown_as_one():
     lines = [gpu_line("X-relu-256", "fwd", "trinix", 2.0), gpu_line("X-relu-256", "fwd", "eager", 1.0)]
     assert speed(lines)[0]["best / trinix"] == "0.50"

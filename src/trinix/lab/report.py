@@ -89,8 +89,8 @@ def markdown(lines: list[dict], source: str) -> str:
     rivals = [impl for impl in RIVALS if impl in columns]
     out += [
         "Device ms are medians with a cold L2 cache and the host's time hidden, 0 where no kernel ran; wall ms are calls back to back; host us is the "
-        f"time to enqueue a call. *best / trinix* is the best rival's ({', '.join(rivals)}) device time over ours: above 1 we are "
-        "faster. *share* is the device time of a plain copy of the same, fewest bytes over ours (two reads a write run up to 2% faster than a copy). *runs* is the backend "
+        f"time to enqueue a call. *best / trinix* is the best rival's ({', '.join(rivals) or 'none ran'}) device time over ours: above 1 we "
+        "are faster. *share* is the device time of a plain copy of the same, fewest bytes over ours (two reads a write run up to 2% faster than a copy). *runs* is the backend "
         'that "auto" chose. MiB are the measured peak over the inputs; *error* is our error against float64 over PyTorch\'s.',
         "",
     ]
@@ -141,11 +141,11 @@ def _speed_table(mine: list[ResultRow], cases: dict[str, Case], columns: list[st
                     *(_ms(row.line(i)) for i in columns),
                     "" if speedup is None else f"{speedup:.2f}",
                     f"{share:.1%}" if share else "",
-                    f"{ours['wall_ms']:.4f}" if fine else "",
+                    _number(ours, "wall_ms", 4),
                     f"{min(walls):.4f}" if walls else "",
-                    f"{ours['host_us']:.1f}" if fine else "",
-                    f"{ours['peak_mib']:.2f}" if fine else "",
-                    f"{ours['error_ratio']:.2f}" if fine and ours["error_ratio"] is not None else "",
+                    _number(ours, "host_us", 1),
+                    _number(ours, "peak_mib", 2),
+                    _number(ours, "error_ratio", 2),
                     _published(case, row.pass_, "ms"),
                 ]
             )
@@ -214,6 +214,11 @@ def _ms(one: dict | None) -> str:
     if not one:
         return ""
     return f"{one['device_ms']['p50']:.4f}" if one["ok"] else "not timed"
+
+
+def _number(one: dict | None, name: str, digits: int) -> str:
+    """Empty for what was not timed, and for what a line does not have: a decoding step has no wall time of its own."""
+    return f"{one[name]:.{digits}f}" if one and one["ok"] and one[name] is not None else ""
 
 
 def _cell(value) -> str:

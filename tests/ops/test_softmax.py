@@ -146,7 +146,7 @@ def small_stream(chunks_wanted):
 
     def choose(view, itemsize, inputs, multiprocessors, lanes=32):
         columns = view.along[0] == 1
-        rows, cols = (8, 16) if columns else (16, 4)
+        rows, cols = (8, 16) if columns else (16, 1)
         needed = -(-view.n // (2 * rows))
         steps = -(-needed // chunks_wanted)
         chunks = -(-needed // steps)
@@ -256,6 +256,43 @@ def test_stream_and_split_kernels_hold_the_budget(layout, kind, request):
     new = Numbers(dtype, "cpu")
     x, dim = STREAMED[layout](new)
     oracle(function, x, dim, new(*x.shape))
+
+
+# rows of which each starts elsewhere between two vectors, n long
+UNEVEN = {
+    "dense": lambda new, n: new(8, n),
+    "offset by one element": lambda new, n: new(4 * n + 1)[1:].view(4, n),
+    "padded": lambda new, n: new(4, n + 7)[:, 3:-4],
+    "of two dimensions": lambda new, n: new(2, 3, n)[:, :2],
+    "sliced": lambda new, n: new(4, 2 * n)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("kind", ["streams", "splits"])
+@pytest.mark.parametrize("n", [3, 13, 91])  # less than a vector, one step, several
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_rows_that_start_between_two_vectors(layout, n, kind, request):
+    request.getfixturevalue(kind)
+    function, dtype = {"streams": (log_softmax, torch.bfloat16), "splits": (softmax, torch.float32)}[kind]
+    new = Numbers(dtype, "cpu")
+    x = UNEVEN[layout](new, n)
+    oracle(function, x, -1, UNEVEN[layout](new, n), scale=0.7)
+    oracle(function, x, -1, new(*x.shape[:-1], n + 5)[..., 1:-4], new(n))
+
+
+def test_vectors_of_uneven_rows_are_taken_where_the_tensor_read_first_has_them():
+    def vector(n, *strides, masked=False):
+        launch = kernels.plan(kernels.view((264, n), 1, strides), 2, False, masked, 132).launch
+        return launch.constants["VECTOR"]
+
+    dense, padded, transposed = (50257, 1), (50304, 1), (1, 264)
+    for masked in (False, None):
+        assert vector(50257, dense, dense, masked=masked) == 8
+        assert vector(50257, dense, padded, masked=masked) == 8
+        assert vector(50256, (50256, 1), (50256, 1), masked=masked) == 1  # every row starts with a whole one
+    assert vector(50257, dense, transposed) == 1
+    assert vector(50257, dense, transposed, masked=None) == 8
+    assert vector(50258, (50258, 1), (50258, 1)) == 8
 
 
 @pytest.mark.parametrize("kind", ["streams", "splits"])
@@ -833,6 +870,9 @@ GPU_LAYOUTS = {
     **{f"columns {n}": (lambda new, n=n: (new(5, n, 136), 1)) for n in (1, 5, 64, 256, 513, 1024, 4099)},
     "long rows": lambda new: (new(9, 131072), -1),
     "long rows, odd": lambda new: (new(3, 200_001), -1),
+    "long rows, odd, whole": lambda new: (new(150, 50257), -1),
+    "long rows, odd, offset": lambda new: (new(150 * 40_001 + 1)[1:].view(150, 40_001), -1),
+    "long rows, odd, padded": lambda new: (new(150, 50304)[:, :50257], -1),
     "one long row": lambda new: (new(1, 262144), -1),
     "long columns": lambda new: (new(3, 32768, 128), 1),
     "long columns, odd": lambda new: (new(2, 9001, 77), 1),
@@ -875,7 +915,7 @@ def test_on_the_card_the_incoming_gradient_may_have_any_strides(layout, incoming
 
 @gpu
 @pytest.mark.parametrize("dim", [-1, -2])
-@pytest.mark.parametrize("shape", [(2, 5, 129, 256), (2, 3, 1100, 4096), (1, 2, 64, 70_000)])
+@pytest.mark.parametrize("shape", [(2, 5, 129, 256), (2, 3, 1100, 4096), (1, 2, 64, 70_000), (1, 2, 80, 50257)])
 def test_on_the_card_masks_of_attention(shape, dim):
     new = Numbers(torch.bfloat16, "cuda")
     b, _, q, k = shape

@@ -197,6 +197,10 @@ def _backward_tile(
 # neighbouring columns. A block's chunks are less than the resident programs apart, and a program takes its items in
 # order, so the first unfinished block always has all its chunks running: nothing waits for what cannot start.
 #
+# Rows of a length that is no multiple of 16 bytes (VECTOR > 1) start anywhere between two vectors: each is read and written in
+# the whole vectors that lie within it, and the few elements ahead of and behind them are its first chunk's, one by one. Nothing
+# outside a row is touched.
+#
 # disable_licm: what is hoisted out of the loop over work items lives across it, and spills at 64 registers.
 
 
@@ -207,18 +211,32 @@ def _step_indices(DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, AL
 
 
 @triton.jit
-def _item(
-    work, n, panels, chunks, steps, FLAT: tl.constexpr, PANEL: tl.constexpr, STEP: tl.constexpr, COLS: tl.constexpr
-):
-    """A work item's outer index, panel, chunk, first column, first index of N, number of steps."""
+def _item(work, panels, chunks, FLAT: tl.constexpr, PANEL: tl.constexpr, COLS: tl.constexpr):
+    """A work item's outer index, panel, chunk, first column."""
     part = work // PANEL
     panel = part // chunks
     o = 0 if FLAT else panel // panels
     block = (panel if FLAT else panel % panels) * PANEL + work % PANEL
-    j0 = tl.cast(block, tl.int64) * COLS
-    start = tl.cast(part % chunks, tl.int64) * steps * STEP
-    here = tl.cdiv(tl.minimum(n - start, tl.cast(steps, tl.int64) * STEP), STEP).to(tl.int32)
-    return o, panel, part % chunks, j0, start, here
+    return o, panel, part % chunks, tl.cast(block, tl.int64) * COLS
+
+
+@triton.jit
+def _chunk(n, chunk, steps, STEP: tl.constexpr):
+    """A chunk's first index of N, its number of steps."""
+    start = tl.cast(chunk, tl.int64) * steps * STEP
+    return start, tl.cdiv(tl.minimum(n - start, tl.cast(steps, tl.int64) * STEP), STEP).to(tl.int32)
+
+
+@triton.jit
+def _split_row(row, n, VECTOR: tl.constexpr):
+    """A row that starts at element ``row``: elements ahead of its first whole vector, the elements in whole vectors, and,
+    of the few others at both ends, indices and whether each is one."""
+    ahead = tl.minimum((-row) & (VECTOR - 1), n)
+    whole = (n - ahead) // VECTOR * VECTOR
+    e = tl.arange(0, 2 * VECTOR)
+    behind = (n - ahead - whole).to(tl.int32)
+    index = tl.where(e < VECTOR, 0, ahead + whole - VECTOR) + e
+    return ahead, whole, index, e % VECTOR < tl.where(e < VECTOR, ahead.to(tl.int32), behind)
 
 
 @triton.jit
@@ -267,6 +285,24 @@ def _combine_sums(line, chunks, MERGE: tl.constexpr, COLS: tl.constexpr):
     tl.store(line + column, tl.sum(total, 0))
 
 
+@triton.jit
+def _result(z, most, sums, y, LOG: tl.constexpr):
+    if LOG:
+        out = z - most - tl.log(sums)
+    else:
+        out = _quotient(tl.exp(z - most), sums, y)
+    return out
+
+
+@triton.jit
+def _gradient(p, g, sums, scale, LOG: tl.constexpr):
+    if LOG:
+        out = scale * (g - tl.exp(p) * sums)
+    else:
+        out = scale * p * (g - sums)
+    return out
+
+
 @triton.jit(do_not_specialize=[
     "n", "c", "panels", "chunks", "steps", "works", "O1", "O2", "x0", "x1", "x2", "xn", "xc", "m0", "m1", "m2", "mn", "mc",
     "y0", "y1", "y2", "yn", "yc",
@@ -277,8 +313,8 @@ def _forward_stream(
     x0: "i64", x1: "i64", x2: "i64", xn: "i64", xc: "i64", m0: "i64", m1: "i64", m2: "i64", mn: "i64", mc: "i64",
     y0: "i64", y1: "i64", y2: "i64", yn: "i64", yc: "i64", scale: "fp32",
     LOG: tl.constexpr, X_ALONG: tl.constexpr, M_ALONG: tl.constexpr, Y_ALONG: tl.constexpr, UNIT: tl.constexpr,
-    FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, PANEL: tl.constexpr,
-    MERGE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    VECTOR: tl.constexpr, FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    PANEL: tl.constexpr, MERGE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     n, c = _lengths(n, c, Y_ALONG, UNIT)
     if SAME:
@@ -290,25 +326,42 @@ def _forward_stream(
     i, j = _step_indices(DEEP, ROWS, COLS, Y_ALONG)
     column = tl.arange(0, COLS)
     for work in tl.range(tl.program_id(0), works, tl.num_programs(0), disable_licm=True):
-        o, panel, chunk, j0, start, here = _item(work, n, panels, chunks, steps, FLAT, PANEL, STEP, COLS)
-        base_x = x + _slab(o, O1, O2, x0, x1, x2, FLAT, UNIT) + _offset(start, j0, xn, xc, X_ALONG, UNIT)
+        o, panel, chunk, j0 = _item(work, panels, chunks, FLAT, PANEL, COLS)
+        from_x = _slab(o, O1, O2, x0, x1, x2, FLAT, UNIT) + _offset(0, j0, xn, xc, X_ALONG, UNIT)
+        from_m = _slab(o, O1, O2, m0, m1, m2, FLAT, UNIT) + _offset(0, j0, mn, mc, M_ALONG, UNIT)
+        to_y = _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
+        length = n
+        if VECTOR > 1:
+            ahead, length, end, at_end = _split_row(from_x, n, VECTOR)
+            at_end &= chunk == 0
+            z_end = tl.load(x + from_x + end, mask=at_end, other=0.0).to(tl.float32) * scale
+            if M_ALONG >= 0:
+                at_m = mask + from_m + _offset(end, 0, mn, mc, M_ALONG, UNIT)
+                z_end += tl.load(at_m, mask=at_end, other=0.0).to(tl.float32)
+                from_m += _offset(ahead, 0, mn, mc, M_ALONG, UNIT)
+            z_end = tl.where(at_end, z_end, float("-inf"))
+            to_end = y + to_y + end
+            from_x = tl.cdiv(from_x, VECTOR) * VECTOR
+            to_y = from_x if SAME else to_y + ahead
+        start, here = _chunk(length, chunk, steps, STEP)
+        base_x = x + from_x + _offset(start, 0, xn, xc, X_ALONG, UNIT)
         base_m = mask
         if M_ALONG >= 0:
-            base_m += _slab(o, O1, O2, m0, m1, m2, FLAT, UNIT) + _offset(start, j0, mn, mc, M_ALONG, UNIT)
-        base_y = y + _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(start, j0, yn, yc, Y_ALONG, UNIT)
+            base_m += from_m + _offset(start, 0, mn, mc, M_ALONG, UNIT)
+        base_y = y + to_y + _offset(start, 0, yn, yc, Y_ALONG, UNIT)
         cols = tl.minimum(c - j0, COLS).to(tl.int32)
 
         top = tl.full((FIRST, LAST), float("-inf"), tl.float32)
         total = tl.zeros((FIRST, LAST), tl.float32)
         for k in range(here):
             at = tl.cast(k, tl.int64) * STEP
-            inside = i < tl.minimum(n - start - at, STEP).to(tl.int32)
+            inside = i < tl.minimum(length - start - at, STEP).to(tl.int32)
             live = inside & (j < cols)
-            from_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
-            z = _load(from_x, live, EVEN) * scale
+            at_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
+            z = _load(at_x, live, EVEN) * scale
             if M_ALONG >= 0:
-                from_m = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
-                z += tl.load(from_m, mask=live, other=0.0).to(tl.float32)
+                m_at = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
+                z += tl.load(m_at, mask=live, other=0.0).to(tl.float32)
             if not EVEN:
                 z = tl.where(inside, z, float("-inf"))
             new = tl.maximum(top, tl.max(z, 0))
@@ -316,8 +369,12 @@ def _forward_stream(
             total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe[None, :, :]), 0)
             top = new
         most = tl.max(top, N_AXIS)
+        if VECTOR > 1:
+            most = tl.maximum(most, tl.max(z_end, 0))
         safe = tl.where(most == float("-inf"), 0.0, most)
         sums = tl.sum(total * tl.exp(top - tl.expand_dims(safe, N_AXIS)), N_AXIS)
+        if VECTOR > 1:
+            sums += tl.sum(tl.exp(z_end - tl.max(safe, 0)), 0)
 
         if SPLIT:
             slab = tl.cast(panel, tl.int64) * PANEL + work % PANEL
@@ -333,20 +390,20 @@ def _forward_stream(
             most = tl.load(line + column, cache_modifier=".cg")
             sums = tl.load(line + COLS + column, cache_modifier=".cg")
 
+        if VECTOR > 1:
+            y_end = _result(z_end, tl.max(most, 0), tl.max(sums, 0), y, LOG)  # of the one column
+            tl.store(to_end, y_end.to(y.dtype.element_ty), mask=at_end)
         most = tl.expand_dims(most, N_AXIS)[None, :, :]
         sums = tl.expand_dims(sums, N_AXIS)[None, :, :]
         for k in range(here):
             at = tl.cast(here - 1 - k, tl.int64) * STEP
-            live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)
-            from_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
-            z = _load(from_x, live, EVEN) * scale
+            live = (i < tl.minimum(length - start - at, STEP).to(tl.int32)) & (j < cols)
+            at_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
+            z = _load(at_x, live, EVEN) * scale
             if M_ALONG >= 0:
-                from_m = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
-                z += tl.load(from_m, mask=live, other=0.0).to(tl.float32)
-            if LOG:
-                out = z - most - tl.log(sums)
-            else:
-                out = _quotient(tl.exp(z - most), sums, y)
+                m_at = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
+                z += tl.load(m_at, mask=live, other=0.0).to(tl.float32)
+            out = _result(z, most, sums, y, LOG)
             to = base_y + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
             _store(to, out, live, EVEN)
 
@@ -359,9 +416,9 @@ def _backward_stream(
     O1: "i32", O2: "i32",
     y0: "i64", y1: "i64", y2: "i64", yn: "i64", yc: "i64", g0: "i64", g1: "i64", g2: "i64", gn: "i64", gc: "i64",
     scale: "fp32",
-    LOG: tl.constexpr, Y_ALONG: tl.constexpr, G_ALONG: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
-    SAME: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, PANEL: tl.constexpr,
-    MERGE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    LOG: tl.constexpr, Y_ALONG: tl.constexpr, G_ALONG: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    PANEL: tl.constexpr, MERGE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     n, c = _lengths(n, c, Y_ALONG, UNIT)
     if SAME:
@@ -373,22 +430,36 @@ def _backward_stream(
     i, j = _step_indices(DEEP, ROWS, COLS, Y_ALONG)
     column = tl.arange(0, COLS)
     for work in tl.range(tl.program_id(0), works, tl.num_programs(0), disable_licm=True):
-        o, panel, chunk, j0, start, here = _item(work, n, panels, chunks, steps, FLAT, PANEL, STEP, COLS)
-        base = _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(start, j0, yn, yc, Y_ALONG, UNIT)
-        base_g = dy + _slab(o, O1, O2, g0, g1, g2, FLAT, UNIT) + _offset(start, j0, gn, gc, G_ALONG, UNIT)
+        o, panel, chunk, j0 = _item(work, panels, chunks, FLAT, PANEL, COLS)
+        base = _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
+        from_g = _slab(o, O1, O2, g0, g1, g2, FLAT, UNIT) + _offset(0, j0, gn, gc, G_ALONG, UNIT)
+        length = n
+        if VECTOR > 1:
+            ahead, length, end, at_end = _split_row(base, n, VECTOR)
+            at_end &= chunk == 0
+            p_end = tl.load(y + base + end, mask=at_end, other=0.0).to(tl.float32)
+            g_end = tl.load(dy + from_g + _offset(end, 0, gn, gc, G_ALONG, UNIT), mask=at_end, other=0.0).to(tl.float32)
+            to_end = dx + base + end
+            base = tl.cdiv(base, VECTOR) * VECTOR
+            from_g = base if SAME else from_g + _offset(ahead, 0, gn, gc, G_ALONG, UNIT)
+        start, here = _chunk(length, chunk, steps, STEP)
+        base += _offset(start, 0, yn, yc, Y_ALONG, UNIT)
+        base_g = dy + from_g + _offset(start, 0, gn, gc, G_ALONG, UNIT)
         cols = tl.minimum(c - j0, COLS).to(tl.int32)
 
         total = tl.zeros((FIRST, LAST), tl.float32)
         for k in range(here):
             at = tl.cast(k, tl.int64) * STEP
-            live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)
-            from_y = y + base + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
-            from_g = base_g + _offset(at, 0, gn, gc, G_ALONG, UNIT) + _offset(i, j, gn, gc, G_ALONG, UNIT)
-            g = _load(from_g, live, EVEN)
+            live = (i < tl.minimum(length - start - at, STEP).to(tl.int32)) & (j < cols)
+            at_y = y + base + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
+            at_g = base_g + _offset(at, 0, gn, gc, G_ALONG, UNIT) + _offset(i, j, gn, gc, G_ALONG, UNIT)
+            g = _load(at_g, live, EVEN)
             if not LOG:
-                g *= _load(from_y, live, EVEN)
+                g *= _load(at_y, live, EVEN)
             total += tl.sum(g, 0)
         sums = tl.sum(total, N_AXIS)
+        if VECTOR > 1:
+            sums += tl.sum(g_end if LOG else p_end * g_end, 0)
 
         if SPLIT:
             slab = tl.cast(panel, tl.int64) * PANEL + work % PANEL
@@ -401,18 +472,18 @@ def _backward_stream(
             _wait(arrived + slab, seen, chunks + 1)
             sums = tl.load(line + column, cache_modifier=".cg")
 
+        if VECTOR > 1:
+            dx_end = _gradient(p_end, g_end, tl.sum(sums, 0), scale, LOG)  # of the one column
+            tl.store(to_end, dx_end.to(dx.dtype.element_ty), mask=at_end)
         sums = tl.expand_dims(sums, N_AXIS)[None, :, :]
         for k in range(here):
             at = tl.cast(here - 1 - k, tl.int64) * STEP
-            live = (i < tl.minimum(n - start - at, STEP).to(tl.int32)) & (j < cols)
+            live = (i < tl.minimum(length - start - at, STEP).to(tl.int32)) & (j < cols)
             to = base + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
-            from_g = base_g + _offset(at, 0, gn, gc, G_ALONG, UNIT) + _offset(i, j, gn, gc, G_ALONG, UNIT)
+            at_g = base_g + _offset(at, 0, gn, gc, G_ALONG, UNIT) + _offset(i, j, gn, gc, G_ALONG, UNIT)
             p = _load(y + to, live, EVEN)
-            g = _load(from_g, live, EVEN)
-            if LOG:
-                out = scale * (g - tl.exp(p) * sums)
-            else:
-                out = scale * p * (g - sums)
+            g = _load(at_g, live, EVEN)
+            out = _gradient(p, g, sums, scale, LOG)
             _store(dx + to, out, live, EVEN)
 
 
@@ -599,7 +670,12 @@ def plan(
         constants |= {"X_ALONG": view.along[1], "M_ALONG": view.along[2] if masked else -1, "Y_ALONG": along}
         order = strides[1] + (strides[2] if masked else (0,) * 5) + strides[0]
     same = view.strides[0] == view.strides[1] and view.along[0] == view.along[1]
-    constants |= {"UNIT": unit, "FLAT": flat, "SAME": same}
+    constants["UNIT"] = unit
+    if isinstance(config, Stream):
+        # rows that do not all start at a vector's boundary: the first tensor that is read says where its vectors lie
+        vector, reads = 16 // itemsize, view.along[0 if backward else 1]
+        constants["VECTOR"] = vector if (along, reads, config.cols) == (0, 0, 1) and unit < vector else 1
+    constants |= {"FLAT": flat, "SAME": same}
     if isinstance(config, Tile):
         even = view.n == config.rows and view.c % config.cols == 0 and not masked
         constants |= {"EVEN": even, "HALF": view.n > config.rows // 2, "ROWS": config.rows, "COLS": config.cols}
@@ -750,7 +826,7 @@ def compile_cases(lanes: int = LANES):
             yield compile_case(f"{op}/{name}/{word}/{suffix}", call.launch, factor * size, (pointer,) * 3 + scratch)
 
     for dtype in DTYPES:
-        for width in (128, 1000, 4096, 32768, 131072):
+        for width in (128, 1000, 4096, 32768, 50257, 131072):
             yield from case(f"rows-{width}", (8192, width), 1, dtype)
         for length in (256, 8192):
             yield from case(f"columns-{length}", (144, length, 128), 1, dtype)

@@ -401,7 +401,9 @@ class _BackwardPlan:
         blocks = _cdiv(s.seq_q, block)
         out_heads = s.batch * s.key_heads * parts
         self.grid = key_blocks * out_heads
-        section = choose_section(out_heads, s.seq_q * c.d * 8 * (group // parts), 34 << 20) if bounded else 1
+        # a head that fills the card alone goes alone (AS-64-16384-causal, AS-128-16384-causal)
+        several = bounded and 4 * key_blocks < 3 * _multiprocessors(s.device)
+        section = choose_section(out_heads, s.seq_q * c.d * 8 * (group // parts), 34 << 20) if several else 1
         device = q.device
         self.dk_shape = (*k.shape[:-2], s.key_heads * parts, s.d)
         self.dv_shape = (*v.shape[:-2], s.key_heads * parts, s.dv)

@@ -2,7 +2,8 @@
 
 ``before`` makes delta = rowsum(dO * O) - dlse and the logsumexp in base 2, and clears dQ's sums. A program of the main kernel
 owns 128 keys of one key head, two consumer warpgroups 64 keys each, and walks over the query tiles of every query head of
-the group, so that grouped heads need no reduction of dK and dV. Per query tile, in each warpgroup::
+the group, so that grouped heads need no reduction of dK and dV, the last tile first: so all programs of a head that begin
+together under a causal mask read the same tiles. Per query tile, in each warpgroup::
 
     S^T = K Q^T,  dP^T = V dO^T           both operands in shared memory, transposed: keys are the rows
     P^T = exp2(S^T scale - lse),  dS^T = P^T (dP^T - delta)
@@ -244,7 +245,8 @@ def _producer(
     for g in range(group):
         h = out_head * group + g
         row = _padded_row(b, h, row0, Hk * parts * group, padded, BLOCK, VARLEN)
-        for m in range(first, end):
+        for at in range(first, end):
+            m = first + end - 1 - at
             slot = it % STAGES
             phase = (it // STAGES) & 1
             it += 1
@@ -407,7 +409,7 @@ def _consumer(
         slope = 0.0
         if ALIBI:
             slope = gl.load(slopes + b * slopes_batch + h).to(gl.float32) * 1.4426950408889634
-        for part in gl.static_range(PARTS):  # tiles on the right edge's diagonal, whole ones, those on the left edge
+        for part in gl.static_range(PARTS - 1, -1, -1):  # tiles on the left edge, whole ones, those on the right one
             lo = first
             hi = end
             if PARTS > 1:
@@ -418,7 +420,8 @@ def _consumer(
                     hi = whole_to
                 else:
                     lo = whole_to
-            for m in range(lo, hi):
+            for place in range(lo, hi):
+                m = lo + hi - 1 - place
                 slot = it % STAGES
                 phase = (it // STAGES) & 1
                 buf = it % 2  # dS is double-buffered: one barrier per tile instead of two
@@ -541,7 +544,8 @@ def _adder(
     it = 0
     for g in range(group):
         padded_row = _padded_row(b, out_head * group + g, row0, Hk * parts * group, padded, BLOCK, VARLEN)
-        for m in range(first, end):
+        for at in range(first, end):
+            m = first + end - 1 - at
             buf = it % 2
             mbarrier.wait(ds_full.index(buf), (it // 2) & 1)
             it += 1

@@ -559,10 +559,11 @@ def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     assert first(192, 128, True, False, 16 * 4096, 4096) == "hopper"
     for call in ((192, 128, False, False, 16 * 4096, 4096), (192, 128, True, True, 16 * 4096, 4096)):
         assert first(*call, fa4=True) == "flash_attn" != first(*call)
-    long, short = (128, 128, True, True, 16 * 16384, 16384), (128, 128, True, True, 40 * 2048, 2048)
+    long, short = (64, 64, True, True, 32 * 16384, 16384), (64, 64, True, True, 24 * 2048, 2048)
     assert first(*long, fa4=True) == "flash_attn"
     assert first(*long) == "hopper"
     assert first(*short, fa4=True) == "hopper"
+    assert first(128, 128, True, True, 16 * 16384, 16384, fa4=True) == "hopper"
     assert contract.order((8, 0), 64, 64, True, True, 8, 8) == ("flash_attn", "cudnn", "triton")
 
 

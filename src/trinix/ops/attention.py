@@ -150,10 +150,8 @@ def fa4_is_faster(d: int, dv: int, causal: bool, backward: bool, rows: int, keys
     if 128 < d <= 192 and dv <= 128:
         # (1, 4096, 16, 192 and 128): forward 0.24 against 0.27 ms, backward 0.97 against 1.60
         return scores >= (1 << 27 if backward else 1 << 28)
-    if d > 128 or not backward:
+    if d > 64 or not backward:  # backward at D = 128: 0.99 to 1.09
         return False
-    if d > 64:  # AS-128-1024-causal 0.96, AS-128-2048-causal 0.98, (1, 16384, 16, 128) 0.93; level elsewhere
-        return keys >= 8192 or (causal and keys <= 2048 and scores >= 1 << 27)
     return scores >= 1 << 28  # AS-64-*: 0.92 to 0.97, AS-64-8192-full level
 
 

@@ -163,3 +163,31 @@ def test_on_the_card_the_sizes_of_a_model_and_a_graph(k, n):
     for _ in range(20):
         graph.replay()
         same(y, first)
+
+
+@pytest.mark.gpu
+def test_on_the_card_a_product_begun_early_waits_for_what_the_one_before_writes():
+    """Every product's row is the one before's result, through a norm that lets it in early; weights change between replays."""
+    norm = trinix.FastFusedResidualRMSNorm(4096, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    chain = [made(4096, 4096, False, device="cuda") for _ in range(12)]
+    for i, layer in enumerate(chain):
+        layer.weight.copy_(normal((4096, 4096), torch.bfloat16, seed=i, device="cuda") * 4096**-0.5)
+    x = normal((1, 4096), torch.bfloat16, seed=20, device="cuda")
+
+    def run(pause=lambda: None):
+        y, h = x, torch.zeros_like(x)
+        for layer in chain:
+            pause()
+            y, h = norm(layer(y), h)
+            pause()
+            y = layer(y)
+        return y
+
+    with torch.no_grad():
+        graph, y = captured(run)
+        for i in range(50):
+            x.copy_(normal(x.shape, torch.bfloat16, seed=30 + i, device="cuda"))
+            chain[i % 12].weight.neg_()  # the product behind must not have fetched the old weight for good
+            graph.replay()
+            got = y.clone()
+            same(got, run(torch.cuda.synchronize))

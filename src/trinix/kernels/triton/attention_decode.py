@@ -270,6 +270,8 @@ def _combine(
     DV: tl.constexpr, SINK: tl.constexpr, DEPENDENT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out of one query and head from its normalised parts, weighted by their sums."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # a product of one row may come in now, and fetch its weights
     r = tl.program_id(0)
     i = r % seq
     h = r // seq % heads

@@ -150,8 +150,11 @@ def _tile(rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "cols", "gate_row", "up_row", "gate_at", "up_at"])
 def _forward_rows(
     gate, up, y, rows: "i64", cols: "i64", gate_row: "i64", up_row: "i64", gate_at: "i64", up_at: "i64",
-    VALUE: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    VALUE: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, DEPENDENT: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # a product of one row may come in now, and fetch its weights
     WIDTH: tl.constexpr = 2 if PAIRS else 1
     width = cols * UNIT
     row, first = _tile(rows, width, ROWS, COLS)
@@ -351,11 +354,12 @@ def backward_flat(
 
 
 @functools.cache
-def forward_rows(kind: str, dtype: torch.dtype, pairs: bool, unit: int, tile: TileConfig) -> Launch:
+def forward_rows(kind: str, dtype: torch.dtype, pairs: bool, unit: int, dependent: bool, tile: TileConfig) -> Launch:
     value, _, _ = formula(kind, dtype)
     return _FORWARD_ROWS.bind(
-        VALUE=value, PAIRS=pairs, UNIT=unit, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps
-    )
+        VALUE=value, PAIRS=pairs, UNIT=unit, DEPENDENT=dependent, ROWS=tile.rows, COLS=tile.cols,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -511,7 +515,9 @@ def _forward_rows_launch(gate, up, y, kind, pairs, size, gate_row, up_row, gate_
     itemsize = gate.dtype.itemsize
     unit = math.gcd(cols, gate_row, up_row, gate_at, up_at, 16 // itemsize)
     tile = choose_rows(rows, cols, itemsize, pairs, LANES)
-    launch = forward_rows(kind, gate.dtype, pairs, unit, tile)
+    launch = forward_rows(
+        kind, gate.dtype, pairs, unit, gate.is_cuda and norm.dependent_launch(gate.get_device()), tile
+    )
     blocks = -(-rows // tile.rows) * -(-cols // tile.cols)
     counts = (rows, cols // unit, gate_row // unit, up_row // unit, gate_at // unit, up_at // unit)
     launch(blocks, (gate, up, y), counts)
@@ -659,7 +665,7 @@ def compile_cases(lanes: int = LANES):
         yield case("swiglu/bwd-pairs", backward_flat(kind, dtype, True, True, True, lanes)[1], 5 * size, (t,) * 5)
         for name, pairs, columns in (("rows", False, cols), ("rows-short", False, 520), ("rows-pairs", True, cols)):
             tile = choose_rows(rows, columns, size, pairs, lanes)
-            yield case(f"swiglu/fwd-{name}", forward_rows(kind, dtype, pairs, unit, tile), 3 * size, (t,) * 3)
+            yield case(f"swiglu/fwd-{name}", forward_rows(kind, dtype, pairs, unit, False, tile), 3 * size, (t,) * 3)
             launch = backward_rows(kind, dtype, pairs, True, True, unit, tile)
             yield case(f"swiglu/bwd-{name}", launch, 5 * size, (t,) * 5)
         tile = choose_strided(rows, cols, lanes)

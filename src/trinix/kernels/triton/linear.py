@@ -13,21 +13,32 @@ import torch
 import triton
 import triton.language as tl
 
+from trinix.kernels.triton import norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
 
 LANES = 64 if torch.version.hip else 32  # threads of a warp
+AHEAD = 64  # lines of 128 bytes that a program fetches before its turn; more of them are slower (docs/perf/layers.md)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _one_row(
-    x, weight, bias, y, n: "i32", K: tl.constexpr, BIAS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    x, weight, bias, y, n: "i32", K: tl.constexpr, BIAS: tl.constexpr, DEPENDENT: tl.constexpr, COLS: tl.constexpr,
+    DEPTH: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     inside = tl.minimum(col, n - 1)  # those past the end read the last row and store nothing
     k = tl.arange(0, DEPTH)
     rows = weight + inside[:, None].to(tl.int64) * K + k[None, :]
+    if DEPENDENT:  # the weights come into the L2 cache while the kernel before this one makes x
+        tl.extra.cuda.gdc_launch_dependents()
+        ahead = inside[:, None].to(tl.int64) * K + tl.minimum(tl.arange(0, LINES) * 64, K - 1)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(weight + ahead).to(tl.int64)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
     total = tl.zeros((COLS, DEPTH), tl.float32)
     for start in tl.range(0, K, DEPTH):
         if K % DEPTH == 0:
@@ -59,8 +70,11 @@ _ONE_ROW = Launcher(_one_row, tensors=4)
 
 
 @functools.cache
-def one_row_launch(k: int, bias: bool, config: Config) -> Launch:
-    return _ONE_ROW.bind(K=k, BIAS=bias, COLS=config.cols, DEPTH=config.depth, num_warps=config.num_warps)
+def one_row_launch(k: int, bias: bool, dependent: bool, config: Config) -> Launch:
+    return _ONE_ROW.bind(
+        K=k, BIAS=bias, DEPENDENT=dependent, COLS=config.cols, DEPTH=config.depth,
+        LINES=max(1, min(triton.next_power_of_2(k) // 64, AHEAD // config.cols)), num_warps=config.num_warps, launch_pdl=dependent,
+    )  # fmt: skip
 
 
 def unsupported(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str | None:
@@ -90,7 +104,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     n, k = weight.shape
     y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     config = choose_config(k)
-    launch = one_row_launch(k, bias is not None, config)
+    launch = one_row_launch(k, bias is not None, x.is_cuda and norm.dependent_launch(x.get_device()), config)
     launch(-(-n // config.cols), (x, weight, weight if bias is None else bias, y), (n,))
     return y
 
@@ -99,6 +113,6 @@ def compile_cases(lanes: int = LANES):
     for dtype in DTYPES:
         suffix = str(dtype).removeprefix("torch.")
         for name, k, bias in (("4096", 4096, False), ("14336-bias", 14336, True), ("3000", 3000, False)):
-            launch = one_row_launch(k, bias, choose_config(k, lanes))
+            launch = one_row_launch(k, bias, False, choose_config(k, lanes))
             tensors = (POINTERS[suffix],) * 4
             yield compile_case(f"linear/{name}/{suffix}", launch, dtype.itemsize, tensors, (), 16)  # y is small

@@ -79,8 +79,10 @@ def _affine(v, weight, bias, col, live, offset, WEIGHT: tl.constexpr, BIAS: tl.c
 def _forward(
     x, weight, bias, y, stats, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", eps: "fp32", offset: "fp32",
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
-    SAVE: tl.constexpr, X_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SAVE: tl.constexpr, X_UNIT: tl.constexpr, DEPENDENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # a product of one row may come in now, and fetch its weights
     EARLY: tl.constexpr = BLOCK <= 4096  # in wider rows weight and bias would take registers that the row needs
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
@@ -109,8 +111,11 @@ def _forward_residual(
     x, residual, weight, bias, y, h, stats, seed, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", ri: "i64", rs0: "i64",
     rs1: "i64", eps: "fp32", offset: "fp32", p: "fp32", scale: "fp32",
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    SAVE: tl.constexpr, X_UNIT: tl.constexpr, R_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SAVE: tl.constexpr, X_UNIT: tl.constexpr, R_UNIT: tl.constexpr, DEPENDENT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     live = (col < N)[None, :]
@@ -604,26 +609,27 @@ LANES = 64 if torch.version.hip else 32
 
 
 @functools.cache
-def forward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, save: bool, unit: int, lanes=LANES,
+def forward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, save: bool, unit: int, dependent: bool, lanes=LANES,
                    config: ForwardConfig | None = None) -> tuple[int, Launch]:  # fmt: skip
     """(rows of a program, launch)."""
     config = config or choose_forward(n, itemsize, lanes)
     value, _ = activation_formula(norm.kind)
     return config.rows, _FORWARD.bind(
-        N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, ACT=value, SAVE=save, X_UNIT=unit, ROWS=config.rows,
-        BLOCK=_power_of_two(n), num_warps=config.num_warps,
+        N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, ACT=value, SAVE=save, X_UNIT=unit, DEPENDENT=dependent,
+        ROWS=config.rows, BLOCK=_power_of_two(n), num_warps=config.num_warps,
     )  # fmt: skip
 
 
 @functools.cache
 def residual_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool, dropout: bool, save: bool,
-                    x_unit: int, r_unit: int, lanes=LANES, config: ForwardConfig | None = None) -> tuple[int, Launch]:  # fmt: skip
+                    x_unit: int, r_unit: int, dependent: bool, lanes=LANES,
+                    config: ForwardConfig | None = None) -> tuple[int, Launch]:  # fmt: skip
     config = config or choose_forward(n, itemsize, lanes)
     if itemsize == 4 and n > 8192:  # two tensors in registers
         config = config._replace(num_warps=1024 // lanes)
     return config.rows, _FORWARD_RESIDUAL.bind(
         N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, DROPOUT=dropout, SAVE=save, X_UNIT=x_unit, R_UNIT=r_unit,
-        ROWS=config.rows, BLOCK=_power_of_two(n), num_warps=config.num_warps,
+        DEPENDENT=dependent, ROWS=config.rows, BLOCK=_power_of_two(n), num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -721,7 +727,10 @@ def forward(x, weight, bias, n: int, norm: Norm, eps: float, offset: float, save
     w, b = x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous()
     tensors = (x, w, b, y, x if stats is None else stats)
     if n <= 32768:
-        per, launch = forward_launch(norm, n, x.element_size(), weight is not None, bias is not None, save, unit)
+        dependent = x.is_cuda and dependent_launch(x.get_device())
+        per, launch = forward_launch(
+            norm, n, x.element_size(), weight is not None, bias is not None, save, unit, dependent
+        )
         launch(-(-rows // per), tensors, (rows, *view, eps, offset))
     else:
         launch = wide_launch(norm, n, weight is not None, bias is not None, False, False, save, unit, 0)
@@ -745,7 +754,10 @@ def forward_residual(x, residual, weight, bias, seed, n: int, norm: Norm, eps: f
     scalars = (rows, *x_view, *r_view, eps, offset, p, 1 / (1 - p))  # the quotient in float64, rounded once
     flags = weight is not None, bias is not None
     if n <= 32768:
-        per, launch = residual_launch(norm, n, x.element_size(), *flags, seed is not None, save, x_unit, r_unit)
+        dependent = x.is_cuda and dependent_launch(x.get_device())
+        per, launch = residual_launch(
+            norm, n, x.element_size(), *flags, seed is not None, save, x_unit, r_unit, dependent
+        )
         launch(-(-rows // per), tensors, scalars)
     else:
         wide_launch(norm, n, *flags, True, seed is not None, save, x_unit, r_unit)(rows, tensors, scalars)
@@ -820,7 +832,7 @@ def compile_cases(lanes: int = LANES):
         size, suffix = dtype.itemsize, str(dtype).removeprefix("torch.")
         t, f = POINTERS[suffix], "*fp32"
         for n in (128, 768, 1024, 4096, 8192):
-            _, fwd = forward_launch(layer, n, size, True, True, True, 0, lanes)
+            _, fwd = forward_launch(layer, n, size, True, True, True, 0, False, lanes)
             yield compile_case(f"norm/layer-{n}/fwd/{suffix}", fwd, 2 * size, (t, t, t, t, f))
             _, bwd = backward_launch(layer, n, size, True, True, False, False, every, 0, 0, False, lanes)
             tensors = (t, t, t, t, t, f, "*i64", t, t, f)
@@ -831,7 +843,7 @@ def compile_cases(lanes: int = LANES):
             yield compile_case(f"norm/rms-{n}/bwd/{suffix}", bwd, 3 * size, tensors)
         _, add = add_partials_launch(1024, True, True, 256, False)
         yield compile_case(f"norm/add-partials/bwd/{suffix}", add, 0.1, (f, t, t), access_bits=16)
-        _, fwd = residual_launch(rms, 4096, size, True, False, False, True, 0, 0, lanes)
+        _, fwd = residual_launch(rms, 4096, size, True, False, False, True, 0, 0, False, lanes)
         yield compile_case(f"norm/residual-4096/fwd/{suffix}", fwd, 4 * size, (t, t, t, t, t, t, f, "*i64"))
         _, bwd = backward_launch(
             rms, 4096, size, True, False, True, False, Wanted(True, True, False), 0, 0, False, lanes

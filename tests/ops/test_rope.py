@@ -211,6 +211,15 @@ def test_a_wide_head_and_a_narrow_one_of_many(device):
         norm_oracle(q, k, (gq, gk), *table(r, device, 64))
 
 
+@pytest.mark.parametrize("heads", [(20, 3), (16, 8), (3, 17)], ids=str)
+@pytest.mark.parametrize("tokens", [(2, 1), (1, 2), (2, 2)], ids=str)
+def test_several_tiles_of_heads_where_q_and_k_differ(heads, tokens, device):
+    new = Numbers(torch.bfloat16, device)
+    q, k, gq, gk = (new(*tokens, n, 256) for n in heads * 2)
+    assert kernels.choose_rotation(max(heads), 256, 2, 32).parts > 1
+    oracle(q, k, (gq, gk), *table(64, device), offset=3)
+
+
 def test_more_tokens_than_programs(device):
     new = Numbers(torch.bfloat16, device)
     q, k, gq, gk = (new(2, 4, heads, 4) for heads in (9, 3, 9, 3))
@@ -1017,10 +1026,10 @@ def _row_of_the_next_position(
 
 @triton.jit
 def _rest_forgotten(
-    head, x_h, x_d, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, DENSE: tl.constexpr
+    head, x_h, x_d, heads, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, DENSE: tl.constexpr
 ):
     col = tl.arange(0, REST)[None, :]
-    return head * x_h + 2 * HALF + col, (head < H) & (col < D - 2 * HALF - 1)
+    return head * x_h + 2 * HALF + col, (head < heads) & (col < D - 2 * HALF - 1)
 
 
 @pytest.mark.parametrize(("name", "broken"), [("_row", _row_of_the_next_position), ("_rest", _rest_forgotten)])

@@ -1,8 +1,8 @@
 """Rotary position embedding of q and k in one launch, with or without an RMSNorm of every head before it.
 
-A program takes one token: it finds the position, loads that row of cos and sin once, and walks the heads of q, then of k,
-in tiles of [HEADS, COLS] pairs; where tokens are few, several programs share a token's heads. In the half-split form a tile is two loads and two stores
-of half a head each; in the interleaved form one load, split in registers. All arithmetic is float32.
+A program of the rotation takes one tile of [HEADS, COLS] pairs, heads of q or of k at one token, and the token's row of cos
+and sin; with the norm it takes a token, and walks the heads of q, then of k, in such tiles. In the half-split form a tile is two
+loads and two stores of half a head each; in the interleaved form one load, split in registers. All arithmetic is float32.
 
 All strides are runtime numbers, so one binary serves dense tensors, views of a packed qkv and transposed heads. Divided and
 multiplied by the constant VEC they show the compiler that every row starts at a 16-byte boundary.
@@ -22,6 +22,21 @@ from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
 
 # ---- positions and the table ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place_of(token, length, ONE: tl.constexpr):
+    """(batch, place in the sequence) of a token; a short call would notice the division, so it is left out where it can be."""
+    if ONE == "batch":
+        b = tl.zeros((), tl.int64)
+        at = token.to(tl.int64)
+    elif ONE == "token":
+        b = token.to(tl.int64)
+        at = tl.zeros((), tl.int64)
+    else:
+        b = (token // length).to(tl.int64)
+        at = (token % length).to(tl.int64)
+    return b, at
 
 
 @triton.jit
@@ -86,17 +101,16 @@ def _store(y, at, v, live, MASKED: tl.constexpr):
 
 @triton.jit
 def _load_pairs(
-    x, head, col, x_h, x_d, H: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    DENSE: tl.constexpr, HEADS: tl.constexpr,
+    x, head, col, x_h, x_d, heads, HALF: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    DENSE: tl.constexpr, HEADS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    MASKED: tl.constexpr = (H % HEADS != 0) or (COLS != HALF)
     if INTERLEAVED:
         both = tl.arange(0, 2 * COLS)[None, :]
         at = head * x_h + (both if DENSE else both * x_d)
-        v = _load(x, at, (head < H) & (both < 2 * HALF), MASKED)
+        v = _load(x, at, (head < heads) & (both < 2 * HALF), MASKED)
         first, second = tl.split(tl.reshape(v, (HEADS, COLS, 2)))
     else:
-        live = (head < H) & (col < HALF)
+        live = (head < heads) & (col < HALF)
         first = _load(x, head * x_h + (col if DENSE else col * x_d), live, MASKED)
         second = _load(x, head * x_h + (HALF + col if DENSE else (HALF + col) * x_d), live, MASKED)
     return first, second
@@ -104,46 +118,27 @@ def _load_pairs(
 
 @triton.jit
 def _store_pairs(
-    y, first, second, head, col, y_h, y_d,
-    H: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.constexpr, DENSE: tl.constexpr,
-    HEADS: tl.constexpr,
+    y, first, second, head, col, y_h, y_d, heads,
+    HALF: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    MASKED: tl.constexpr = (H % HEADS != 0) or (COLS != HALF)
     if INTERLEAVED:
         both = tl.arange(0, 2 * COLS)[None, :]
         at = head * y_h + (both if DENSE else both * y_d)
         v = tl.reshape(tl.join(first, second), (HEADS, 2 * COLS))
-        _store(y, at, v, (head < H) & (both < 2 * HALF), MASKED)
+        _store(y, at, v, (head < heads) & (both < 2 * HALF), MASKED)
     else:
-        live = (head < H) & (col < HALF)
+        live = (head < heads) & (col < HALF)
         _store(y, head * y_h + (col if DENSE else col * y_d), first, live, MASKED)
         _store(y, head * y_h + (HALF + col if DENSE else (HALF + col) * y_d), second, live, MASKED)
 
 
 @triton.jit
-def _rest(
-    head, x_h, x_d, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, DENSE: tl.constexpr
-):
+def _rest(head, x_h, x_d, heads, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, DENSE: tl.constexpr):
     """Where the channels that are not rotated lie, and which of them exist."""
     col = tl.arange(0, REST)[None, :]
     at = head * x_h + (2 * HALF + col if DENSE else (2 * HALF + col) * x_d)
-    return at, (head < H) & (col < D - 2 * HALF)
-
-
-@triton.jit
-def _rotate_heads(
-    x, y, c, s, col, part, x_h, x_d, y_h, y_d,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    for start in range(part * HEADS, H, PARTS * HEADS):
-        head = start + tl.arange(0, HEADS)[:, None]
-        a, b = _load_pairs(x, head, col, x_h, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
-        _store_pairs(y, a * c - b * s, b * c + a * s, head, col, y_h, y_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
-        if REST > 0:
-            at, live = _rest(head, x_h, x_d, H, D, HALF, REST, DENSE)
-            to, _ = _rest(head, y_h, y_d, H, D, HALF, REST, DENSE)
-            tl.store(y + to, tl.load(x + at, mask=live), mask=live)
+    return at, (head < heads) & (col < D - 2 * HALF)
 
 
 @triton.jit(
@@ -161,30 +156,39 @@ def _rotate(
     yq_b: "i64", yq_s: "i64", yq_h: "i64", yq_d: "i64", yk_b: "i64", yk_s: "i64", yk_h: "i64", yk_d: "i64",
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr,
-    TABLE_VEC: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    TABLE_VEC: tl.constexpr, ONE: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PARTS_K: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0) % PARTS
-    token = tl.program_id(0) // PARTS
+    # q's and k's tiles are programs of their own: in one program k's loads would wait for q's stores, which may lie in the same
+    # place. Which of them it is are data, not branches: half the instructions to fetch, and a short call is mostly that.
+    MASKED: tl.constexpr = (H % HEADS != 0) or (HK % HEADS != 0) or (COLS != HALF)
+    part = tl.program_id(0) % (PARTS + PARTS_K)
+    token = tl.program_id(0) // (PARTS + PARTS_K)
     col = tl.arange(0, COLS)[None, :]  # a row from the start: a [COLS] would change its layout through shared memory
-    b = (token // length).to(tl.int64)
-    at = (token % length).to(tl.int64)
+    b, at = _place_of(token, length, ONE)
     place = _position(places, token, b, at, first, count, places_b, places_s, MODE)
     c = _row(cos, place, rows, cos_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
     s = _row(sin, place, rows, sin_row, col, HALF, COLS, MODE != "offset", TABLE_VEC)
     if INVERSE:
         s = -s
-    _rotate_heads(
-        q + b * (q_b // VEC * VEC) + at * (q_s // VEC * VEC),
-        yq + b * (yq_b // VEC * VEC) + at * (yq_s // VEC * VEC),
-        c, s, col, part, q_h // VEC * VEC, q_d, yq_h // VEC * VEC, yq_d,
-        H, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
-    )  # fmt: skip
-    _rotate_heads(
-        k + b * (k_b // VEC * VEC) + at * (k_s // VEC * VEC),
-        yk + b * (yk_b // VEC * VEC) + at * (yk_s // VEC * VEC),
-        c, s, col, part, k_h // VEC * VEC, k_d, yk_h // VEC * VEC, yk_d,
-        HK, D, HALF, COLS, REST, INTERLEAVED, DENSE, HEADS, PARTS,
-    )  # fmt: skip
+    of_q = part < PARTS
+    heads = tl.where(of_q, H, HK)
+    head = tl.where(of_q, part, part - PARTS) * HEADS + tl.arange(0, HEADS)[:, None]
+    x_h, x_d = tl.where(of_q, q_h, k_h) // VEC * VEC, tl.where(of_q, q_d, k_d)
+    x = tl.where(of_q, q, k)
+    x += b * (tl.where(of_q, q_b, k_b) // VEC * VEC) + at * (tl.where(of_q, q_s, k_s) // VEC * VEC)
+    u, v = _load_pairs(x, head, col, x_h, x_d, heads, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED)
+    if REST > 0:
+        rest, live = _rest(head, x_h, x_d, heads, D, HALF, REST, DENSE)
+        passed = tl.load(x + rest, mask=live)
+    y_h, y_d = tl.where(of_q, yq_h, yk_h) // VEC * VEC, tl.where(of_q, yq_d, yk_d)
+    y = tl.where(of_q, yq, yk)
+    y += b * (tl.where(of_q, yq_b, yk_b) // VEC * VEC) + at * (tl.where(of_q, yq_s, yk_s) // VEC * VEC)
+    _store_pairs(
+        y, u * c - v * s, v * c + u * s, head, col, y_h, y_d, heads, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED
+    )
+    if REST > 0:
+        to, _ = _rest(head, y_h, y_d, heads, D, HALF, REST, DENSE)
+        tl.store(y + to, passed, mask=live)
 
 
 # ---- RMSNorm of every head, then the rotation -------------------------------------------------------------------------
@@ -205,10 +209,11 @@ def _norm_rotate_heads(
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    MASKED: tl.constexpr = (H % HEADS != 0) or (COLS != HALF)
     wa, wb = _weights(w, col, shift, HALF, INTERLEAVED)
     for start in range(part * HEADS, H, PARTS * HEADS):
         head = start + tl.arange(0, HEADS)[:, None]
-        a, b = _load_pairs(x, head, col, x_h, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+        a, b = _load_pairs(x, head, col, x_h, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED)
         squares = tl.sum(a * a + b * b, 1)[:, None]
         if REST > 0:
             at, live = _rest(head, x_h, x_d, H, D, HALF, REST, DENSE)
@@ -217,7 +222,9 @@ def _norm_rotate_heads(
         scale = 1.0 / tl.sqrt_rn(squares / D + eps)
         a = a * scale * wa
         b = b * scale * wb
-        _store_pairs(y, a * c - b * s, b * c + a * s, head, col, y_h, y_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+        _store_pairs(
+            y, a * c - b * s, b * c + a * s, head, col, y_h, y_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED
+        )
         if REST > 0:
             more = tl.arange(0, REST)[None, :]
             wr = tl.load(w + 2 * HALF + more, mask=more < D - 2 * HALF, other=0.0).to(tl.float32) + shift
@@ -276,6 +283,7 @@ def _norm_rotate_backward_side(
     INTERLEAVED: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
     HEADS: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
 ):  # fmt: skip
+    MASKED: tl.constexpr = (H % HEADS != 0) or (COLS != HALF)
     col = tl.arange(0, COLS)[None, :]
     wa, wb = _weights(w, col, shift, HALF, INTERLEAVED)
     dwa = tl.zeros((HEADS, COLS), tl.float32)
@@ -295,8 +303,12 @@ def _norm_rotate_backward_side(
         dx_token = dx + batch * (dx_b // VEC * VEC) + at * (dx_s // VEC * VEC)
         for start in range(0, H, HEADS):
             head = start + tl.arange(0, HEADS)[:, None]
-            a, b = _load_pairs(x_token, head, col, x_h // VEC * VEC, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
-            ga, gb = _load_pairs(dy_token, head, col, dy_h // VEC * VEC, dy_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS)
+            a, b = _load_pairs(
+                x_token, head, col, x_h // VEC * VEC, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED
+            )
+            ga, gb = _load_pairs(
+                dy_token, head, col, dy_h // VEC * VEC, dy_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED
+            )
             squares = tl.sum(a * a + b * b, 1)[:, None]
             if REST > 0:
                 from_x, live = _rest(head, x_h // VEC * VEC, x_d, H, D, HALF, REST, DENSE)
@@ -323,7 +335,7 @@ def _norm_rotate_backward_side(
                 along = along / D
                 _store_pairs(
                     dx_token, (ha - a * along) * scale, (hb - b * along) * scale, head, col, dx_h // VEC * VEC, dx_d,
-                    H, HALF, COLS, INTERLEAVED, DENSE, HEADS,
+                    H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED,
                 )  # fmt: skip
                 if REST > 0:
                     to, _ = _rest(head, dx_h // VEC * VEC, dx_d, H, D, HALF, REST, DENSE)
@@ -401,15 +413,15 @@ _SUM_PARTIALS = Launcher(_sum_partials, tensors=3)
 
 class Config(NamedTuple):
     heads: int  # of a tile
-    parts: int  # programs that share a token
+    parts: int  # tiles of the larger of q and k at a token
     num_warps: int
 
 
 def choose_rotation(heads: int, width: int, itemsize: int, lanes: int) -> Config:
     """The configuration of the forward kernels and of the plain rotation's backward; ``heads`` is the larger of q's and k's.
 
-    Tiles of 2048 channels, each tile of a token a program of its own: best or within 1% on E-rope-1 to 4 and K-rope-gqa;
-    with 512 channels K-rope-decode took 6.4 us, not 5.9.
+    Tiles of 2048 channels, each tile of a token a program of its own: best or within 1% on E-rope-1 to 4 and K-rope-gqa; half of
+    it, or twice the warps, gains nothing on K-rope-gqa-512 and K-rope-decode either.
     """
     width = _power_of_two(width)
     tile = min(max(1, 2048 // width), _power_of_two(heads))
@@ -495,13 +507,17 @@ def _plan(dtype, views, heads_k, half, tables, interleaved, inverse, mode, inpla
     tokens = shape[:-2].numel()
     c = choose_rotation(max(shape[-2], heads_k), shape[-1], dtype.itemsize, lanes)
     constants = sizes | {"INTERLEAVED": interleaved, "INVERSE": inverse, "MODE": mode} | layout
-    constants |= {"HEADS": c.heads, "PARTS": c.parts}
-    launcher = _ROTATE
     if inverse is None:
-        launcher = _NORM_ROTATE
+        launcher, programs = _NORM_ROTATE, c.parts
         del constants["INVERSE"]
+        constants |= {"HEADS": c.heads, "PARTS": c.parts}
+    else:
+        of_q, of_k = -(-shape[-2] // c.heads), -(-heads_k // c.heads)
+        launcher, programs = _ROTATE, of_q + of_k
+        one = "batch" if tokens == shape[-3] else "token" if shape[-3] == 1 else None
+        constants |= {"ONE": one, "HEADS": c.heads, "PARTS": of_q, "PARTS_K": of_k}
     launch = _bound(launcher, c.num_warps, *constants.items())
-    return _Plan(launch, tokens * c.parts, (shape[-3], *scalars))
+    return _Plan(launch, tokens * programs, (shape[-3], *scalars))
 
 
 @functools.lru_cache(maxsize=512)
@@ -634,8 +650,7 @@ def describe(q: torch.Tensor, k: torch.Tensor | None, half: int) -> str:
     """The configuration of a call's forward kernel, for ``trinix.explain``."""
     heads = max(q.shape[-2], 0 if k is None else k.shape[-2])
     c = choose_rotation(heads, q.shape[-1], q.dtype.itemsize, LANES)
-    shared = f", {c.parts} programs a token" if c.parts > 1 else ""
-    return f"tile {c.heads} heads x {half} pairs{shared}, {c.num_warps} warps"
+    return f"tile {c.heads} heads x {half} pairs, {c.num_warps} warps"
 
 
 CASES = {  # name -> (H, Hk, D, half, interleaved)

@@ -55,6 +55,9 @@ KNOWN_SPILLS |= {"head_mlp/silu-bias-mean/bwd/bfloat16": 64}
 # the tile is the smallest that two passes of a warp group fill
 KNOWN_SPILLS |= {"attention/d256/keys-causal/bfloat16": 16, "attention/d256/keys-causal/float16": 16}
 KNOWN_SPILLS |= {"attention/d128/queries-bias/float32": 16}
+KNOWN_SPILLS |= {f"attention/d192-128/queries-causal/{t}": 8 for t in ("bfloat16", "float16")}
+KNOWN_SPILLS |= {"attention/d64/keys-bias/bfloat16": 16, "attention/d64/keys-bias/float16": 24}
+KNOWN_SPILLS |= {"attention/d256/queries/bfloat16": 16}
 
 
 @dataclass(frozen=True)

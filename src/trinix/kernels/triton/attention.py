@@ -183,34 +183,36 @@ def _walk_keys(
     scale = scales[0]
     seq_k = bounds[0]
     place = tl.arange(0, N)
-    for start in tl.range(low, high, N, num_stages=STAGES):
-        start = tl.multiple_of(start, N)
-        keys = _load_rows(k + start * ks, place, seq_k - start, ks.to(tl.int32), D, BLOCK_D, BOUND)
-        s = _dot(queries, keys.T, tl.zeros((M, N), tl.float32), PRECISION)
-        s, _tanh_of = _score(
-            s, row[:, None], (start + place)[None, :], bounds, scales, slope, bias, mask,
-            BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, RAW, BASE2,
-        )
-        if RAW:  # the scale is positive, and joins the subtraction
-            new = tl.maximum(most, tl.max(s, 1) * scale)
-        else:
-            new = tl.maximum(most, tl.max(s, 1))
-        if BOUND or BIAS or MASK:  # a row that has seen no key yet
-            base = tl.where(new == float("-inf"), 0.0, new)
-        else:
-            base = new
-        if RAW:
-            p = _exp(s * scale - base[:, None], BASE2)
-        else:
-            p = _exp(s - base[:, None], BASE2)
-        shrink = _exp(most - base, BASE2)
-        total = total * shrink + tl.sum(p, 1)
-        most = new
-        if DROPOUT:
-            p = tl.where(_keep(seed, plane, row, start, drop, M, N, False), p, 0.0)
-        acc = acc * shrink[:, None]
-        values = _load_rows(v + start * vs, place, seq_k - start, vs.to(tl.int32), DV, BLOCK_DV, BOUND)
-        acc = _dot(p.to(values.dtype), values, acc, PRECISION)
+    some = low < high if LEFT else True  # see _walk_queries
+    if some:
+        for start in tl.range(low, high, N, num_stages=STAGES):
+            start = tl.multiple_of(start, N)
+            keys = _load_rows(k + start * ks, place, seq_k - start, ks.to(tl.int32), D, BLOCK_D, BOUND)
+            s = _dot(queries, keys.T, tl.zeros((M, N), tl.float32), PRECISION)
+            s, _tanh_of = _score(
+                s, row[:, None], (start + place)[None, :], bounds, scales, slope, bias, mask,
+                BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, RAW, BASE2,
+            )
+            if RAW:  # the scale is positive, and joins the subtraction
+                new = tl.maximum(most, tl.max(s, 1) * scale)
+            else:
+                new = tl.maximum(most, tl.max(s, 1))
+            if BOUND or BIAS or MASK:  # a row that has seen no key yet
+                base = tl.where(new == float("-inf"), 0.0, new)
+            else:
+                base = new
+            if RAW:
+                p = _exp(s * scale - base[:, None], BASE2)
+            else:
+                p = _exp(s - base[:, None], BASE2)
+            shrink = _exp(most - base, BASE2)
+            total = total * shrink + tl.sum(p, 1)
+            most = new
+            if DROPOUT:
+                p = tl.where(_keep(seed, plane, row, start, drop, M, N, False), p, 0.0)
+            acc = acc * shrink[:, None]
+            values = _load_rows(v + start * vs, place, seq_k - start, vs.to(tl.int32), DV, BLOCK_DV, BOUND)
+            acc = _dot(p.to(values.dtype), values, acc, PRECISION)
     return acc, most, total
 
 
@@ -312,21 +314,23 @@ def _forward(
 
 
 @triton.jit
-def _statistics(at, row, end, BOUND: tl.constexpr):
-    """(lse in the kernels' base, delta) of rows; +inf and 0 for those from ``end`` on.
+def _statistics(at, far, row, end, BOUND: tl.constexpr):
+    """(lse in the kernels' base, delta) of rows, ``far`` apart; +inf and 0 for those from ``end`` on.
 
-    They lie in pairs, a 64-bit word a row, which goes through a sum of one term: Triton 3.6 would have every thread of a
-    matrix tile load by itself every number that it needs, and cannot push that through the sum.
+    Both are read twice: with as many numbers as threads, each thread copies one into shared memory and takes from there
+    what it needs. Of fewer, Triton 3.6 has every thread copy all that it needs by itself.
     """
-    at = (at.to(tl.pointer_type(tl.int64)) + row)[:, None] + tl.arange(0, 1)[None, :]
+    at = at + (tl.arange(0, 4) % 2)[:, None] * far + row[None, :]
     if BOUND:
-        pair = tl.sum(tl.load(at, mask=(row < end)[:, None], other=0), 1)
+        four = tl.load(at, mask=(row < end)[None, :], other=0.0)
     else:
-        pair = tl.sum(tl.load(at), 1)
-    log = pair.to(tl.int32).to(tl.float32, bitcast=True)
+        four = tl.load(at)
+    even, odd = tl.split(tl.reshape(tl.trans(four), (row.shape[0], 2, 2)))
+    log, _even = tl.split(even)
+    sums, _odd = tl.split(odd)
     if BOUND:
         log = tl.where(row < end, log, float("inf"))
-    return log, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return log, sums
 
 
 @triton.jit(do_not_specialize=["ob", "os", "oh", "gb", "gs", "gh", "lb", "lh", "ls", "heads", "seq_q", "tiles"])
@@ -337,7 +341,7 @@ def _prepare(
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr,
     DLSE: tl.constexpr, BASE2: tl.constexpr, ZERO: tl.constexpr, M: tl.constexpr,
 ):
-    """stats: lse and delta = rowsum(dout out) - dlse in pairs, lse in the kernels' base, +inf where no key was seen.
+    """stats [.., head, 2, row]: lse in the kernels' base, +inf where no key was seen, and delta = rowsum(dout out) - dlse.
 
     ZERO: zeroes dq, which atomics add to.
     """
@@ -355,8 +359,8 @@ def _prepare(
     log = tl.load(lse + plane + row, mask=row < seq_q, other=0.0)
     log = tl.where(log == float("-inf"), float("inf"), _in_base(log, BASE2))
     stats += plane * 2
-    tl.store(stats + row * 2, log, mask=row < seq_q)
-    tl.store(stats + row * 2 + 1, sums, mask=row < seq_q)
+    tl.store(stats + row, log, mask=row < seq_q)
+    tl.store(stats + seq_q + row, sums, mask=row < seq_q)
     if ZERO:
         dq += (batch * seq_q * heads + head) * D
         _store_rows(dq, tl.zeros((M, BLOCK_D), tl.float32), far, seq_q, heads.to(tl.int64) * D, D, BLOCK_D)
@@ -364,53 +368,58 @@ def _prepare(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, keys, values, q, dout, stats, dq, dq_row, col, low, high, seq_q, qs, gs, bounds, scales, slope,
+    dk, dv, keys, values, q, dout, stats, far_sums, dq, dq_row, col, low, high, seq_q, qs, gs, bounds, scales, slope,
     bias, bias_row, mask, mask_row, seed, plane, drop, keep_scale, back_scale, first_key,
     BOUND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
+    STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, ONE: tl.constexpr,
 ):
     place = tl.arange(0, M)
-    for start in tl.range(low, high, M, num_stages=STAGES):
-        start = tl.multiple_of(start, M)
-        row = start + place
-        queries = _load_rows(q + start * qs, place, seq_q - start, qs.to(tl.int32), D, BLOCK_D, BOUND)
-        s = _dot(keys, queries.T, tl.zeros((N, M), tl.float32), PRECISION)
-        log, sums = _statistics(stats, row, seq_q, BOUND)
-        inside = tl.minimum(row, seq_q - 1) if BOUND else row
-        z, tanh = _score(
-            s, row[None, :], col[:, None], bounds, scales, slope, bias + inside[None, :] * bias_row * BIAS,
-            mask + inside[None, :] * mask_row * MASK, BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
-        )
-        p = _exp(z - log[None, :], BASE2)
-        grads = _load_rows(dout + start * gs, place, seq_q - start, gs.to(tl.int32), DV, BLOCK_DV, BOUND)
-        if DROPOUT:
-            kept = _keep(seed, plane, row, first_key, drop, M, N, True)
-        if WANT_V:
+    # A loop that may not run at all has sums that other instructions than products write on the way around it, and ptxas
+    # then has every product of the loop wait for the one before (C7515). In a loop over heads it has not, and the guard
+    # costs registers.
+    some = low < high if ONE else True
+    if some:
+        for start in tl.range(low, high, M, num_stages=STAGES):
+            start = tl.multiple_of(start, M)
+            row = start + place
+            queries = _load_rows(q + start * qs, place, seq_q - start, qs.to(tl.int32), D, BLOCK_D, BOUND)
+            s = _dot(keys, queries.T, tl.zeros((N, M), tl.float32), PRECISION)
+            log, sums = _statistics(stats, far_sums, row, seq_q, BOUND)
+            inside = tl.minimum(row, seq_q - 1) if BOUND else row
+            z, tanh = _score(
+                s, row[None, :], col[:, None], bounds, scales, slope, bias + inside[None, :] * bias_row * BIAS,
+                mask + inside[None, :] * mask_row * MASK, BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
+            )
+            p = _exp(z - log[None, :], BASE2)
+            grads = _load_rows(dout + start * gs, place, seq_q - start, gs.to(tl.int32), DV, BLOCK_DV, BOUND)
             if DROPOUT:
-                dropped = tl.where(kept, p * keep_scale, 0.0)
-                dv = _dot(dropped.to(grads.dtype), grads, dv, PRECISION)
-            else:
-                dv = _dot(p.to(grads.dtype), grads, dv, PRECISION)
-        if WANT_K or FUSED:
-            dp = _dot(values, grads.T, tl.zeros((N, M), tl.float32), PRECISION)
-            if DROPOUT:
-                dp = tl.where(kept, dp * keep_scale, 0.0)
-            dz = p * (dp - sums[None, :])
-            if CAP:
-                dz = dz * (1.0 - tanh * tanh)
-            dz = dz.to(queries.dtype)
-        if WANT_K:
-            dk = _dot(dz, queries, dk, PRECISION)
-        if FUSED:
-            part = _dot(dz.T, keys, tl.zeros((M, BLOCK_D), tl.float32), PRECISION) * back_scale
-            d = tl.arange(0, BLOCK_D)
-            at = dq + start * dq_row + place[:, None] * dq_row.to(tl.int32) + d[None, :]
-            if BOUND or D != BLOCK_D:
-                tl.atomic_add(at, part, mask=(row < seq_q)[:, None] & (d < D)[None, :], sem="relaxed")
-            else:
-                tl.atomic_add(at, part, sem="relaxed")
+                kept = _keep(seed, plane, row, first_key, drop, M, N, True)
+            if WANT_V:
+                if DROPOUT:
+                    dropped = tl.where(kept, p * keep_scale, 0.0)
+                    dv = _dot(dropped.to(grads.dtype), grads, dv, PRECISION)
+                else:
+                    dv = _dot(p.to(grads.dtype), grads, dv, PRECISION)
+            if WANT_K or FUSED:
+                dp = _dot(values, grads.T, tl.zeros((N, M), tl.float32), PRECISION)
+                if DROPOUT:
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                dz = p * (dp - sums[None, :])
+                if CAP:
+                    dz = dz * (1.0 - tanh * tanh)
+                dz = dz.to(queries.dtype)
+            if WANT_K:
+                dk = _dot(dz, queries, dk, PRECISION)
+            if FUSED:
+                part = _dot(dz.T, keys, tl.zeros((M, BLOCK_D), tl.float32), PRECISION) * back_scale
+                d = tl.arange(0, BLOCK_D)
+                at = dq + start * dq_row + place[:, None] * dq_row.to(tl.int32) + d[None, :]
+                if BOUND or D != BLOCK_D:
+                    tl.atomic_add(at, part, mask=(row < seq_q)[:, None] & (d < D)[None, :], sem="relaxed")
+                else:
+                    tl.atomic_add(at, part, sem="relaxed")
     return dk, dv
 
 
@@ -465,7 +474,7 @@ def _backward_keys(
         dout += start_q * gs
         dk += start_k * dks * UNIT
         dv += start_k * dvs * UNIT
-        stats += start_q * 2
+        stats += start_q
         dq += start_q * dq_row
     else:
         dq += batch * seq_q * dq_row
@@ -513,20 +522,20 @@ def _backward_keys(
         dq_at = dq + head * D
         if RIGHT:
             dk_sum, dv_sum = _walk_queries(
-                dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, dq_at, dq_row, col, low, full_low, seq_q,
+                dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, lse_h, dq_at, dq_row, col, low, full_low, seq_q,
                 qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
                 plane, drop, keep_scale, back_scale, first_key,
-                True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V)
+                True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, ONE)
         dk_sum, dv_sum = _walk_queries(
-            dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, dq_at, dq_row, col, full_low, full_high, seq_q,
+            dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, lse_h, dq_at, dq_row, col, full_low, full_high, seq_q,
             qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
             plane, drop, keep_scale, back_scale, first_key,
-            False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V)
+            False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, ONE)
         dk_sum, dv_sum = _walk_queries(
-            dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, dq_at, dq_row, col, full_high, high, seq_q,
+            dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, lse_h, dq_at, dq_row, col, full_high, high, seq_q,
             qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
             plane, drop, keep_scale, back_scale, first_key,
-            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V)
+            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, ONE)
     if WANT_K:
         _store_rows(dk, dk_sum * back_scale, far, seq_k, dks * UNIT, D, BLOCK_D)
     if WANT_V:
@@ -545,23 +554,25 @@ def _walk_keys_back(
 ):
     seq_k = bounds[0]
     place = tl.arange(0, N)
-    for start in tl.range(low, high, N, num_stages=STAGES):
-        start = tl.multiple_of(start, N)
-        keys = _load_rows(k + start * ks, place, seq_k - start, ks.to(tl.int32), D, BLOCK_D, BOUND)
-        s = _dot(queries, keys.T, tl.zeros((M, N), tl.float32), PRECISION)
-        values = _load_rows(v + start * vs, place, seq_k - start, vs.to(tl.int32), DV, BLOCK_DV, BOUND)
-        dp = _dot(grads, values.T, tl.zeros((M, N), tl.float32), PRECISION)
-        z, tanh = _score(
-            s, row[:, None], (start + place)[None, :], bounds, scales, slope, bias, mask,
-            BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
-        )
-        p = _exp(z - log[:, None], BASE2)
-        if DROPOUT:
-            dp = tl.where(_keep(seed, plane, row, start, drop, M, N, False), dp * keep_scale, 0.0)
-        dz = p * (dp - sums[:, None])
-        if CAP:
-            dz = dz * (1.0 - tanh * tanh)
-        dq = _dot(dz.to(keys.dtype), keys, dq, PRECISION)
+    some = low < high if LEFT else True  # see _walk_queries
+    if some:
+        for start in tl.range(low, high, N, num_stages=STAGES):
+            start = tl.multiple_of(start, N)
+            keys = _load_rows(k + start * ks, place, seq_k - start, ks.to(tl.int32), D, BLOCK_D, BOUND)
+            s = _dot(queries, keys.T, tl.zeros((M, N), tl.float32), PRECISION)
+            values = _load_rows(v + start * vs, place, seq_k - start, vs.to(tl.int32), DV, BLOCK_DV, BOUND)
+            dp = _dot(grads, values.T, tl.zeros((M, N), tl.float32), PRECISION)
+            z, tanh = _score(
+                s, row[:, None], (start + place)[None, :], bounds, scales, slope, bias, mask,
+                BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
+            )
+            p = _exp(z - log[:, None], BASE2)
+            if DROPOUT:
+                dp = tl.where(_keep(seed, plane, row, start, drop, M, N, False), dp * keep_scale, 0.0)
+            dz = p * (dp - sums[:, None])
+            if CAP:
+                dz = dz * (1.0 - tanh * tanh)
+            dq = _dot(dz.to(keys.dtype), keys, dq, PRECISION)
     return dq
 
 
@@ -613,13 +624,15 @@ def _backward_queries(
         v += start_k * vs
         dout += start_q * gs
         dq += start_q * dqs
-        stats += start_q * 2
+        stats += start_q
     first = tile * M
     row = first + tl.arange(0, M)
     inside = tl.minimum(row, seq_q - 1)
     queries = _load_rows(q, inside.to(tl.int64), seq_q, qs, D, BLOCK_D, False)
     grads = _load_rows(dout, inside.to(tl.int64), seq_q, gs, DV, BLOCK_DV, False)
-    log, sums = _statistics(stats, inside, seq_q, False)
+    stats_at = stats + inside
+    log = tl.load(stats_at)
+    sums = tl.load(stats_at + lse_h)
     bounds = seq_k, seq_k - seq_q, left, right
     scales = scale, cap, into_cap
     slope = 0.0
@@ -721,7 +734,9 @@ def _backward_bias(
                 True, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
             )
             plane = (b * heads + head).to(tl.int32)
-            log, sums = _statistics(stats + (b * lse_b + head * lse_h) * 2, row, seq_q, True)
+            stats_at = stats + (b * lse_b + head * lse_h) * 2 + row
+            log = tl.load(stats_at, mask=row < seq_q, other=float("inf"))
+            sums = tl.load(stats_at + lse_h, mask=row < seq_q, other=0.0)
             p = _exp(z - log[:, None], BASE2)
             grads = _load_rows(dout + (b * gb + head * gh) * UNIT, far, seq_q, gs * UNIT, DV, BLOCK_DV, False)
             values = _load_rows(
@@ -792,7 +807,7 @@ def choose_keys(d: int, dv: int, size: int, card: str, heavy: bool = False) -> C
 def choose_split(d: int, dv: int, size: int, card: str, heavy: bool = False) -> tuple[Config, Config] | None:
     """Of two ``_backward_keys`` with the same tile of keys, for dk alone and for dv alone; None: one does both."""
     if card == "sm_90" and size == 2 and max(block_of(d), block_of(dv)) == 256 and not heavy:
-        return Config(64, 128, 8, 1), Config(64, 128, 8, 2)
+        return Config(32, 128, 8, 2), Config(64, 128, 8, 2)
     return None
 
 
@@ -1261,7 +1276,7 @@ def backward(
     )  # fmt: skip
     like = torch.zeros_like if varlen else torch.empty_like  # zeros for rows that belong to no sequence
     dq = dk = dv = dbias = dsink = None
-    stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
+    stats = torch.empty((*lse.shape[:-1], 2, lse.shape[-1]), dtype=torch.float32, device=lse.device)
     sum_q = torch.empty(q.shape, dtype=torch.float32, device=q.device) if plan.fused else q
     plan.prepare(out, dout, lse, q if dlse is None else dlse, stats, sum_q)
     bias, mask, slopes, _, seed, ends_q, ends_k = _extras(q, options)
@@ -1291,7 +1306,7 @@ def backward(
     if want_sink:
         logit = options.sink.to(torch.float32)[:, None]
         share = torch.exp(logit - lse.masked_fill(lse == float("-inf"), float("inf")))
-        dsink = -(share * stats[..., 1]).sum(-1 if varlen else (0, 2)).to(options.sink.dtype)
+        dsink = -(share * stats[..., 1, :]).sum(-1 if varlen else (0, 2)).to(options.sink.dtype)
     return dq, dk if want_k else None, dv if want_v else None, dbias, dsink
 
 

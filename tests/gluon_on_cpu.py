@@ -7,6 +7,7 @@ as an error, and a wait that nothing ends as a time-out. It knows nothing of lay
 
 import ast
 import ctypes
+import itertools
 import math
 import operator
 import random
@@ -374,8 +375,8 @@ def _specialize(parts, warps, registers):
 
 
 class Program:
-    def __init__(self, index, programs):
-        self.index, self.programs = index, programs
+    def __init__(self, place, programs):
+        self.place, self.programs = place, programs
         self.names, self.errors, self.failed, self.lock = {}, [], False, threading.Lock()
 
     def named(self, i):
@@ -406,7 +407,7 @@ def _mbarrier_wait(barrier, phase, pred=True):
 def language():
     return _namespace(
         jit=_jit, constexpr=lambda x: x, float32=np.float32, int32=np.int32, int64=np.int64, static_range=range,
-        program_id=lambda axis: Tensor(np.int64(_here.program.index)), num_programs=lambda axis: _here.program.programs,
+        program_id=lambda axis: Tensor(np.int64(_here.program.place[axis])), num_programs=lambda axis: _here.program.programs,
         cdiv=lambda a, b: (a + (b - 1)) // b, maximum=_binary(np.maximum), minimum=_binary(np.minimum), where=_where,
         full=lambda shape, value, dtype, layout=None: Tensor(np.full(shape, raw(value), dtype)),
         zeros=lambda shape, dtype, layout=None: Tensor(np.zeros(shape, dtype)),
@@ -433,7 +434,9 @@ def kernels(folder: Path, names) -> dict:
             arrive=lambda b, count: b.change(arrivals=count), expect=lambda b, n: b.change(arrivals=1, more_bytes=n),
         ),
     )  # fmt: skip
-    compat = _namespace(tma_load=tma_load, tma_store=tma_store, tma_reduce_add=tma_reduce_add)
+    compat = _namespace(
+        tma_load=tma_load, tma_store=tma_store, tma_reduce_add=tma_reduce_add, block_barrier=lambda: None
+    )  # fmt: skip
     tl = types.SimpleNamespace(**vars(g))
     tl.sum = lambda x, axis: Tensor(x.a.astype(np.float32).sum(axis))
     tl.cast = lambda x, d: x.to(d)
@@ -454,9 +457,9 @@ def kernels(folder: Path, names) -> dict:
     return {k: v for space in done.values() for k, v in space.items()}
 
 
-def launch(function, programs: int, arguments: tuple, constants: dict):
-    for index in range(programs):
-        program = Program(index, programs)
+def launch(function, programs: int, arguments: tuple, constants: dict, y: int = 1, z: int = 1):
+    for place in itertools.product(range(programs), range(y), range(z)):
+        program = Program(place, programs)
         _here.program, _here.products = program, []
         function(*arguments, **constants)
         if program.errors:
@@ -480,9 +483,9 @@ class Binary:
             return lambda address: Pointer(address, _NUMPY.get(example.dtype))
         return lambda value: value
 
-    def __call__(self, blocks, stream, arguments):
+    def __call__(self, blocks, stream, arguments, y=1, z=1):
         given = [kind(value) for kind, value in zip(self.kinds, arguments, strict=True)]
-        launch(self.function, blocks, tuple(given), self.constants)
+        launch(self.function, blocks, tuple(given), self.constants, y, z)
 
 
 def attention_on_cpu(monkeypatch, hopper, multiprocessors):

@@ -78,7 +78,17 @@ for case in compile_cases():
 
 
 @pytest.mark.parametrize(
-    "prefix", ["forward/64", "forward/128", "forward/192", "forward/256", "backward/64", "backward/128", "backward/256"]
+    "prefix",
+    [
+        "forward/64",
+        "forward/128",
+        "forward/192",
+        "forward/256",
+        "short",
+        "backward/64",
+        "backward/128",
+        "backward/256",
+    ],
 )
 def test_every_binary_compiles_well(prefix, fresh_process):
     """No spill in a loop over tiles, no product that waits for itself, sums of dQ 16 bytes at a time."""
@@ -87,7 +97,7 @@ def test_every_binary_compiles_well(prefix, fresh_process):
     for one in lines:
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"
         assert one["shared"] <= SHARED_LIMIT, one
-        assert one["loops"] >= 2, one
+        assert one["loops"] >= (1 if prefix == "short" else 2), one
         assert one["spills"] <= SPILLS.get(one["name"], 0), one
         sums = [i for i in one["reductions"] if ".F32" in i or i.startswith("UTMAREDG")]
         assert bool(sums) == prefix.startswith("backward"), one
@@ -108,6 +118,9 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
         assert shared + 2048 <= SHARED_LIMIT
         assert c.consumers * c.registers * 128 <= 65536 - 24 * 128
         assert not c.pingpong or c.consumers == 2  # the turns are those of two
+        if short := hopper.choose_short(d, dv, causal, keys, 1, 132):
+            assert short.d >= max(d, dv)
+            assert 2 * short.d * (64 + 2 * short.stages * short.n) + 2048 <= SHARED_LIMIT
         for plain in (False, True):
             b = hopper.choose_backward(d, dv, causal, plain)
             assert b.d >= d
@@ -115,6 +128,31 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
     assert hopper.choose_forward(264, 64, causal, keys) is None
     assert hopper.choose_forward(20, 64, causal, keys) is None
     assert hopper.choose_backward(64, 264, causal, True) is None
+
+
+def test_short_calls_have_a_kernel_of_their_own():
+    def short(batch, rows, heads, d, causal):
+        return hopper.choose_short(d, d, causal, rows, batch * heads * -(-rows // 64), 132) is not None
+
+    assert short(4, 256, 8, 64, True)  # F-1
+    assert short(4, 512, 8, 64, True)  # F-2
+    assert short(4, 1024, 8, 64, True)  # F-3
+    assert short(2, 2048, 12, 64, True)  # AC-mha-1-causal
+    assert short(4, 512, 8, 64, False)
+    assert short(4, 512, 8, 128, True)
+    assert not short(1, 4096, 32, 64, True)
+    assert not short(1, 2048, 40, 128, True)  # AC-mha-3-causal
+    assert not short(4, 512, 8, 256, True)
+
+
+@pytest.mark.parametrize("row_blocks", [4, 8, 9, 16, 24])
+@pytest.mark.parametrize("heads", [1, 32, 100, 200])
+def test_short_programs_that_share_a_multiprocessor_go_from_both_ends(heads, row_blocks):
+    c = hopper.ShortConfig(128, 64, 2)  # three of them fit a multiprocessor
+    falling = hopper.choose_falling(c, heads, row_blocks, 132)
+    order = [row_blocks - 1 - turn if turn < falling else turn - falling for turn in range(row_blocks)]
+    assert sorted(order) == list(range(row_blocks))
+    assert (falling < row_blocks) == (132 < heads * row_blocks <= 3 * 132)
 
 
 def test_sections_of_heads_are_nearly_equal():
@@ -233,6 +271,28 @@ def test_emulated(monkeypatch, d, dv, options):
     emulated(monkeypatch, q, k, v, Options(scale=d**-0.5, **options))
 
 
+@pytest.mark.parametrize(
+    ("d", "rows", "keys", "key_heads", "options"),
+    [
+        (64, 210, 180, 1, {}),
+        (64, 600, 600, 2, CAUSAL),  # more tiles than slots
+        (64, 130, 300, 1, CAUSAL),  # lengths that do not go together
+        (64, 70, 30, 1, CAUSAL),  # rows without a key
+        (40, 500, 500, 1, WINDOW),
+        (64, 500, 400, 2, BOTH_SIDES),
+        (128, 340, 400, 1, CAUSAL),
+        (96, 300, 500, 1, BOTH_SIDES),
+    ],
+    ids=str,
+)
+def test_emulated_short_sequences(monkeypatch, d, rows, keys, key_heads, options):
+    shapes = [(1, rows, 2, d), (1, keys, key_heads, d), (1, keys, key_heads, d)]
+    q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
+    for multiprocessors in (132, 10):  # with 10 the later blocks of rows go from the shortest up
+        emulated(monkeypatch, q, k, v, Options(scale=d**-0.5, **options), multiprocessors)
+        assert any(isinstance(plan, hopper._ShortPlan) for plan in hopper._plans.values())
+
+
 @pytest.mark.parametrize("d", [64, 128])
 def test_emulated_prepared_calls_are_the_same(monkeypatch, d):
     """For new addresses, gradients of any strides, grouped heads whose parts are added up; without lse too."""
@@ -320,6 +380,13 @@ def made(shapes, dtype):
     return [normal(shape, dtype, seed=i, device="cuda") for i, shape in enumerate(shapes)]
 
 
+def forced(monkeypatch, short):
+    """The kernel of short sequences, or the one for any length, whatever would be chosen."""
+    choose = hopper.choose_short
+    monkeypatch.setattr(hopper, "choose_short", lambda d, dv, *_: choose(d, dv, True, 1, 1, 132) if short else None)
+    monkeypatch.setattr(hopper, "_plans", {})
+
+
 def check(q, k, v, options):
     dout = normal((*q.shape[:-1], v.shape[-1]), q.dtype, seed=7, device="cuda")
     dlse = normal(hopper.forward(q, k, v, options)[1].shape, torch.float32, seed=8, device="cuda", scale=0.3)
@@ -335,8 +402,10 @@ def check(q, k, v, options):
 @pytest.mark.parametrize("d", [40, 64, 96, 128])
 @pytest.mark.parametrize("seq", [(960, 960), (1, 700), (300, 1000), (1000, 300), (65, 65)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("short", [True, False], ids=["short", "any-length"])
 @on_card
-def test_out_lse_and_gradients(options, d, seq, dtype):
+def test_out_lse_and_gradients(monkeypatch, options, d, seq, dtype, short):
+    forced(monkeypatch, short)
     q, k, v = made([(2, seq[0], 6, d), (2, seq[1], 3, d), (2, seq[1], 3, d)], dtype)
     check(q, k, v, Options(scale=d**-0.5, **options))
 
@@ -419,7 +488,9 @@ def test_a_sink_and_its_gradient(d):
 @on_card
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("options", [{}, CAUSAL], ids=str)
-def test_the_same_bits_a_thousand_times(options, d):
+@pytest.mark.parametrize("short", [True, False], ids=["short", "any-length"])
+def test_the_same_bits_a_thousand_times(monkeypatch, options, d, short):
+    forced(monkeypatch, short)
     q, k, v, dout = made([(2, 960, 6, d), (2, 960, 3, d), (2, 960, 3, d), (2, 960, 6, d)], torch.bfloat16)
     options = Options(scale=d**-0.5, deterministic=True, **options)
     out, lse = hopper.forward(q, k, v, options)

@@ -58,7 +58,8 @@ class Box:
 
 
 class Binary:
-    """A kernel compiled for one device: ``binary(blocks, stream, arguments)``, arguments without the constants.
+    """A kernel compiled for one device: ``binary(blocks, stream, arguments)``, arguments without the constants; ``y`` and ``z``
+    are the grid's other axes.
 
     ``examples`` are arguments as Triton would bind them; only their types count. A ``Box`` among them is a descriptor of the
     tensor that stands beside it: (box, tensor).
@@ -82,23 +83,23 @@ class Binary:
                 box.at = box.shaped
             self.launch = self._slow
 
-    def __call__(self, blocks: int, stream: int, arguments: tuple) -> None:
+    def __call__(self, blocks: int, stream: int, arguments: tuple, y: int = 1, z: int = 1) -> None:
         if self.alone or torch._C._cuda_getDevice() == self.device:
-            self.launch(blocks, stream, arguments)
+            self.launch(blocks, y, z, stream, arguments)
         else:
             with torch.cuda.device(self.device):
-                self.launch(blocks, stream, arguments)
+                self.launch(blocks, y, z, stream, arguments)
 
-    def _slow(self, blocks, stream, arguments):
+    def _slow(self, blocks, y, z, stream, arguments):
         compiled = self.compiled
         compiled.run(
-            blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments,
+            blocks, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments,
             *self.constants,
         )  # fmt: skip
 
 
 def _direct(compiled, run, constants):
-    """(blocks, stream, arguments) -> launch, descriptors being among the arguments as the binary takes them; or None."""
+    """(blocks, y, z, stream, arguments) -> launch, descriptors being among the arguments as the binary takes them; or None."""
     if not triton.__version__.startswith(("3.6.", "3.7.")):  # whose launchers were read
         return None
     facts = compiled.metadata
@@ -116,17 +117,17 @@ def _direct(compiled, run, constants):
     if hasattr(run, "arg_annotations"):  # Triton 3.7
         annotations, signature = run.arg_annotations, run.kernel_signature
 
-        def direct(blocks, stream, arguments):
+        def direct(blocks, y, z, stream, arguments):
             launch(
-                blocks, 1, 1, stream, function, False, pdl, packed, None, None, None, None, None, annotations, signature,
+                blocks, y, z, stream, function, False, pdl, packed, None, None, None, None, None, annotations, signature,
                 arguments + constants,
             )  # fmt: skip
 
     else:  # Triton 3.6
 
-        def direct(blocks, stream, arguments):
+        def direct(blocks, y, z, stream, arguments):
             launch(
-                blocks, 1, 1, stream, function, False, pdl, None, None, packed, None, None, None, *arguments, *constants
+                blocks, y, z, stream, function, False, pdl, None, None, packed, None, None, None, *arguments, *constants
             )
 
     return direct

@@ -19,6 +19,7 @@ from trinix.kernels.hopper import attention_forward as forward_kernels
 from trinix.kernels.hopper._launch import Binary, Box, raw_stream
 
 LOG2E = math.log2(math.e)
+_SHARED = 227 << 10  # bytes of shared memory that the programs of a multiprocessor have
 _ROWS_LIMIT = 2**31 - 2**12  # coordinates of the copy engine are 32 bits wide
 
 
@@ -101,6 +102,14 @@ class ForwardConfig(NamedTuple):
     lazy: bool = False
 
 
+class ShortConfig(NamedTuple):
+    """keys of a tile, width of the tiles, slots for them; a program is one warpgroup with 64 rows"""
+
+    n: int
+    d: int
+    stages: int
+
+
 class BackwardConfig(NamedTuple):
     m: int
     n: int
@@ -134,6 +143,29 @@ def choose_forward(d: int, dv: int, causal: bool, keys: int) -> ForwardConfig | 
     return ForwardConfig(64, 64, 256, max(used, 192), 256, 2, 2, 240, 1, False, True)
 
 
+def choose_short(d: int, dv: int, causal: bool, keys: int, programs: int, multiprocessors: int) -> ShortConfig | None:
+    """Of the kernel of short sequences, where it is the faster one; ``programs``: blocks of 64 rows of all heads.
+
+    F-1 0.0087 against 0.0125 ms, F-2 0.0124 and 0.0168, F-3 0.0212 and 0.0261, AC-mha-1-causal 0.0419 and 0.0459; F-2 without
+    a mask 0.0131 and 0.0176."""
+    width = max(padded(d), padded(dv))
+    if width == 64:
+        if programs <= 2 * multiprocessors or (causal and keys <= 2048 and programs <= 6 * multiprocessors):
+            return ShortConfig(128, 64, 2)
+    elif width == 128 and causal and programs <= 2 * multiprocessors:  # (4, 512, 8, 128): 0.0177 and 0.0194
+        return ShortConfig(64, 128, 4)
+    return None
+
+
+def choose_falling(c: ShortConfig, heads: int, row_blocks: int, multiprocessors: int) -> int:
+    """How many blocks of rows start from the longest down. Where all programs run at once, each on a multiprocessor of its own
+    as long as there are any, those that come to a second one's side start from the shortest up (F-2: 0.0125 against 0.0127 ms)."""
+    shared = 2 * c.d * (64 + 2 * c.stages * c.n) + 2048
+    if multiprocessors < heads * row_blocks <= multiprocessors * (_SHARED // shared):
+        return max(1, round(multiprocessors / heads))
+    return row_blocks
+
+
 def choose_backward(d: int, dv: int, causal: bool, plain: bool) -> BackwardConfig | None:
     """``plain``: neither softcap nor ALiBi, which take registers, nor ``deterministic``."""
     width, out = padded(d), padded(dv)
@@ -147,8 +179,12 @@ def choose_backward(d: int, dv: int, causal: bool, plain: bool) -> BackwardConfi
     return BackwardConfig(64, 128, 128, 2, backward_kernels.COLUMNS.value, copy_sums=True, v_held=64 if plain else 0)
 
 
-def _chosen_forward(d, dv, options, keys):
-    return choose_forward(d, dv, options.window_right >= 0, options.max_seqlen_k or keys)
+def _chosen_forward(shape: "_Shape", options) -> ShortConfig | ForwardConfig:
+    plain = not (shape.varlen or shape.softcap or shape.alibi or options.sink is not None)
+    programs = shape.batch * shape.heads * _cdiv(shape.seq_q, 64)
+    call = shape.d, shape.dv, options.window_right >= 0, shape.seq_k
+    short = choose_short(*call, programs, _multiprocessors(shape.device)) if plain else None
+    return short or choose_forward(*call)
 
 
 def _chosen_backward(d, dv, options):
@@ -157,9 +193,8 @@ def _chosen_backward(d, dv, options):
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
-    sizes = q.shape[-1], v.shape[-1], options
-    text = f"forward {_chosen_forward(*sizes, k.shape[-3])}"
-    return f"{text}; backward {_chosen_backward(*sizes)}" if grad else text
+    text = f"forward {_chosen_forward(_Shape(q, k, v, options), options)}"
+    return f"{text}; backward {_chosen_backward(q.shape[-1], v.shape[-1], options)}" if grad else text
 
 
 def forward_constants(
@@ -172,6 +207,14 @@ def forward_constants(
         "REGISTERS": c.registers, "Q_BUFFERS": c.q_buffers, "LEFT": left, "RIGHT": right, "TAIL": tail,
         "ONE_MASK": one_mask, "SOFTCAP": softcap, "ALIBI": alibi, "SINK": sink, "VARLEN": varlen,
         "PINGPONG": c.pingpong, "LAZY": c.lazy,
+    }  # fmt: skip
+
+
+def short_constants(c: ShortConfig, *, left=False, right=False, tail=False, one_mask=True, grouped=False) -> dict:
+    """The constants of the forward kernel of short sequences, in its order."""
+    return {
+        "M": 64, "N": c.n, "D": c.d, "STAGES": c.stages, "LEFT": left, "RIGHT": right, "TAIL": tail, "ONE_MASK": one_mask,
+        "GROUPED": grouped,
     }  # fmt: skip
 
 
@@ -225,6 +268,14 @@ class _Shape:
         self.scale = options.scale * LOG2E * (2 / options.softcap if self.softcap else 1)
         self.cap = options.softcap * LOG2E
 
+    def one_mask(self, rows: int, keys: int) -> bool:
+        """Whether only the first visited tile of a block's keys needs a mask: without a window to the left, where nothing hides
+        keys but the end, or where tiles are square and lengths go together."""
+        return self.left < 0 and (
+            self.right < 0 or (not self.varlen and self.right == 0 and rows <= keys and self.seq_k >= self.seq_q
+                               and (self.seq_k - self.seq_q) % keys == 0)
+        )  # fmt: skip
+
     def box(self, t, block, width):
         shape, strides = t.shape, t.stride()
         if self.varlen:
@@ -233,29 +284,27 @@ class _Shape:
 
 
 class _ForwardPlan:
-    def __init__(self, q, k, v, options, out, lse, counter, ends_q, ends_k, slopes, sink):
-        self.shape = s = _Shape(q, k, v, options)
+    """``counts``: whether its kernel draws work from a counter."""
+
+    counts = True
+
+    def __init__(self, shape, c, q, k, v, options, out, lse, counter, ends_q, ends_k, slopes, sink):
+        s = shape
         bounded = s.right >= 0
-        c = _chosen_forward(s.d, s.dv, options, s.seq_k)
         rows = c.m * c.consumers
         row_blocks = _cdiv(s.seq_q, rows)
         heads = s.batch * s.heads
-        self.items = heads * row_blocks
-        self.blocks = min(_multiprocessors(s.device), self.items)
+        items = heads * row_blocks
+        self.blocks = min(_multiprocessors(s.device), items)
         section = choose_section(heads, 2 * s.seq_k * (s.d + s.dv), 40 << 20) if bounded else 1
-        # with square tiles and lengths that go together only the first visited key tile needs a mask
-        one_mask = s.left < 0 and (
-            not bounded or (not s.varlen and s.right == 0 and rows <= c.n and s.seq_k >= s.seq_q
-                            and (s.seq_k - s.seq_q) % c.n == 0)
-        )  # fmt: skip
         constants = forward_constants(
-            c, left=s.left >= 0, right=bounded, tail=s.varlen or s.seq_k % c.n != 0, one_mask=one_mask, softcap=s.softcap,
-            alibi=s.alibi, sink=options.sink is not None, varlen=s.varlen,
+            c, left=s.left >= 0, right=bounded, tail=s.varlen or s.seq_k % c.n != 0, one_mask=s.one_mask(rows, c.n),
+            softcap=s.softcap, alibi=s.alibi, sink=options.sink is not None, varlen=s.varlen,
         )  # fmt: skip
         self.q, self.k, self.v = s.box(q, c.m, c.d), s.box(k, c.n, c.d), s.box(v, c.n, c.dv)
         self.out = s.box(out, c.m, c.dv)
         self.scalars = (
-            self.items, heads, s.heads, s.heads // s.key_heads, row_blocks, section, s.seq_q, s.seq_k, s.rows,
+            items, heads, s.heads, s.heads // s.key_heads, row_blocks, section, s.seq_q, s.seq_k, s.rows,
             max(s.left, 0), max(s.right, 0), s.slopes_batch, s.dv, s.scale, s.cap,
         )  # fmt: skip
         examples = (
@@ -269,6 +318,43 @@ class _ForwardPlan:
 
     def arguments(self, q, k, v, out, *more) -> tuple:
         return self.q.at(q) + self.k.at(k) + self.v.at(v) + self.out.at(out) + (out, *more) + self.scalars
+
+
+class _ShortPlan:
+    counts = False
+
+    def __init__(self, shape, c, q, k, v, out, lse):
+        s = shape
+        row_blocks = _cdiv(s.seq_q, 64)
+        heads = s.batch * s.heads
+        self.grid = s.heads, s.batch, row_blocks
+        falling = choose_falling(c, heads, row_blocks, _multiprocessors(s.device))
+        self.q, self.k, self.v = s.box(q, 64, c.d), s.box(k, c.n, c.d), s.box(v, c.n, c.d)
+        self.out = s.box(out, 64, c.d)
+        self.scalars = (
+            s.heads, s.heads // s.key_heads, row_blocks, falling, s.seq_q, s.seq_k, max(s.left, 0), max(s.right, 0), s.scale,
+        )  # fmt: skip
+        constants = short_constants(
+            c, left=s.left >= 0, right=s.right >= 0, tail=s.seq_k % c.n != 0, one_mask=s.one_mask(64, c.n),
+            grouped=s.heads != s.key_heads,
+        )  # fmt: skip
+        examples = (self.q, q), (self.k, k), (self.v, v), (self.out, out), lse, *self.scalars
+        self.binary = _binary(forward_kernels.attention_forward_short, s.device, examples, constants)
+
+    def launch(self, stream: int, *addresses: int) -> None:
+        heads, batch, row_blocks = self.grid
+        self.binary(heads, stream, _arguments.get((self, *addresses)) or _made(self, *addresses), batch, row_blocks)
+
+    def arguments(self, q, k, v, out, lse, *_) -> tuple:
+        return self.q.at(q) + self.k.at(k) + self.v.at(v) + self.out.at(out) + (lse,) + self.scalars
+
+
+def _forward_plan(q, k, v, options, out, lse, counter, *more):
+    shape = _Shape(q, k, v, options)
+    c = _chosen_forward(shape, options)
+    if isinstance(c, ShortConfig):
+        return _ShortPlan(shape, c, q, k, v, out, lse)
+    return _ForwardPlan(shape, c, q, k, v, options, out, lse, counter, *more)
 
 
 _arguments = {}  # (plan, addresses) -> what its kernels are called with: an allocator gives the same addresses again and again
@@ -350,7 +436,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     stream = raw_stream(device)
     key = _key(q, k, v, options)
     plan = _plans.get(key)
-    counter = _counter(device, stream)
     out_shape = q.shape[:-1] + v.shape[-1:]
     if options.cu_seqlens_q is None:
         out = torch.empty(out_shape, dtype=q.dtype, device=q.device)
@@ -358,9 +443,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     else:  # rows behind the last sequence are nobody's
         out = torch.zeros(out_shape, dtype=q.dtype, device=q.device)
         lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
-    more = _vectors(options, counter)
     if plan is None:
-        plan = _keep(key, _ForwardPlan(q, k, v, options, out, lse, counter, *more))
+        counter = _counter(device, stream)
+        plan = _keep(key, _forward_plan(q, k, v, options, out, lse, counter, *_vectors(options, counter)))
+    counter = _counter(device, stream) if plan.counts else lse
+    more = _vectors(options, counter)
     plan.launch(stream, *[t.data_ptr() for t in (q, k, v, out, lse, counter, *more)])
     return out, lse
 
@@ -570,10 +657,11 @@ class Prepared:
         lse = self.unread_lse
         if lse is None or wants_lse:
             lse = torch.empty_strided(*self.lse_shape, dtype=torch.float32, device=self.device)
-        counter = _counter(self.index, stream)
         plan = self.plan
         if plan is None:
-            plan = self.plan = _ForwardPlan(q, k, v, self.options, out, lse, counter, *(counter,) * 4)
+            counter = _counter(self.index, stream)
+            plan = self.plan = _forward_plan(q, k, v, self.options, out, lse, counter, *(counter,) * 4)
+        counter = _counter(self.index, stream) if plan.counts else lse
         at = counter.data_ptr()
         plan.launch(
             stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), at, at, at, at, at
@@ -656,6 +744,16 @@ def compile_cases() -> list[CompileCase]:
             signature = _descriptors(boxes) | pointers | dict.fromkeys(("counter", "cu_q", "cu_k"), "*i32")
             constants = forward_constants(c, **given)
             cases.append(CompileCase(f"forward/{d}/{name}", forward_kernels.attention_forward, signature, constants))
+    short = {name: both[name] for name in ("full", "causal", "window")} | {"grouped": {"grouped": True}}
+    for d in (64, 128):
+        c = choose_short(d, d, True, 128, 1, 132)
+        boxes = {"q_desc": (64, c.d), "k_desc": (c.n, c.d), "v_desc": (c.n, c.d), "o_desc": (64, c.d)}
+        signature = _descriptors(boxes) | {"lse_ptr": "*fp32"}
+        for name, options in short.items():
+            constants = short_constants(c, **options, one_mask="left" not in options)
+            cases.append(
+                CompileCase(f"short/{d}/{name}", forward_kernels.attention_forward_short, signature, constants)
+            )
     for d, ways in ((64, both), (128, both | {"deterministic": {"deterministic": True}}), (256, few)):
         for name, options in ways.items():
             plain = name in ("full", "causal", "window")

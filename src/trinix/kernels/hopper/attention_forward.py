@@ -1,4 +1,4 @@
-"""The forward kernel of Hopper attention.
+"""The forward kernels of Hopper attention: one for any length, and one for calls that the card runs all at once (at the end).
 
 One program per SM, three or four warpgroups of 128 threads:
 
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trinix.kernels.hopper._compat import tma_load, tma_store
+from trinix.kernels.hopper._compat import block_barrier, tma_load, tma_store
 from trinix.kernels.hopper.attention_scores import (
     keep_columns,
     key_tiles,
@@ -102,11 +102,6 @@ def _producer(
             mbarrier.wait(q_empty.index(i), ((t // Q_BUFFERS) & 1) ^ 1)
             mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
             tma_load(q_desc, [batch, row0 + (m * CONSUMERS + g) * M, h, 0], q_full.index(i), q_s.index(i))
-        # Draw the next item now: the latency hides behind the key tiles that are still in flight.
-        idx = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        idx = _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
-        t += 1
-        _publish(idx, t if VARLEN else t - 1, work_s, work_full, work_empty)
         for j in range(last - first):  # from the last key tile to the first: masked tiles come first
             slot = kv % STAGES
             phase = (kv // STAGES) & 1
@@ -118,6 +113,12 @@ def _producer(
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             tma_load(v_desc, [batch, row, h // group, 0], v_full.index(slot), v_s.index(slot))
             kv += 1
+        # Draw the next item now: the latency hides behind the key tiles that are still in flight. Earlier it would stand before
+        # the item's first K, and an item drawn late goes to the program that is free first.
+        idx = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        idx = _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
+        t += 1
+        _publish(idx, t if VARLEN else t - 1, work_s, work_full, work_empty)
     # Every program has drawn its last item before it says so; the last to say so leaves the counters as it found them.
     if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
         gl.store(counter, 0)
@@ -476,3 +477,142 @@ def attention_forward(
         ))
         for part in (0, 1, 2, 3)[:1 + CONSUMERS]
     ], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip
+
+
+# ---- short sequences ---------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _load_again(desc, b, row, head, full, slot):
+    """The next tile into a slot that this program's warps have read."""
+    block_barrier()
+    mbarrier.expect(full, desc.block_type.nbytes)
+    tma_load(desc, [b, row, head, 0], full, slot)
+
+
+_SHORT_RUNTIME = "H", "group", "row_blocks", "falling", "seq_q", "seq_k", "left", "right", "lse_ptr"
+
+
+@gluon.jit(do_not_specialize=_SHORT_RUNTIME)
+def attention_forward_short(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, H, group, row_blocks, falling, seq_q, seq_k, left, right, scale: "fp32",
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, ONE_MASK: gl.constexpr, GROUPED: gl.constexpr,
+):  # fmt: skip
+    """A program a block of rows, one warpgroup that loads for itself: no roles to hand out, no counter, no barrier for free slots.
+
+    The grid is (heads, batch, blocks of rows), so that no division stands before the first load. Programs of the first ``falling``
+    blocks go from the longest down; the others, which join them on their multiprocessors, from the shortest up."""
+    MASKED: gl.constexpr = LEFT or RIGHT or TAIL
+    PARTS: gl.constexpr = 1 if ONE_MASK else (3 if LEFT else 2)
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [1, M, 1, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, N, 1, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, N, 1, D], v_desc.layout)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    fence_async_shared()
+    h = gl.program_id(0)
+    b = gl.program_id(1)
+    turn = gl.program_id(2)
+    m = gl.where(turn < falling, row_blocks - 1 - turn, turn - falling)
+    key_head = h // group if GROUPED else h
+    row = m * M
+    first, last = keys_visited(row, seq_q, seq_k, left, right, M, N, LEFT, RIGHT)
+    tiles = last - first
+    # Each slot's first tile. Q comes with the first of K.
+    mbarrier.expect(k_full.index(0), q_desc.block_type.nbytes + k_desc.block_type.nbytes)
+    mbarrier.expect(v_full.index(0), v_desc.block_type.nbytes)
+    for i in gl.static_range(1, STAGES):
+        mbarrier.expect(k_full.index(i), k_desc.block_type.nbytes)
+        mbarrier.expect(v_full.index(i), v_desc.block_type.nbytes)
+    tma_load(k_desc, [b, (last - 1) * N, key_head, 0], k_full.index(0), k_s.index(0))
+    tma_load(q_desc, [b, row, h, 0], k_full.index(0), q_s)
+    tma_load(v_desc, [b, (last - 1) * N, key_head, 0], v_full.index(0), v_s.index(0))
+    for i in gl.static_range(1, STAGES):
+        if i < tiles:
+            tma_load(k_desc, [b, (last - 1 - i) * N, key_head, 0], k_full.index(i), k_s.index(i))
+            tma_load(v_desc, [b, (last - 1 - i) * N, key_head, 0], v_full.index(i), v_s.index(i))
+    whole_from, whole_to = key_tiles(row, first, last, seq_q, seq_k, left, right, M, N, LEFT, RIGHT)
+    q = q_s.reshape([M, D])
+    zero = gl.zeros([M, N], gl.float32, s_layout)
+    m_i = gl.full([M], -float("inf"), gl.float32, s_row)
+    l_i = _partial_sums(zero, M, N)
+    o = gl.zeros([M, D], gl.float32, o_layout)
+    at = row + seq_k - seq_q + gl.arange(0, M, s_row)
+    from_key = at - left
+    to_key = gl.minimum(at + right, seq_k - 1) if RIGHT else gl.full([M], 0, gl.int32, s_row) + (seq_k - 1)
+
+    # First key tile: scores and softmax only.
+    mbarrier.wait(k_full.index(0), 0)
+    s = _score_product(q, k_s, 0, zero, N, D, D)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    if tiles > STAGES:
+        _load_again(k_desc, b, (last - 1 - STAGES) * N, key_head, k_full.index(0), k_s.index(0))
+    if MASKED:
+        s = keep_columns(s, from_key - (last - 1) * N, to_key - (last - 1) * N, -float("inf"), LEFT, True)
+    m_new = _new_maximum(s, m_i, scale, False, M, N, True)
+    p, l_i, alpha = _exponentials(s, m_i, m_new, l_i, scale, False, MASKED, M, N)
+    m_i = m_new
+    p = _rounded(p, k_s)
+    mbarrier.wait(v_full.index(0), 0)
+
+    # As in _consumer; a slot is free for the next tile once all warps have come to a barrier.
+    for part in gl.static_range(PARTS):
+        lo = 1
+        hi = tiles
+        if PARTS > 1:
+            if part == 0:
+                hi = last - whole_to
+            elif part == 1:
+                lo = gl.maximum(last - whole_to, 1)
+                if PARTS == 3:
+                    hi = last - whole_from
+            else:
+                lo = gl.maximum(last - whole_from, 1)
+        for j in range(lo, hi):
+            v_slot = (j - 1) % STAGES
+            slot = j % STAGES
+            phase = (j // STAGES) & 1
+            mbarrier.wait(k_full.index(slot), phase)
+            s_tok = _score_product(q, k_s, slot, zero, N, D, D)
+            v = v_s.index(v_slot).reshape([N, D])
+            o_tok = warpgroup_mma(gl.convert_layout(p, p_layout), v, o, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s_tok,))
+            if j + STAGES < tiles:
+                _load_again(k_desc, b, (last - 1 - j - STAGES) * N, key_head, k_full.index(slot), k_s.index(slot))
+            if PARTS > 1 and part != 1:
+                col = (last - 1 - j) * N
+                s = keep_columns(s, from_key - col, to_key - col, -float("inf"), LEFT, True)
+            m_new = _new_maximum(s, m_i, scale, False, M, N, True)
+            mbarrier.wait(v_full.index(slot), phase)
+            o = warpgroup_mma_wait(0, deps=(o_tok,))
+            if j - 1 + STAGES < tiles:
+                _load_again(v_desc, b, (last - j - STAGES) * N, key_head, v_full.index(v_slot), v_s.index(v_slot))
+            p, l_i, alpha = _exponentials(s, m_i, m_new, l_i, scale, False, PARTS > 1 and part != 1, M, N)
+            m_i = m_new
+            p = _rounded(p, k_s)
+            o = _rescale(o, gl.convert_layout(alpha, o_row), D)
+
+    v = v_s.index((tiles - 1) % STAGES).reshape([N, D])
+    o = warpgroup_mma(gl.convert_layout(p, p_layout), v, o, is_async=True)
+    l_row = gl.convert_layout(gl.sum(l_i, 1), s_row)
+    inv = gl.where(l_row == 0.0, 0.0, 1.0 / l_row)
+    rows = row + gl.arange(0, M, s_row)
+    lse = lse_ptr + (b * H + h).to(gl.int64) * seq_q
+    gl.store(lse + rows, m_i * LN2 + gl.log2(l_row) * LN2, mask=rows < seq_q)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    o = (o * gl.expand_dims(gl.convert_layout(inv, o_row), 1)).to(q_desc.dtype)
+    o_s = q_s._reinterpret(q_desc.dtype, [1, M, 1, D], o_desc.layout)
+    o_s.reshape([M, D]).store(o)
+    fence_async_shared()
+    tma_store(o_desc, [b, row, h, 0], o_s)
+    tma.store_wait(0)

@@ -58,13 +58,13 @@ def _gelu_tanh_clamped(x, a, b):
 
 
 @triton.jit
-def _load_both(gate, up, live, PAIRED: tl.constexpr, PAIRS: tl.constexpr):
+def _load_both(gate, up, live, PAIRED: tl.constexpr, PAIRS: tl.constexpr, POLICY: tl.constexpr):
     """gate and up in float32 from blocks of pointers; PAIRED is the shape of a block of pairs."""
-    g = tl.load(gate, mask=live)
+    g = tl.load(gate, mask=live, eviction_policy=POLICY)
     if PAIRS:
         g, u = tl.split(tl.reshape(g, PAIRED))
     else:
-        u = tl.load(up, mask=live)
+        u = tl.load(up, mask=live, eviction_policy=POLICY)
     return g.to(tl.float32), u.to(tl.float32)
 
 
@@ -73,9 +73,9 @@ def _gradients(
     gate, up, dy, d_gate, d_up, live, live_dy, VALUE: tl.constexpr, DX: tl.constexpr, PAIRED: tl.constexpr,
     PAIRS: tl.constexpr, WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr,
 ):  # fmt: skip
-    """Backward between blocks of pointers."""
-    g, u = _load_both(gate, up, live, PAIRED, PAIRS)
-    d = tl.load(dy, mask=live_dy).to(tl.float32)
+    """Backward between blocks of pointers. It reads all three for the last time: their lines may leave the cache first."""
+    g, u = _load_both(gate, up, live, PAIRED, PAIRS, "evict_first")
+    d = tl.load(dy, mask=live_dy, eviction_policy="evict_first").to(tl.float32)
     out = d_gate.dtype.element_ty
     if PAIRS:
         both = tl.join(DX(g, d * u, 0.0, 0.0).to(out), (d * VALUE(g, 0.0, 0.0)).to(out))
@@ -99,11 +99,11 @@ def _forward_flat(gate, up, y, n: "i64", VALUE: tl.constexpr, PAIRS: tl.constexp
     if (
         start + BLOCK <= n
     ):  # whole blocks run unmasked: a mask by an n that is no multiple of 16 costs the wide accesses
-        g, u = _load_both(gate + j, up + j, None, (BLOCK, 2), PAIRS)
+        g, u = _load_both(gate + j, up + j, None, (BLOCK, 2), PAIRS, "")
         tl.store(y + i, (VALUE(g, 0.0, 0.0) * u).to(y.dtype.element_ty))
     else:
         rest = n - start
-        g, u = _load_both(gate + j, up + j, j < rest * WIDTH, (BLOCK, 2), PAIRS)
+        g, u = _load_both(gate + j, up + j, j < rest * WIDTH, (BLOCK, 2), PAIRS, "")
         tl.store(y + i, (VALUE(g, 0.0, 0.0) * u).to(y.dtype.element_ty), mask=i < rest)
 
 
@@ -113,7 +113,8 @@ def _backward_flat(
     WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 2 if PAIRS else 1
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    # from the end, which forward read last: of small tensors it lies in the cache still (docs/perf/glu.md)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     j = tl.arange(0, WIDTH * BLOCK)
     gate += start * WIDTH
@@ -164,7 +165,7 @@ def _forward_rows(
     live_in = (row < rows)[:, None] & (j < width * WIDTH)[None, :]
     gate += gate_at * UNIT + ((row * (gate_row * UNIT))[:, None] + j[None, :])
     up += up_at * UNIT + ((row * (up_row * UNIT))[:, None] + j[None, :])
-    g, u = _load_both(gate, up, live_in, (ROWS, COLS, 2), PAIRS)
+    g, u = _load_both(gate, up, live_in, (ROWS, COLS, 2), PAIRS, "")
     out = (row * width)[:, None] + i[None, :]
     tl.store(y + out, (VALUE(g, 0.0, 0.0) * u).to(y.dtype.element_ty), mask=live)
 
@@ -206,7 +207,7 @@ def _forward_strided(
     live = (row < rows)[:, None] & (col < cols)[None, :]
     g_at = _row_offsets(row, D1, D2, D3, g0, g1, g2, g3)[:, None] + (col * g4)[None, :]
     u_at = _row_offsets(row, D1, D2, D3, u0, u1, u2, u3)[:, None] + (col * u4)[None, :]
-    g, u = _load_both(gate + g_at, up + u_at, live, None, False)
+    g, u = _load_both(gate + g_at, up + u_at, live, None, False, "")
     tl.store(y + (row * cols)[:, None] + col[None, :], (VALUE(g, 0.0, 0.0) * u).to(y.dtype.element_ty), mask=live)
 
 

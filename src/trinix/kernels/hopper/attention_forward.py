@@ -523,7 +523,9 @@ def attention_forward_short(
     h = gl.program_id(0)
     b = gl.program_id(1)
     turn = gl.program_id(2)
-    m = gl.where(turn < falling, row_blocks - 1 - turn, turn - falling)
+    m = row_blocks - 1 - turn
+    if turn >= falling:
+        m = turn - falling
     key_head = h // group if GROUPED else h
     row = m * M
     first, last = keys_visited(row, seq_q, seq_k, left, right, M, N, LEFT, RIGHT)

@@ -40,6 +40,7 @@ KERNEL_MODULES = (
     "trinix.kernels.triton.head_mlp",
     "trinix.kernels.triton.attention_decode",
     "trinix.kernels.triton.linear",
+    "trinix.kernels.triton.latent",
 )
 TARGETS = tuple(LIMITS)
 ELEMENTS = 12 * 12 * 4096 * 128  # of the estimate: the cases X-*-4096

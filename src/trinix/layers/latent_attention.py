@@ -37,6 +37,7 @@ from trinix.layers.attention import (
 from trinix.layers.cache import LatentCache
 from trinix.layers.linear import FastLinear
 from trinix.layers.norm import FastRMSNorm
+from trinix.ops.latent import keys_and_values
 
 DEEPSEEK = {  # our names: theirs
     "q_down_proj": "q_a_proj", "q_norm": "q_a_layernorm", "q_up_proj": "q_b_proj",
@@ -228,10 +229,9 @@ class FastMultiHeadLatentAttention(nn.Module):
     def _keys_and_values(self, latent: Tensor, k_rope: Tensor | None) -> tuple[Tensor, Tensor]:
         """k ``[B, S, H, R + N]`` and v ``[B, S, H, Dv]`` of every head."""
         both = self.kv_up_proj(latent).unflatten(-1, (self.num_heads, -1))
-        k, v = both.split((self.head_dim, self.v_head_dim), -1)
         if k_rope is not None:
-            k = torch.cat((k_rope.expand(-1, -1, self.num_heads, -1), k), -1)
-        return k, v
+            return keys_and_values(both, k_rope, self.head_dim, self.backend)
+        return both.split((self.head_dim, self.v_head_dim), -1)
 
     def _absorbed(self, q: Tensor, rows: Tensor, cache: LatentCache, options: dict) -> Tensor:
         """Attention over the cached rows, ``[B, S, H, Dv]``: Wk goes to the query, Wv behind the sum."""

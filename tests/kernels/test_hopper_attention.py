@@ -118,7 +118,7 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
         assert shared + 2048 <= SHARED_LIMIT
         assert c.consumers * c.registers * 128 <= 65536 - 24 * 128
         assert not c.pingpong or c.consumers == 2  # the turns are those of two
-        if short := hopper.choose_short(d, dv, causal, keys, 1, 132):
+        if short := hopper.choose_short(d, dv, causal, keys, 1, 1, 132):
             assert short.d >= max(d, dv)
             assert 2 * short.d * (64 + 2 * short.stages * short.n) + 2048 <= SHARED_LIMIT
         for plain in (False, True):
@@ -131,17 +131,23 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
 
 
 def test_short_calls_have_a_kernel_of_their_own():
-    def short(batch, rows, heads, d, causal):
-        return hopper.choose_short(d, d, causal, rows, batch * heads * -(-rows // 64), 132) is not None
+    def short(batch, rows, heads, d, causal, key_heads=None):
+        programs = batch * heads * -(-rows // 64)
+        return hopper.choose_short(d, d, causal, rows, batch * (key_heads or heads), programs, 132) is not None
 
     assert short(4, 256, 8, 64, True)  # F-1
     assert short(4, 512, 8, 64, True)  # F-2
-    assert short(4, 1024, 8, 64, True)  # F-3
+    assert short(4, 2048, 8, 64, True)  # F-4
     assert short(2, 2048, 12, 64, True)  # AC-mha-1-causal
-    assert short(4, 512, 8, 64, False)
+    assert short(2, 2048, 32, 64, True, 8)  # AC-gqa-1-causal
+    assert short(1, 4096, 32, 64, True)
+    assert not short(16, 1024, 32, 64, True)  # AS-64-1024-causal: its keys and values do not fit the L2 cache
+    assert not short(1, 16384, 8, 64, True)
+    assert short(4, 1024, 8, 64, False)
+    assert not short(2, 2048, 12, 64, False)  # AC-mha-1-full
     assert short(4, 512, 8, 128, True)
-    assert not short(1, 4096, 32, 64, True)
-    assert not short(1, 2048, 40, 128, True)  # AC-mha-3-causal
+    assert not short(4, 1024, 8, 128, True)
+    assert not short(4, 512, 8, 128, False)
     assert not short(4, 512, 8, 256, True)
 
 
@@ -266,6 +272,7 @@ def check_lse(got, want):
     ids=str,
 )
 def test_emulated(monkeypatch, d, dv, options):
+    forced(monkeypatch, short=False)
     shapes = [(1, 210, 2, d), (1, 180, 1, d), (1, 180, 1, dv)]
     q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
     emulated(monkeypatch, q, k, v, Options(scale=d**-0.5, **options))
@@ -293,9 +300,11 @@ def test_emulated_short_sequences(monkeypatch, d, rows, keys, key_heads, options
         assert any(isinstance(plan, hopper._ShortPlan) for plan in hopper._plans.values())
 
 
+@pytest.mark.parametrize("short", [True, False], ids=["short", "any-length"])
 @pytest.mark.parametrize("d", [64, 128])
-def test_emulated_prepared_calls_are_the_same(monkeypatch, d):
+def test_emulated_prepared_calls_are_the_same(monkeypatch, d, short):
     """For new addresses, gradients of any strides, grouped heads whose parts are added up; without lse too."""
+    forced(monkeypatch, short)
     gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, 4)
     options = Options(scale=d**-0.5, **CAUSAL)
     shapes = (1, 70, 4, d), (1, 90, 2, d), (1, 90, 2, d)
@@ -383,7 +392,7 @@ def made(shapes, dtype):
 def forced(monkeypatch, short):
     """The kernel of short sequences, or the one for any length, whatever would be chosen."""
     choose = hopper.choose_short
-    monkeypatch.setattr(hopper, "choose_short", lambda d, dv, *_: choose(d, dv, True, 1, 1, 132) if short else None)
+    monkeypatch.setattr(hopper, "choose_short", lambda d, dv, *_: choose(d, dv, True, 1, 1, 1, 132) if short else None)
     monkeypatch.setattr(hopper, "_plans", {})
 
 

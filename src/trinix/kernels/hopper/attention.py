@@ -143,17 +143,26 @@ def choose_forward(d: int, dv: int, causal: bool, keys: int) -> ForwardConfig | 
     return ForwardConfig(64, 64, 256, max(used, 192), 256, 2, 2, 240, 1, False, True)
 
 
-def choose_short(d: int, dv: int, causal: bool, keys: int, programs: int, multiprocessors: int) -> ShortConfig | None:
-    """Of the kernel of short sequences, where it is the faster one; ``programs``: blocks of 64 rows of all heads.
+def choose_short(
+    d: int, dv: int, causal: bool, keys: int, key_heads: int, programs: int, multiprocessors: int
+) -> ShortConfig | None:
+    """Of the kernel of short calls, where it is the faster one; ``programs``: blocks of 64 rows of all heads, ``key_heads``: of
+    all batches.
 
-    F-1 0.0087 against 0.0125 ms, F-2 0.0124 and 0.0168, F-3 0.0212 and 0.0261, AC-mha-1-causal 0.0419 and 0.0459; F-2 without
-    a mask 0.0131 and 0.0176."""
+    Causal F-1 0.0088 against 0.0118 ms, F-2 0.0124 and 0.0161, F-4 0.0490 and 0.0539, AC-mha-1 0.0397 and 0.0437, AC-gqa-1 0.0850
+    and 0.0952, (1, 4096, 32, 64) 0.157 and 0.163. It walks through all heads at once: their K and V must fit the L2 cache
+    (AS-64-1024 0.460 and 0.228). Without a mask (4, 1024, 8, 64) 0.0298 and 0.0350, but AC-mha-1 0.0632 and 0.0595.
+    """
     width = max(padded(d), padded(dv))
     if width == 64:
-        if programs <= 2 * multiprocessors or (causal and keys <= 2048 and programs <= 6 * multiprocessors):
+        in_cache = key_heads * keys * (d + dv) * 2 <= 34 << 20
+        if programs <= 4 * multiprocessors or (
+            causal and keys <= 4096 and in_cache and programs <= 16 * multiprocessors
+        ):
             return ShortConfig(128, 64, 2)
-    elif width == 128 and causal and programs <= 2 * multiprocessors:  # (4, 512, 8, 128): 0.0177 and 0.0194
-        return ShortConfig(64, 128, 4)
+    elif width == 128 and causal and programs <= 2 * multiprocessors:
+        # (4, 512, 8, 128) 0.0172 and 0.0188, level without a mask; with twice the rows 0.0325 and 0.0296
+        return ShortConfig(64, 128, 2)
     return None
 
 
@@ -183,7 +192,8 @@ def _chosen_forward(shape: "_Shape", options) -> ShortConfig | ForwardConfig:
     plain = not (shape.varlen or shape.softcap or shape.alibi or options.sink is not None)
     programs = shape.batch * shape.heads * _cdiv(shape.seq_q, 64)
     call = shape.d, shape.dv, options.window_right >= 0, shape.seq_k
-    short = choose_short(*call, programs, _multiprocessors(shape.device)) if plain else None
+    key_heads = shape.batch * shape.key_heads
+    short = choose_short(*call, key_heads, programs, _multiprocessors(shape.device)) if plain else None
     return short or choose_forward(*call)
 
 
@@ -746,7 +756,7 @@ def compile_cases() -> list[CompileCase]:
             cases.append(CompileCase(f"forward/{d}/{name}", forward_kernels.attention_forward, signature, constants))
     short = {name: both[name] for name in ("full", "causal", "window")} | {"grouped": {"grouped": True}}
     for d in (64, 128):
-        c = choose_short(d, d, True, 128, 1, 132)
+        c = choose_short(d, d, True, 128, 1, 1, 132)
         boxes = {"q_desc": (64, c.d), "k_desc": (c.n, c.d), "v_desc": (c.n, c.d), "o_desc": (64, c.d)}
         signature = _descriptors(boxes) | {"lse_ptr": "*fp32"}
         for name, options in short.items():

@@ -561,7 +561,7 @@ def attention_forward_short(
         _load_again(k_desc, b, (last - 1 - STAGES) * N, key_head, k_full.index(0), k_s.index(0))
     if MASKED:
         s = keep_columns(s, from_key - (last - 1) * N, to_key - (last - 1) * N, -float("inf"), LEFT, True)
-    m_new = _new_maximum(s, m_i, scale, False, M, N, True)
+    m_new = _new_maximum(s, m_i, scale, False, M, N, False)
     p, l_i, alpha = _exponentials(s, m_i, m_new, l_i, scale, False, MASKED, M, N)
     m_i = m_new
     p = _rounded(p, k_s)
@@ -594,7 +594,7 @@ def attention_forward_short(
             if PARTS > 1 and part != 1:
                 col = (last - 1 - j) * N
                 s = keep_columns(s, from_key - col, to_key - col, -float("inf"), LEFT, True)
-            m_new = _new_maximum(s, m_i, scale, False, M, N, True)
+            m_new = _new_maximum(s, m_i, scale, False, M, N, False)
             mbarrier.wait(v_full.index(slot), phase)
             o = warpgroup_mma_wait(0, deps=(o_tok,))
             if j - 1 + STAGES < tiles:
@@ -602,7 +602,7 @@ def attention_forward_short(
             p, l_i, alpha = _exponentials(s, m_i, m_new, l_i, scale, False, PARTS > 1 and part != 1, M, N)
             m_i = m_new
             p = _rounded(p, k_s)
-            o = _rescale(o, gl.convert_layout(alpha, o_row), D)
+            o = o * gl.expand_dims(gl.convert_layout(alpha, o_row), 1)
 
     v = v_s.index((tiles - 1) % STAGES).reshape([N, D])
     o = warpgroup_mma(gl.convert_layout(p, p_layout), v, o, is_async=True)

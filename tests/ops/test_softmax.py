@@ -35,6 +35,10 @@ LAYOUTS = {
     "rows, one power of two": lambda new: (new(16, 64), -1),
     "rows, many a program": lambda new: (new(70, 8), -1),
     "rows, one past the warp's": lambda new: (new(2, 1025), -1),
+    "rows, each elsewhere between two vectors": lambda new: (new(8, 301), -1),
+    "rows, each elsewhere, from an odd element": lambda new: (new(4 * 301 + 1)[1:].view(4, 301), -1),
+    "rows, each elsewhere, padded": lambda new: (new(3, 310)[:, 3:-6], -1),
+    "a row of less than a vector": lambda new: (new(3), -1),
     "columns": lambda new: (new(7, 33), 0),
     "columns, whole vectors": lambda new: (new(3, 10, 32), 1),
     "columns, one past the block": lambda new: (new(2, 9, 129), -2),
@@ -206,7 +210,8 @@ def test_the_incoming_gradient_may_have_any_strides(function, incoming, layout):
 def test_rows_enough_are_left_whole_in_both_passes(n, dtype, monkeypatch, no_kept_plans):
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 3)
     for inputs in (1, 2):
-        assert kernels.choose(kernels.view((3, n), 1, ((n, 1),) * 2), dtype.itemsize, inputs, 3).num_warps == 32
+        config = kernels.choose(kernels.view((3, n), 1, ((n, 1),) * 2), dtype.itemsize, inputs, 3)
+        assert isinstance(config, Tile) or config.chunks == 1
     new = Numbers(dtype, "cpu")
     oracle(softmax, new(3, n), -1, new(3, n))
 
@@ -293,6 +298,8 @@ def test_vectors_of_uneven_rows_are_taken_where_the_tensor_read_first_has_them()
     assert vector(50257, dense, transposed) == 1
     assert vector(50257, dense, transposed, masked=None) == 8
     assert vector(50258, (50258, 1), (50258, 1)) == 8
+    assert vector(1001, (1001, 1), (1001, 1)) == 8  # in a tile too
+    assert vector(101, (101, 1), (101, 1)) == 1  # but for several short rows of one
 
 
 @pytest.mark.parametrize("kind", ["streams", "splits"])
@@ -430,6 +437,17 @@ def test_large_values_hold_the_budget(function, size):
     x = new(5, 70)
     oracle(function, x, -1, normal(x.shape, x.dtype, seed=9))
     oracle(function, x + 1e5, 0, normal(x.shape, x.dtype, seed=9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["tiles", "streams"])
+def test_the_largest_numbers_of_a_dtype_do_not_overflow(kind, dtype, request):
+    if kind != "tiles":
+        request.getfixturevalue(kind)
+    x = torch.full((2, 70), -torch.finfo(dtype).max, dtype=dtype)
+    x[:, ::7] = torch.finfo(dtype).max
+    y = softmax(x, backend="triton")
+    torch.testing.assert_close(y.float(), (x > 0).float() / 10, rtol=4e-3, atol=0)
 
 
 # ---- the choice --------------------------------------------------------------------------------------------------------
@@ -840,12 +858,12 @@ def test_a_step_that_is_left_out_fails_the_oracle(kind, request, monkeypatch):
 
 
 @triton.jit
-def _combines_nothing(line, chunks, MERGE, COLS):
+def _combines_nothing(line, chunks, scale, LATE, MERGE, COLS):
     pass
 
 
 @triton.jit
-def _combines_without_the_largest(line, chunks, MERGE, COLS):
+def _combines_without_the_largest(line, chunks, scale, LATE, MERGE, COLS):
     tl.store(line + tl.arange(0, COLS), 0.0)
     total = tl.zeros((COLS,), tl.float32)
     for chunk in range(1, chunks + 1):

@@ -98,21 +98,79 @@ def _live(i, j, n, cols, UNIT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def _load(at, live, EVEN: tl.constexpr):
-    """In float32; EVEN: every element of the tile is one of the tensor's."""
+def _load(at, live, EVEN: tl.constexpr, KEEP: tl.constexpr):
+    """In float32; EVEN: every element of the tile is one of the tensor's; KEEP: how long the caches should hold it."""
     if EVEN:
-        x = tl.load(at)
+        x = tl.load(at, eviction_policy=KEEP)
     else:
-        x = tl.load(at, mask=live, other=0.0)
+        x = tl.load(at, mask=live, other=0.0, eviction_policy=KEEP)
     return x.to(tl.float32)
 
 
 @triton.jit
-def _store(at, x, live, EVEN: tl.constexpr):
+def _store(at, x, live, EVEN: tl.constexpr, KEEP: tl.constexpr):
     if EVEN:
-        tl.store(at, x.to(at.dtype.element_ty))
+        tl.store(at, x.to(at.dtype.element_ty), eviction_policy=KEEP)
     else:
-        tl.store(at, x.to(at.dtype.element_ty), mask=live)
+        tl.store(at, x.to(at.dtype.element_ty), mask=live, eviction_policy=KEEP)
+
+
+@triton.jit
+def _split_row(row, n, VECTOR: tl.constexpr):
+    """A row that starts at element ``row``: elements ahead of its first whole vector, the elements in whole vectors, and,
+    of the few others at both ends, indices and whether each is one."""
+    ahead = tl.minimum((-row) & (VECTOR - 1), n)
+    whole = (n - ahead) // VECTOR * VECTOR
+    e = tl.arange(0, 2 * VECTOR)
+    behind = (n - ahead - whole).to(tl.int32)
+    index = tl.where(e < VECTOR, 0, ahead + whole - VECTOR) + e
+    return ahead, whole, index, e % VECTOR < tl.where(e < VECTOR, ahead.to(tl.int32), behind)
+
+
+# ---- what both kinds of kernels compute --------------------------------------------------------------------------------
+#
+# LATE, for rows without a mask and a scale above 0: the scale multiplies differences from the largest value only, an operation
+# an element less, and exponentials are of base 2. tl.exp2 is one instruction, where tl.exp also looks after subnormal results
+# (three more), and two exponentials an element of a half type are what long rows wait for. Columns' chunks spill with it on sm_100.
+
+
+@triton.jit
+def _exp(z, scale, LATE: tl.constexpr):
+    if LATE:
+        e = tl.exp2(z * (scale * 1.4426950408889634))
+    else:
+        e = tl.exp(z)
+    return e
+
+
+@triton.jit
+def _result(z, sums, y, scale, LATE: tl.constexpr, LOG: tl.constexpr):
+    """y of what lies ``z`` above the largest value (below 0, that is)."""
+    if LOG:
+        out = (z * scale if LATE else z) - tl.log(sums)
+    else:
+        out = _quotient(_exp(z, scale, LATE), sums, y)
+    return out
+
+
+@triton.jit
+def _end_scores(x, mask, end, at_end, mn, mc, scale, LATE: tl.constexpr, M_ALONG: tl.constexpr, UNIT: tl.constexpr):
+    """Of a row's elements outside whole vectors; -inf where there is none."""
+    z = tl.load(x + end, mask=at_end, other=0.0).to(tl.float32)
+    if not LATE:
+        z *= scale
+    if M_ALONG >= 0:
+        z += tl.load(mask + _offset(end, 0, mn, mc, M_ALONG, UNIT), mask=at_end, other=0.0).to(tl.float32)
+    return tl.where(at_end, z, float("-inf"))
+
+
+@triton.jit
+def _gradient(p, g, sums, scale, LOG: tl.constexpr):
+    if LOG:
+        out = scale * (g - _exp(p, 1.0, True) * sums)
+    else:
+        out = scale * p * (g - sums)
+    return out
 
 
 # ---- the tile kernels --------------------------------------------------------------------------------------------------
@@ -125,8 +183,9 @@ def _forward_tile(
     x, mask, y, n: "i64", c: "i64", blocks: "i32", O1: "i32", O2: "i32",
     x0: "i64", x1: "i64", x2: "i64", xn: "i64", xc: "i64", m0: "i64", m1: "i64", m2: "i64", mn: "i64", mc: "i64",
     y0: "i64", y1: "i64", y2: "i64", yn: "i64", yc: "i64", scale: "fp32",
-    LOG: tl.constexpr, X_ALONG: tl.constexpr, M_ALONG: tl.constexpr, Y_ALONG: tl.constexpr, UNIT: tl.constexpr,
-    FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    LOG: tl.constexpr, LATE: tl.constexpr, X_ALONG: tl.constexpr, M_ALONG: tl.constexpr, Y_ALONG: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     n, c = _lengths(n, c, Y_ALONG, UNIT)
     if SAME:
@@ -136,23 +195,41 @@ def _forward_tile(
     j0 = (pid if FLAT else pid % blocks).to(tl.int64) * COLS
     N_AXIS: tl.constexpr = 1 - Y_ALONG
     i, j = _indices(ROWS, COLS, Y_ALONG)
-    x += _slab(o, O1, O2, x0, x1, x2, FLAT, UNIT) + _offset(0, j0, xn, xc, X_ALONG, UNIT)
-    y += _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
-    inside, live = _live(i, j, n, c - j0, UNIT, HALF, ROWS, COLS)
-    z = _load(x + _offset(i, j, xn, xc, X_ALONG, UNIT), live, EVEN) * scale
+    from_x = _slab(o, O1, O2, x0, x1, x2, FLAT, UNIT) + _offset(0, j0, xn, xc, X_ALONG, UNIT)
+    from_m = _slab(o, O1, O2, m0, m1, m2, FLAT, UNIT) + _offset(0, j0, mn, mc, M_ALONG, UNIT)
+    to_y = _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
+    length = n
+    if VECTOR > 1:
+        ahead, length, end, at_end = _split_row(from_x, n, VECTOR)
+        z_end = _end_scores(x + from_x, mask + from_m, end, at_end, mn, mc, scale, LATE, M_ALONG, UNIT)
+        to_end = y + to_y + end
+        from_x = tl.cdiv(from_x, VECTOR) * VECTOR
+        from_m += _offset(ahead, 0, mn, mc, M_ALONG, UNIT)
+        to_y = from_x if SAME else to_y + ahead
+    inside, live = _live(i, j, length, c - j0, UNIT, HALF, ROWS, COLS)
+    z = _load(x + from_x + _offset(i, j, xn, xc, X_ALONG, UNIT), live, EVEN, "")
+    if not LATE:
+        z *= scale
     if M_ALONG >= 0:
-        mask += _slab(o, O1, O2, m0, m1, m2, FLAT, UNIT) + _offset(0, j0, mn, mc, M_ALONG, UNIT)
-        z += tl.load(mask + _offset(i, j, mn, mc, M_ALONG, UNIT), mask=live, other=0.0).to(tl.float32)
+        z += tl.load(mask + from_m + _offset(i, j, mn, mc, M_ALONG, UNIT), mask=live, other=0.0).to(tl.float32)
     if not EVEN:
         z = tl.where(inside, z, float("-inf"))
-    z -= tl.max(z, N_AXIS, keep_dims=True)  # all -inf: NaN, as in PyTorch
-    e = tl.exp(z)
+    most = tl.max(z, N_AXIS, keep_dims=True)
+    if VECTOR > 1:
+        most = tl.maximum(most, tl.max(z_end, 0))
+        z_end -= tl.max(tl.max(most, 1), 0)
+    z -= most  # all -inf: NaN, as in PyTorch
+    e = _exp(z, scale, LATE)
     total = tl.sum(e, N_AXIS, keep_dims=True)
+    if VECTOR > 1:
+        total += tl.sum(_exp(z_end, scale, LATE), 0)
+        y_end = _result(z_end, tl.max(tl.max(total, 1), 0), y, scale, LATE, LOG)
+        tl.store(to_end, y_end.to(y.dtype.element_ty), mask=at_end)
     if LOG:
-        out = z - tl.log(total)
+        out = _result(z, total, y, scale, LATE, LOG)
     else:
         out = _quotient(e, total, y)
-    _store(y + _offset(i, j, yn, yc, Y_ALONG, UNIT), out, live, EVEN)
+    _store(y + to_y + _offset(i, j, yn, yc, Y_ALONG, UNIT), out, live, EVEN, "")
 
 
 @triton.jit(do_not_specialize=[
@@ -162,8 +239,8 @@ def _backward_tile(
     y, dy, dx, n: "i64", c: "i64", blocks: "i32", O1: "i32", O2: "i32",
     y0: "i64", y1: "i64", y2: "i64", yn: "i64", yc: "i64", g0: "i64", g1: "i64", g2: "i64", gn: "i64", gc: "i64",
     scale: "fp32",
-    LOG: tl.constexpr, Y_ALONG: tl.constexpr, G_ALONG: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
-    SAME: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    LOG: tl.constexpr, Y_ALONG: tl.constexpr, G_ALONG: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     n, c = _lengths(n, c, Y_ALONG, UNIT)
     if SAME:
@@ -173,19 +250,26 @@ def _backward_tile(
     j0 = (pid if FLAT else pid % blocks).to(tl.int64) * COLS
     N_AXIS: tl.constexpr = 1 - Y_ALONG
     i, j = _indices(ROWS, COLS, Y_ALONG)
-    at = (
-        _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
-        + _offset(i, j, yn, yc, Y_ALONG, UNIT)
-    )  # fmt: skip
-    dy += _slab(o, O1, O2, g0, g1, g2, FLAT, UNIT) + _offset(0, j0, gn, gc, G_ALONG, UNIT)
-    _, live = _live(i, j, n, c - j0, UNIT, HALF, ROWS, COLS)
-    p = _load(y + at, live, EVEN)
-    g = _load(dy + _offset(i, j, gn, gc, G_ALONG, UNIT), live, EVEN)
-    if LOG:
-        out = scale * (g - tl.exp(p) * tl.sum(g, N_AXIS, keep_dims=True))
-    else:
-        out = scale * p * (g - tl.sum(p * g, N_AXIS, keep_dims=True))
-    _store(dx + at, out, live, EVEN)
+    to = _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
+    from_g = _slab(o, O1, O2, g0, g1, g2, FLAT, UNIT) + _offset(0, j0, gn, gc, G_ALONG, UNIT)
+    length = n
+    if VECTOR > 1:
+        ahead, length, end, at_end = _split_row(to, n, VECTOR)
+        p_end = tl.load(y + to + end, mask=at_end, other=0.0).to(tl.float32)
+        g_end = tl.load(dy + from_g + _offset(end, 0, gn, gc, G_ALONG, UNIT), mask=at_end, other=0.0).to(tl.float32)
+        to_end = dx + to + end
+        to = tl.cdiv(to, VECTOR) * VECTOR
+        from_g = to if SAME else from_g + _offset(ahead, 0, gn, gc, G_ALONG, UNIT)
+    _, live = _live(i, j, length, c - j0, UNIT, HALF, ROWS, COLS)
+    at = to + _offset(i, j, yn, yc, Y_ALONG, UNIT)
+    p = _load(y + at, live, EVEN, "")
+    g = _load(dy + from_g + _offset(i, j, gn, gc, G_ALONG, UNIT), live, EVEN, "")
+    sums = tl.sum(g if LOG else p * g, N_AXIS, keep_dims=True)
+    if VECTOR > 1:
+        sums += tl.sum(g_end if LOG else p_end * g_end, 0)
+        dx_end = _gradient(p_end, g_end, tl.max(tl.max(sums, 1), 0), scale, LOG)
+        tl.store(to_end, dx_end.to(dx.dtype.element_ty), mask=at_end)
+    _store(dx + at, _gradient(p, g, sums, scale, LOG), live, EVEN, "")
 
 
 # ---- the stream kernels ------------------------------------------------------------------------------------------------
@@ -228,18 +312,6 @@ def _chunk(n, chunk, steps, STEP: tl.constexpr):
 
 
 @triton.jit
-def _split_row(row, n, VECTOR: tl.constexpr):
-    """A row that starts at element ``row``: elements ahead of its first whole vector, the elements in whole vectors, and,
-    of the few others at both ends, indices and whether each is one."""
-    ahead = tl.minimum((-row) & (VECTOR - 1), n)
-    whole = (n - ahead) // VECTOR * VECTOR
-    e = tl.arange(0, 2 * VECTOR)
-    behind = (n - ahead - whole).to(tl.int32)
-    index = tl.where(e < VECTOR, 0, ahead + whole - VECTOR) + e
-    return ahead, whole, index, e % VECTOR < tl.where(e < VECTOR, ahead.to(tl.int32), behind)
-
-
-@triton.jit
 def _arrive(arrived):
     """Publish what this program has stored; returns how many have arrived, this one included."""
     tl.debug_barrier()  # the stores of all threads come before the one thread's atomic
@@ -254,7 +326,7 @@ def _wait(arrived, seen, wanted):
 
 
 @triton.jit
-def _combine(line, chunks, MERGE: tl.constexpr, COLS: tl.constexpr):
+def _combine(line, chunks, scale, LATE: tl.constexpr, MERGE: tl.constexpr, COLS: tl.constexpr):
     """Row 0 of ``line`` becomes the largest value and the sum of exponentials of all chunks."""
     column = tl.arange(0, COLS)
     top = tl.full((MERGE, COLS), float("-inf"), tl.float32)
@@ -266,12 +338,12 @@ def _combine(line, chunks, MERGE: tl.constexpr, COLS: tl.constexpr):
         part = tl.load(at + COLS, mask=chunk < chunks, other=0.0, cache_modifier=".cg")
         new = tl.maximum(top, peak)
         safe = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(top - safe) + part * tl.exp(peak - safe)
+        total = total * _exp(top - safe, scale, LATE) + part * _exp(peak - safe, scale, LATE)
         top = new
     most = tl.max(top, 0)
     safe = tl.where(most == float("-inf"), 0.0, most)
     tl.store(line + column, most)
-    tl.store(line + COLS + column, tl.sum(total * tl.exp(top - safe[None, :]), 0))
+    tl.store(line + COLS + column, tl.sum(total * _exp(top - safe[None, :], scale, LATE), 0))
 
 
 @triton.jit
@@ -285,24 +357,6 @@ def _combine_sums(line, chunks, MERGE: tl.constexpr, COLS: tl.constexpr):
     tl.store(line + column, tl.sum(total, 0))
 
 
-@triton.jit
-def _result(z, most, sums, y, LOG: tl.constexpr):
-    if LOG:
-        out = z - most - tl.log(sums)
-    else:
-        out = _quotient(tl.exp(z - most), sums, y)
-    return out
-
-
-@triton.jit
-def _gradient(p, g, sums, scale, LOG: tl.constexpr):
-    if LOG:
-        out = scale * (g - tl.exp(p) * sums)
-    else:
-        out = scale * p * (g - sums)
-    return out
-
-
 @triton.jit(do_not_specialize=[
     "n", "c", "panels", "chunks", "steps", "works", "O1", "O2", "x0", "x1", "x2", "xn", "xc", "m0", "m1", "m2", "mn", "mc",
     "y0", "y1", "y2", "yn", "yc",
@@ -312,14 +366,16 @@ def _forward_stream(
     O1: "i32", O2: "i32",
     x0: "i64", x1: "i64", x2: "i64", xn: "i64", xc: "i64", m0: "i64", m1: "i64", m2: "i64", mn: "i64", mc: "i64",
     y0: "i64", y1: "i64", y2: "i64", yn: "i64", yc: "i64", scale: "fp32",
-    LOG: tl.constexpr, X_ALONG: tl.constexpr, M_ALONG: tl.constexpr, Y_ALONG: tl.constexpr, UNIT: tl.constexpr,
-    VECTOR: tl.constexpr, FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    LOG: tl.constexpr, LATE: tl.constexpr, X_ALONG: tl.constexpr, M_ALONG: tl.constexpr, Y_ALONG: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
     PANEL: tl.constexpr, MERGE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     n, c = _lengths(n, c, Y_ALONG, UNIT)
     if SAME:
         x0, x1, x2, xn, xc = y0, y1, y2, yn, yc
     STEP: tl.constexpr = DEEP * ROWS
+    AGAIN: tl.constexpr = "evict_last" if not SPLIT and Y_ALONG == 0 else ""
+    DONE: tl.constexpr = "evict_first" if not SPLIT and Y_ALONG == 0 else ""
     N_AXIS: tl.constexpr = 1 - Y_ALONG
     FIRST: tl.constexpr = ROWS if Y_ALONG == 1 else COLS
     LAST: tl.constexpr = COLS if Y_ALONG == 1 else ROWS
@@ -334,12 +390,8 @@ def _forward_stream(
         if VECTOR > 1:
             ahead, length, end, at_end = _split_row(from_x, n, VECTOR)
             at_end &= chunk == 0
-            z_end = tl.load(x + from_x + end, mask=at_end, other=0.0).to(tl.float32) * scale
-            if M_ALONG >= 0:
-                at_m = mask + from_m + _offset(end, 0, mn, mc, M_ALONG, UNIT)
-                z_end += tl.load(at_m, mask=at_end, other=0.0).to(tl.float32)
-                from_m += _offset(ahead, 0, mn, mc, M_ALONG, UNIT)
-            z_end = tl.where(at_end, z_end, float("-inf"))
+            z_end = _end_scores(x + from_x, mask + from_m, end, at_end, mn, mc, scale, LATE, M_ALONG, UNIT)
+            from_m += _offset(ahead, 0, mn, mc, M_ALONG, UNIT)
             to_end = y + to_y + end
             from_x = tl.cdiv(from_x, VECTOR) * VECTOR
             to_y = from_x if SAME else to_y + ahead
@@ -358,7 +410,9 @@ def _forward_stream(
             inside = i < tl.minimum(length - start - at, STEP).to(tl.int32)
             live = inside & (j < cols)
             at_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
-            z = _load(at_x, live, EVEN) * scale
+            z = _load(at_x, live, EVEN, AGAIN)
+            if not LATE:
+                z *= scale
             if M_ALONG >= 0:
                 m_at = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
                 z += tl.load(m_at, mask=live, other=0.0).to(tl.float32)
@@ -366,15 +420,15 @@ def _forward_stream(
                 z = tl.where(inside, z, float("-inf"))
             new = tl.maximum(top, tl.max(z, 0))
             safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far: exp(-inf), not exp(NaN)
-            total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe[None, :, :]), 0)
+            total = total * _exp(top - safe, scale, LATE) + tl.sum(_exp(z - safe[None, :, :], scale, LATE), 0)
             top = new
         most = tl.max(top, N_AXIS)
         if VECTOR > 1:
             most = tl.maximum(most, tl.max(z_end, 0))
         safe = tl.where(most == float("-inf"), 0.0, most)
-        sums = tl.sum(total * tl.exp(top - tl.expand_dims(safe, N_AXIS)), N_AXIS)
+        sums = tl.sum(total * _exp(top - tl.expand_dims(safe, N_AXIS), scale, LATE), N_AXIS)
         if VECTOR > 1:
-            sums += tl.sum(tl.exp(z_end - tl.max(safe, 0)), 0)
+            sums += tl.sum(_exp(z_end - tl.max(safe, 0), scale, LATE), 0)
 
         if SPLIT:
             slab = tl.cast(panel, tl.int64) * PANEL + work % PANEL
@@ -384,14 +438,14 @@ def _forward_stream(
             tl.store(mine + COLS, sums)
             seen = _arrive(arrived + slab)
             if seen == chunks:  # the last one combines them, whoever it is in the same order
-                _combine(line, chunks, MERGE, COLS)
+                _combine(line, chunks, scale, LATE, MERGE, COLS)
                 seen = _arrive(arrived + slab)
             _wait(arrived + slab, seen, chunks + 1)
             most = tl.load(line + column, cache_modifier=".cg")
             sums = tl.load(line + COLS + column, cache_modifier=".cg")
 
         if VECTOR > 1:
-            y_end = _result(z_end, tl.max(most, 0), tl.max(sums, 0), y, LOG)  # of the one column
+            y_end = _result(z_end - tl.max(most, 0), tl.max(sums, 0), y, scale, LATE, LOG)  # of the one column
             tl.store(to_end, y_end.to(y.dtype.element_ty), mask=at_end)
         most = tl.expand_dims(most, N_AXIS)[None, :, :]
         sums = tl.expand_dims(sums, N_AXIS)[None, :, :]
@@ -399,13 +453,15 @@ def _forward_stream(
             at = tl.cast(here - 1 - k, tl.int64) * STEP
             live = (i < tl.minimum(length - start - at, STEP).to(tl.int32)) & (j < cols)
             at_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
-            z = _load(at_x, live, EVEN) * scale
+            z = _load(at_x, live, EVEN, DONE)
+            if not LATE:
+                z *= scale
             if M_ALONG >= 0:
                 m_at = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
                 z += tl.load(m_at, mask=live, other=0.0).to(tl.float32)
-            out = _result(z, most, sums, y, LOG)
+            out = _result(z - most, sums, y, scale, LATE, LOG)
             to = base_y + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
-            _store(to, out, live, EVEN)
+            _store(to, out, live, EVEN, DONE)
 
 
 @triton.jit(do_not_specialize=[
@@ -424,6 +480,8 @@ def _backward_stream(
     if SAME:
         g0, g1, g2, gn, gc = y0, y1, y2, yn, yc
     STEP: tl.constexpr = DEEP * ROWS
+    AGAIN: tl.constexpr = "evict_last" if not SPLIT and Y_ALONG == 0 else ""
+    DONE: tl.constexpr = "evict_first" if not SPLIT and Y_ALONG == 0 else ""
     N_AXIS: tl.constexpr = 1 - Y_ALONG
     FIRST: tl.constexpr = ROWS if Y_ALONG == 1 else COLS
     LAST: tl.constexpr = COLS if Y_ALONG == 1 else ROWS
@@ -453,9 +511,9 @@ def _backward_stream(
             live = (i < tl.minimum(length - start - at, STEP).to(tl.int32)) & (j < cols)
             at_y = y + base + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
             at_g = base_g + _offset(at, 0, gn, gc, G_ALONG, UNIT) + _offset(i, j, gn, gc, G_ALONG, UNIT)
-            g = _load(at_g, live, EVEN)
+            g = _load(at_g, live, EVEN, AGAIN)
             if not LOG:
-                g *= _load(at_y, live, EVEN)
+                g *= _load(at_y, live, EVEN, AGAIN)
             total += tl.sum(g, 0)
         sums = tl.sum(total, N_AXIS)
         if VECTOR > 1:
@@ -481,10 +539,10 @@ def _backward_stream(
             live = (i < tl.minimum(length - start - at, STEP).to(tl.int32)) & (j < cols)
             to = base + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
             at_g = base_g + _offset(at, 0, gn, gc, G_ALONG, UNIT) + _offset(i, j, gn, gc, G_ALONG, UNIT)
-            p = _load(y + to, live, EVEN)
-            g = _load(at_g, live, EVEN)
+            p = _load(y + to, live, EVEN, DONE)
+            g = _load(at_g, live, EVEN, DONE)
             out = _gradient(p, g, sums, scale, LOG)
-            _store(dx + to, out, live, EVEN)
+            _store(dx + to, out, live, EVEN, DONE)
 
 
 # ---- the view, the choice, the launches ----------------------------------------------------------------------------------
@@ -528,7 +586,7 @@ class Stream(NamedTuple):
     steps: int  # of a chunk
     chunks: int  # of N; more than one: the split kernels
     num_warps: int
-    per_sm: int  # programs that a multiprocessor holds at a time, of the split kernels
+    per_sm: int  # programs that a multiprocessor certainly holds at a time
 
 
 class Call(NamedTuple):
@@ -603,13 +661,18 @@ def choose_stream(view: View, itemsize: int, inputs: int, multiprocessors: int, 
 
     A chunk of columns is 64 KiB of x or 32 of y and dy: with 4 programs on each of 132 multiprocessors 17 to 35 MB are
     between their two passes. Rows enough for all multiprocessors are left whole, one program each, in forward and, up to
-    128 KiB each of y and dy, in backward (K-softmax-4096x32768, where torch.compile's one program a row reaches 97% of a copy).
+    128 KiB each of y and dy, in backward.
     """
     vector, threads = 16 // itemsize, 256
-    whole = inputs == 1 or view.n * itemsize <= 128 << 10
-    if view.along[0] == 0 and whole and view.c * math.prod(view.outer) >= multiprocessors > 0:
-        threads, deep = 1024, 2 * inputs
-        return Stream(deep, threads * vector, 1, 1, -(-view.n // (deep * threads * vector)), 1, threads // lanes, 1)
+    short = view.n * itemsize <= 128 << 10
+    if view.along[0] == 0 and (inputs == 1 or short) and view.c * math.prod(view.outer) >= multiprocessors > 0:
+        threads, deep, per_sm = 1024, 2, 1
+        if inputs == 1 and -view.n % (4 * threads * vector) <= view.n // 8:
+            deep = 4
+        elif inputs == 1 and short:  # much of the last step would be idle: smaller ones, two programs a multiprocessor
+            threads, per_sm = 512, 2
+        rows = threads * vector
+        return Stream(deep, rows, 1, 1, -(-view.n // (deep * rows)), 1, threads // lanes, per_sm)
     deep = 1 if itemsize == 4 and inputs == 2 else 2  # two of them spill on sm_100
     cols = 1 if view.along[0] == 0 else min(_power_of_two(view.c), 128 // itemsize)
     rows = threads * vector // cols
@@ -621,14 +684,15 @@ def choose_stream(view: View, itemsize: int, inputs: int, multiprocessors: int, 
     # the chunks of a panel are waiting for each other: they are at most half of what is resident
     most_chunks = multiprocessors * PER_SM // (2 * panel)
     if most_chunks < 2 or needed <= steps:
-        return Stream(deep, rows, cols, panel, needed, 1, threads // lanes, PER_SM)
+        return Stream(deep, rows, cols, panel, needed, 1, threads // lanes, 1)
     steps = max(steps, -(-needed // most_chunks))
     return Stream(deep, rows, cols, panel, steps, -(-needed // steps), threads // lanes, PER_SM)
 
 
 def choose(view: View, itemsize: int, inputs: int, multiprocessors: int, lanes: int = LANES) -> Tile | Stream:
     tile = choose_tile(view.n, view.c, view.along[0], itemsize, inputs, lanes)
-    if tile and tile.cols == 1 and view.along[0] == 0 and inputs == 1 and _unit(view, itemsize) == 1:
+    alone = inputs == 1 and _unit(view, itemsize) == _vector(view, itemsize, False) == 1
+    if tile and tile.cols == 1 and view.along[0] == 0 and alone:
         # single elements instead of vectors: spread over more warps, a thread has 8 in flight rather than 32 (K-softmax-16384x1001)
         return tile._replace(num_warps=min(1024 // lanes, max(tile.num_warps, tile.rows // (lanes * 8))))
     if tile and len(set(view.along)) > 1 and tile.rows * tile.cols > 8192:
@@ -644,9 +708,15 @@ def _unit(view: View, itemsize: int) -> int:
     return math.gcd(*divisors)
 
 
+def _vector(view: View, itemsize: int, backward: bool) -> int:
+    """Elements of a vector where rows start anywhere between two, else 1. The first tensor read says where vectors lie."""
+    vector, reads = 16 // itemsize, view.along[0 if backward else 1]
+    return vector if (view.along[0], reads) == (0, 0) and _unit(view, itemsize) < vector else 1
+
+
 def plan(
     view: View, itemsize: int, log: bool, masked: bool | None, multiprocessors: int, config: Tile | Stream | None = None,
-    lanes: int = LANES,
+    lanes: int = LANES, positive: bool = True,
 ) -> Call:  # fmt: skip
     """The launch of a view of (y, x), (y, x, mask) or, with ``masked`` None, (dx and y, dy). Pure, but for bound launches."""
     backward = masked is None
@@ -667,20 +737,18 @@ def plan(
         constants |= {"Y_ALONG": along, "G_ALONG": view.along[1]}
         order = strides[0] + strides[1]
     else:
+        constants["LATE"] = not masked and positive and along == 0
         constants |= {"X_ALONG": view.along[1], "M_ALONG": view.along[2] if masked else -1, "Y_ALONG": along}
         order = strides[1] + (strides[2] if masked else (0,) * 5) + strides[0]
     same = view.strides[0] == view.strides[1] and view.along[0] == view.along[1]
-    constants["UNIT"] = unit
-    if isinstance(config, Stream):
-        # rows that do not all start at a vector's boundary: the first tensor that is read says where its vectors lie
-        vector, reads = 16 // itemsize, view.along[0 if backward else 1]
-        constants["VECTOR"] = vector if (along, reads, config.cols) == (0, 0, 1) and unit < vector else 1
-    constants |= {"FLAT": flat, "SAME": same}
+    vector = _vector(view, itemsize, backward) if config.cols == 1 else 1
+    constants |= {"UNIT": unit, "VECTOR": vector, "FLAT": flat, "SAME": same}
     if isinstance(config, Tile):
-        even = view.n == config.rows and view.c % config.cols == 0 and not masked
-        constants |= {"EVEN": even, "HALF": view.n > config.rows // 2, "ROWS": config.rows, "COLS": config.cols}
+        even = view.n == config.rows and view.c % config.cols == 0 and not masked and vector == 1
+        half = vector == 1 and view.n > config.rows // 2
+        constants |= {"EVEN": even, "HALF": half, "ROWS": config.rows, "COLS": config.cols}
         launcher = _BACKWARD_TILE if backward else _FORWARD_TILE
-        launch = _bound(launcher, config.num_warps, 0, *constants.items())
+        launch = _bound(launcher, config.num_warps, 0, False, *constants.items())
         return Call(launch, outer * blocks, (*lengths, blocks, *view.outer[1:], *order), config, 0, 0)
     panels = -(-blocks // config.panel)
     slabs = outer * panels * config.panel
@@ -690,7 +758,7 @@ def plan(
     constants |= {"EVEN": even, "SPLIT": split, "PANEL": config.panel, "MERGE": MERGE}
     constants |= {"DEEP": config.deep, "ROWS": config.rows, "COLS": config.cols}
     launcher = _BACKWARD_STREAM if backward else _FORWARD_STREAM
-    launch = _bound(launcher, config.num_warps, config.per_sm if split else 0, *constants.items())
+    launch = _bound(launcher, config.num_warps, config.per_sm, split, *constants.items())
     scalars = (*lengths, panels, config.chunks, config.steps, works, *view.outer[1:], *order)
     if not split:
         return Call(launch, works, scalars, config, 0, 0)
@@ -699,19 +767,20 @@ def plan(
 
 
 @functools.cache
-def _bound(launcher: Launcher, num_warps: int, resident: int, *constants) -> Launch:
-    """``resident`` programs on a multiprocessor are promised to a cooperative launch; 0: an ordinary one."""
+def _bound(launcher: Launcher, num_warps: int, resident: int, cooperative: bool, *constants) -> Launch:
+    """``resident`` programs on a multiprocessor have registers enough, and are promised to a cooperative launch; 0: any number."""
     launch = launcher.bind(num_warps=num_warps, **dict(constants))
-    if resident:
-        registers = 65536 // (resident * num_warps * 32) // 8 * 8
-        launch.options |= {"launch_cooperative_grid": True, "maxnreg": registers}
+    if cooperative:
+        launch.options["launch_cooperative_grid"] = True
+    if cooperative or resident > 1:
+        launch.options["maxnreg"] = 65536 // (resident * num_warps * 32) // 8 * 8
     return launch
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(shape, dim, strides, itemsize, log, masked, multiprocessors, config=None) -> Call | None:
+def _plan(shape, dim, strides, itemsize, log, masked, multiprocessors, config=None, positive=True) -> Call | None:
     seen = view(tuple(shape), dim, strides)
-    return seen and plan(seen, itemsize, log, masked, multiprocessors, config)
+    return seen and plan(seen, itemsize, log, masked, multiprocessors, config, positive=positive)
 
 
 @functools.cache
@@ -745,7 +814,7 @@ def forward(
     multiprocessors = _multiprocessors(x.get_device())
     if mask is None:
         strides = (y.stride(), x.stride())
-        call = _plan(x.shape, dim, strides, x.itemsize, log, False, multiprocessors, config)
+        call = _plan(x.shape, dim, strides, x.itemsize, log, False, multiprocessors, config, scale > 0)
         mask = x  # never read
     else:
         mask = mask.expand(x.shape)
@@ -756,7 +825,7 @@ def forward(
         if strides[2:]:
             mask = torch.empty_like(y, dtype=mask.dtype).copy_(mask)
         strides = (y.stride(),) * len(strides)
-        call = _plan(x.shape, dim, strides, x.itemsize, log, len(strides) == 3, multiprocessors, config)
+        call = _plan(x.shape, dim, strides, x.itemsize, log, len(strides) == 3, multiprocessors, config, scale > 0)
     _run(call, (x, mask, y), scale)
     return y
 

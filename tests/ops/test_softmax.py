@@ -298,8 +298,6 @@ def test_vectors_of_uneven_rows_are_taken_where_the_tensor_read_first_has_them()
     assert vector(50257, dense, transposed) == 1
     assert vector(50257, dense, transposed, masked=None) == 8
     assert vector(50258, (50258, 1), (50258, 1)) == 8
-    assert vector(1001, (1001, 1), (1001, 1)) == 8  # in a tile too
-    assert vector(101, (101, 1), (101, 1)) == 1  # but for several short rows of one
 
 
 @pytest.mark.parametrize("kind", ["streams", "splits"])

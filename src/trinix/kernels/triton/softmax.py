@@ -184,7 +184,7 @@ def _forward_tile(
     x0: "i64", x1: "i64", x2: "i64", xn: "i64", xc: "i64", m0: "i64", m1: "i64", m2: "i64", mn: "i64", mc: "i64",
     y0: "i64", y1: "i64", y2: "i64", yn: "i64", yc: "i64", scale: "fp32",
     LOG: tl.constexpr, LATE: tl.constexpr, X_ALONG: tl.constexpr, M_ALONG: tl.constexpr, Y_ALONG: tl.constexpr,
-    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr,
+    UNIT: tl.constexpr, FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     n, c = _lengths(n, c, Y_ALONG, UNIT)
@@ -198,15 +198,7 @@ def _forward_tile(
     from_x = _slab(o, O1, O2, x0, x1, x2, FLAT, UNIT) + _offset(0, j0, xn, xc, X_ALONG, UNIT)
     from_m = _slab(o, O1, O2, m0, m1, m2, FLAT, UNIT) + _offset(0, j0, mn, mc, M_ALONG, UNIT)
     to_y = _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
-    length = n
-    if VECTOR > 1:
-        ahead, length, end, at_end = _split_row(from_x, n, VECTOR)
-        z_end = _end_scores(x + from_x, mask + from_m, end, at_end, mn, mc, scale, LATE, M_ALONG, UNIT)
-        to_end = y + to_y + end
-        from_x = tl.cdiv(from_x, VECTOR) * VECTOR
-        from_m += _offset(ahead, 0, mn, mc, M_ALONG, UNIT)
-        to_y = from_x if SAME else to_y + ahead
-    inside, live = _live(i, j, length, c - j0, UNIT, HALF, ROWS, COLS)
+    inside, live = _live(i, j, n, c - j0, UNIT, HALF, ROWS, COLS)
     z = _load(x + from_x + _offset(i, j, xn, xc, X_ALONG, UNIT), live, EVEN, "")
     if not LATE:
         z *= scale
@@ -215,16 +207,9 @@ def _forward_tile(
     if not EVEN:
         z = tl.where(inside, z, float("-inf"))
     most = tl.max(z, N_AXIS, keep_dims=True)
-    if VECTOR > 1:
-        most = tl.maximum(most, tl.max(z_end, 0))
-        z_end -= tl.max(tl.max(most, 1), 0)
     z -= most  # all -inf: NaN, as in PyTorch
     e = _exp(z, scale, LATE)
     total = tl.sum(e, N_AXIS, keep_dims=True)
-    if VECTOR > 1:
-        total += tl.sum(_exp(z_end, scale, LATE), 0)
-        y_end = _result(z_end, tl.max(tl.max(total, 1), 0), y, scale, LATE, LOG)
-        tl.store(to_end, y_end.to(y.dtype.element_ty), mask=at_end)
     if LOG:
         out = _result(z, total, y, scale, LATE, LOG)
     else:
@@ -239,7 +224,7 @@ def _backward_tile(
     y, dy, dx, n: "i64", c: "i64", blocks: "i32", O1: "i32", O2: "i32",
     y0: "i64", y1: "i64", y2: "i64", yn: "i64", yc: "i64", g0: "i64", g1: "i64", g2: "i64", gn: "i64", gc: "i64",
     scale: "fp32",
-    LOG: tl.constexpr, Y_ALONG: tl.constexpr, G_ALONG: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    LOG: tl.constexpr, Y_ALONG: tl.constexpr, G_ALONG: tl.constexpr, UNIT: tl.constexpr,
     FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     n, c = _lengths(n, c, Y_ALONG, UNIT)
@@ -252,23 +237,11 @@ def _backward_tile(
     i, j = _indices(ROWS, COLS, Y_ALONG)
     to = _slab(o, O1, O2, y0, y1, y2, FLAT, UNIT) + _offset(0, j0, yn, yc, Y_ALONG, UNIT)
     from_g = _slab(o, O1, O2, g0, g1, g2, FLAT, UNIT) + _offset(0, j0, gn, gc, G_ALONG, UNIT)
-    length = n
-    if VECTOR > 1:
-        ahead, length, end, at_end = _split_row(to, n, VECTOR)
-        p_end = tl.load(y + to + end, mask=at_end, other=0.0).to(tl.float32)
-        g_end = tl.load(dy + from_g + _offset(end, 0, gn, gc, G_ALONG, UNIT), mask=at_end, other=0.0).to(tl.float32)
-        to_end = dx + to + end
-        to = tl.cdiv(to, VECTOR) * VECTOR
-        from_g = to if SAME else from_g + _offset(ahead, 0, gn, gc, G_ALONG, UNIT)
-    _, live = _live(i, j, length, c - j0, UNIT, HALF, ROWS, COLS)
+    _, live = _live(i, j, n, c - j0, UNIT, HALF, ROWS, COLS)
     at = to + _offset(i, j, yn, yc, Y_ALONG, UNIT)
     p = _load(y + at, live, EVEN, "")
     g = _load(dy + from_g + _offset(i, j, gn, gc, G_ALONG, UNIT), live, EVEN, "")
     sums = tl.sum(g if LOG else p * g, N_AXIS, keep_dims=True)
-    if VECTOR > 1:
-        sums += tl.sum(g_end if LOG else p_end * g_end, 0)
-        dx_end = _gradient(p_end, g_end, tl.max(tl.max(sums, 1), 0), scale, LOG)
-        tl.store(to_end, dx_end.to(dx.dtype.element_ty), mask=at_end)
     _store(dx + at, _gradient(p, g, sums, scale, LOG), live, EVEN, "")
 
 
@@ -691,8 +664,7 @@ def choose_stream(view: View, itemsize: int, inputs: int, multiprocessors: int, 
 
 def choose(view: View, itemsize: int, inputs: int, multiprocessors: int, lanes: int = LANES) -> Tile | Stream:
     tile = choose_tile(view.n, view.c, view.along[0], itemsize, inputs, lanes)
-    alone = inputs == 1 and _unit(view, itemsize) == _vector(view, itemsize, False) == 1
-    if tile and tile.cols == 1 and view.along[0] == 0 and alone:
+    if tile and tile.cols == 1 and view.along[0] == 0 and inputs == 1 and _unit(view, itemsize) == 1:
         # single elements instead of vectors: spread over more warps, a thread has 8 in flight rather than 32 (K-softmax-16384x1001)
         return tile._replace(num_warps=min(1024 // lanes, max(tile.num_warps, tile.rows // (lanes * 8))))
     if tile and len(set(view.along)) > 1 and tile.rows * tile.cols > 8192:
@@ -741,15 +713,23 @@ def plan(
         constants |= {"X_ALONG": view.along[1], "M_ALONG": view.along[2] if masked else -1, "Y_ALONG": along}
         order = strides[1] + (strides[2] if masked else (0,) * 5) + strides[0]
     same = view.strides[0] == view.strides[1] and view.along[0] == view.along[1]
-    vector = _vector(view, itemsize, backward) if config.cols == 1 else 1
-    constants |= {"UNIT": unit, "VECTOR": vector, "FLAT": flat, "SAME": same}
     if isinstance(config, Tile):
-        even = view.n == config.rows and view.c % config.cols == 0 and not masked and vector == 1
-        half = vector == 1 and view.n > config.rows // 2
-        constants |= {"EVEN": even, "HALF": half, "ROWS": config.rows, "COLS": config.cols}
+        even = view.n == config.rows and view.c % config.cols == 0 and not masked
+        half = view.n > config.rows // 2
+        constants |= {
+            "UNIT": unit,
+            "FLAT": flat,
+            "SAME": same,
+            "EVEN": even,
+            "HALF": half,
+            "ROWS": config.rows,
+            "COLS": config.cols,
+        }
         launcher = _BACKWARD_TILE if backward else _FORWARD_TILE
         launch = _bound(launcher, config.num_warps, 0, False, *constants.items())
         return Call(launch, outer * blocks, (*lengths, blocks, *view.outer[1:], *order), config, 0, 0)
+    vector = _vector(view, itemsize, backward) if config.cols == 1 else 1
+    constants |= {"UNIT": unit, "VECTOR": vector, "FLAT": flat, "SAME": same}
     panels = -(-blocks // config.panel)
     slabs = outer * panels * config.panel
     works = slabs * config.chunks

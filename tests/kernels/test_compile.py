@@ -1,10 +1,13 @@
 """The compilers' verdict on every kernel, without a GPU; and kernels made badly on purpose, which it has to reject."""
 
+import ast
 import os
 import re
+from pathlib import Path
 
 import pytest
 
+import trinix.kernels
 from trinix import ops
 from trinix.lab import aot
 
@@ -93,6 +96,24 @@ def test_every_decoding_kernel_and_dtype_is_listed():
 def test_every_linear_kernel_is_listed():
     names = ("4096", "14336-bias", "3000")
     assert listed("linear") == {f"linear/{name}/{d}" for name in names for d in ("float16", "bfloat16")}
+
+
+def test_every_latent_kernel_is_listed():
+    dtypes = ("float16", "bfloat16", "float32")
+    assert listed("latent_keys") == {f"latent_keys/{pass_}/{d}" for pass_ in ("fwd", "bwd") for d in dtypes}
+
+
+def test_no_kernel_has_a_text_as_a_default():
+    """Triton 3.6 takes the text of a function's default for a value at run time and does not compile the call."""
+    found, folder = [], Path(trinix.kernels.__file__).parent
+    for file in folder.rglob("*.py"):
+        for function in (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)):
+            if any("jit" in ast.unparse(d) for d in function.decorator_list):
+                defaults = [
+                    d for d in (*function.args.defaults, *function.args.kw_defaults) if isinstance(d, ast.Constant)
+                ]
+                found += [f"{file.name}: {function.name}" for d in defaults if isinstance(d.value, str)]
+    assert not found
 
 
 def test_every_head_mlp_kernel_is_listed():

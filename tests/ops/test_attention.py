@@ -557,6 +557,7 @@ def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     assert first(192, 128, True, True, 16 * 4096, 4096) == "cudnn"
     assert first(256, 256, True, True, 16 * 4096, 4096) == "hopper"
     assert first(192, 128, True, False, 16 * 4096, 4096) == "hopper"
+    assert first(192, 128, True, False, 128 * 2048, 2048) == "cudnn"
     for call in ((192, 128, False, False, 16 * 4096, 4096), (192, 128, True, True, 16 * 4096, 4096)):
         assert first(*call, fa4=True) == "flash_attn" != first(*call)
     long, short = (64, 64, True, True, 32 * 16384, 16384), (64, 64, True, True, 24 * 2048, 2048)

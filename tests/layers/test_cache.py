@@ -3,6 +3,7 @@ to its sequences."""
 
 import pytest
 import torch
+from torch import nn
 
 import trinix
 from helpers import captured
@@ -274,6 +275,43 @@ def test_latent_attention_wants_its_own_cache():
     layer, x = made("latent", {})
     with pytest.raises(TypeError, match="cache must be a LatentCache, got DynamicCache"):
         layer(x, cache=trinix.DynamicCache())
+
+
+class LoRA(nn.Module):
+    """A projection with a trained product of rank 2 beside it, as fine-tuning puts one in its place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        place = {"device": base.weight.device, "scale": 0.4}
+        self.down = nn.Parameter(normal((2, base.in_features), torch.float32, seed=50, **place))
+        self.up = nn.Parameter(normal((base.out_features, 2), torch.float32, seed=51, **place))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def _with_lora(layer):
+    for name, module in list(layer.named_children()):
+        if isinstance(module, nn.Linear):
+            setattr(layer, name, LoRA(module))
+
+
+def _hooked(layer):
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, __, y: 1.5 * y)
+
+
+@pytest.mark.parametrize("change", [_with_lora, _hooked])
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
+def test_steps_go_through_projections_that_do_more_than_multiply(name, kind, change, device):
+    layer, x = made(name, {"position_method": "rope"}, device)
+    change(layer)
+    torch.testing.assert_close(
+        in_parts(layer, x, cache_of(layer, kind, device=device), 4, 1, 4), layer(x), atol=1e-4, rtol=1e-4
+    )
 
 
 @torch.no_grad()

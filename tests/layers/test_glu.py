@@ -201,6 +201,26 @@ def _other_class(module, x):
     return module, x
 
 
+class _Wrapped(nn.Module):
+    """What says nothing of its widths, as a LoRA of one's own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+def _wrapped(module, x):
+    module.gate_up_proj = _Wrapped(module.gate_up_proj)
+    return module, x
+
+
 def _own_forward(module, x):
     forward = module.gate_up_proj.forward
     module.gate_up_proj.forward = lambda x: 3 * forward(x)
@@ -212,7 +232,7 @@ def _one_bias_for_all(module, x):
     return module, x
 
 
-@pytest.mark.parametrize("change", [_one_bias_for_all, _weights_alone, _hooked, _other_class, _own_forward])
+@pytest.mark.parametrize("change", [_one_bias_for_all, _weights_alone, _hooked, _other_class, _wrapped, _own_forward])
 def test_a_projection_that_does_more_or_learns_no_bias_is_called_as_it_is(change, device, sums):
     module = filled(trinix.FastSwiGLU(40, 72, use_triton=True, device=device))
     module, x = change(module, normal((5, 40), torch.float32, seed=1, device=device))

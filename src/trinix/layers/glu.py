@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from trinix import ops
 from trinix.layers.activation import choose_backend
-from trinix.layers.linear import FastLinear
+from trinix.layers.linear import FastLinear, only_multiplies
 from trinix.ops.glu import linear_glu, sums_bias, triton_can_run
 
 # what checkpoints call (gate, up, down)
@@ -19,8 +18,6 @@ NAMES = {
     "llama": ("gate_proj", "up_proj", "down_proj"),
     "t5": ("wi_0", "wi_1", "wo"),
 }
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _FastGLU(nn.Module):
@@ -66,10 +63,9 @@ class _FastGLU(nn.Module):
         self.down_proj = FastLinear(hidden_dim, output_dim, bias, device, dtype) if output_dim else None
 
     def forward(self, x: Tensor) -> Tensor:
-        wanted = self.gate_up_proj.in_features
-        if x.shape[-1] != wanted:
+        if x.shape[-1] != self.input_dim:
             raise ValueError(
-                f"{type(self).__name__}: x must be [..., {wanted}], got {list(x.shape)}; input_dim is the last dimension"
+                f"{type(self).__name__}: x must be [..., {self.input_dim}], got {list(x.shape)}; input_dim is the last dimension"
             )
         if self._sums_bias(x):
             hidden = linear_glu(x, self.gate_up_proj.weight, self.gate_up_proj.bias, self.kind)
@@ -84,12 +80,9 @@ class _FastGLU(nn.Module):
         proj = self.gate_up_proj
         return (
             not torch.compiler.is_compiling()
-            and type(proj) is FastLinear
+            and only_multiplies(proj)
             and proj.bias is not None
             and sums_bias(x, proj.weight, proj.bias, self._backend_for(x))
-            and "forward" not in proj.__dict__
-            and not any(getattr(proj, name) for name in _HOOKS)
-            and not torch_module._has_any_global_hook()
         )
 
     def _backend_for(self, x: Tensor) -> str:

@@ -35,7 +35,7 @@ from trinix.layers.attention import (
     window_of,
 )
 from trinix.layers.cache import LatentCache
-from trinix.layers.linear import FastLinear
+from trinix.layers.linear import FastLinear, only_multiplies
 from trinix.layers.norm import FastRMSNorm
 from trinix.ops.latent import keys_and_values
 
@@ -235,7 +235,11 @@ class FastMultiHeadLatentAttention(nn.Module):
 
     def _absorbed(self, q: Tensor, rows: Tensor, cache: LatentCache, options: dict) -> Tensor:
         """Attention over the cached rows, ``[B, S, H, Dv]``: Wk goes to the query, Wv behind the sum."""
-        up = self.kv_up_proj.weight.unflatten(0, (self.num_heads, -1))
+        if only_multiplies(self.kv_up_proj):
+            up = self.kv_up_proj.weight
+        else:  # LoRA, quantised, hooked: what it makes of an identity
+            up = self.kv_up_proj(torch.eye(self.latent_dim, dtype=rows.dtype, device=rows.device)).T
+        up = up.unflatten(0, (self.num_heads, -1))
         w_key, w_value = up.split((self.head_dim, self.v_head_dim), 1)
         rotated, plain = q.split((self.rope_head_dim, self.head_dim), -1)
         seen = torch.einsum("bshn,hnl->bshl", plain, w_key)

@@ -1,8 +1,11 @@
 """``torch.nn.Linear`` for layers that decode."""
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from trinix.ops.linear import linear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FastLinear(nn.Linear):
@@ -14,3 +17,13 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def only_multiplies(proj: nn.Module) -> bool:
+    """Whether a call of ``proj`` does nothing that its weight and bias do not say: no LoRA, quantisation, hook or shard."""
+    return (
+        type(proj) is FastLinear
+        and "forward" not in proj.__dict__
+        and not any(getattr(proj, name) for name in _HOOKS)
+        and not torch_module._has_any_global_hook()
+    )

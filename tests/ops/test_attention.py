@@ -291,6 +291,16 @@ def test_the_formula_is_pytorchs():
     torch.testing.assert_close(attention(q, k, v, alibi_slopes=slopes), with_bias)
 
 
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+def test_a_row_that_a_bias_of_low_numbers_hides_is_an_average(low):
+    """As in PyTorch: rounding leaves every score of the row the same."""
+    q, k, v = make(1, 3, 7, 2, 2, 16).inputs
+    bias = torch.tensor([0.0, low, 0.0])[:, None].repeat(1, 7)
+    wanted = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias).transpose(1, 2)
+    for backend in ("torch", "triton"):
+        torch.testing.assert_close(attention(q, k, v, bias=bias, backend=backend), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_formula_passes_gradcheck():
     q, k, v = (t.double().requires_grad_() for t in make(1, 4, 5, 2, 1, 3).inputs)
     bias, sink = number(2, 1, 5).double().requires_grad_(), number(2).double().requires_grad_()
@@ -373,7 +383,10 @@ WRONG = {
     "window": ({"window": (1, -1)}, ValueError, "window must hold ints from 0 on or None"),
     "window's form": ({"window": 3}, ValueError, r"window must be \(left, right\)"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap"),
+    "no softcap": ({"softcap": None}, ValueError, "softcap must be at least 0 .*, got None"),
+    "softcap that is no number": ({"softcap": float("nan")}, ValueError, "softcap must be at least 0"),
     "dropout": ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+    "no dropout": ({"dropout_p": None}, ValueError, "dropout_p must be .*, got None"),
     "bias": ({"bias": torch.zeros(3, 3)}, ValueError, r"bias must be broadcastable to \[B, H, Sq, Sk\] = \[1, 2, 3, 4\]"),
     "bias's dtype": ({"bias": torch.zeros(3, 4, dtype=torch.bool)}, TypeError, "bias must be a floating-point tensor"),
     "mask": ({"mask": torch.zeros(3, 4)}, TypeError, "passed as bias"),
@@ -400,6 +413,9 @@ def test_wrong_ends_are_refused():
     for wrong, error in ((ends(0, 6).long(), TypeError), (ends(0, 6)[None], ValueError)):
         with pytest.raises(error, match="cu_seqlens"):
             attention(q, q, q, cu_seqlens_q=wrong)
+    for wrong in ([1, 6], [0, 4, 2, 6], [0, 7]):
+        with pytest.raises(ValueError, match="cu_seqlens_q must go from 0 to at most 6"):
+            attention(q, q, q, cu_seqlens_q=torch.tensor(wrong, dtype=torch.int32))
     with pytest.raises(TypeError, match="max_seqlen_q must be an int"):
         attention(q, q, q, cu_seqlens_q=ends(0, 6), max_seqlen_q=torch.tensor(6), max_seqlen_k=6)
     with pytest.raises(ValueError, match="bias does not go with cu_seqlens_q"):
@@ -457,6 +473,31 @@ def test_torch_compile_keeps_it_whole(backend):
     torch.testing.assert_close(
         torch.autograd.grad(got.square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)
     )
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": number(2, 8, 9), "sink": number(2), "mask": seen(1, 1, 8, 9), "alibi_slopes": number(2).abs()},
+        {"cu_seqlens_q": ends(0, 3, 8), "max_seqlen_q": 5, "max_seqlen_k": 5, "sink": number(2)},
+    ],
+    ids=["bias-mask-slopes-sink", "lengths"],
+)
+def test_compiled_whole_with_tensors_among_the_options(options):
+    """The same ends for queries and keys, one tensor for k and v: torch.compile takes no tensor twice."""
+    q, k, _ = (t.requires_grad_() for t in make(1, 8, 8 if "cu_seqlens_q" in options else 9, 2, 1, 16).inputs)
+    learned = [t.requires_grad_() for name, t in options.items() if name in ("bias", "sink")]
+    if "cu_seqlens_q" in options:
+        q, k = (t.detach()[0].requires_grad_() for t in (q, k))
+
+    def run(q, k, options):
+        return attention(q, k, k, backend="triton", **options)
+
+    got, wanted = torch.compile(run, backend="aot_eager", fullgraph=True)(q, k, options), run(q, k, options)
+    torch.testing.assert_close(got, wanted)
+    got, wanted = (torch.autograd.grad(one.square().sum(), [q, k, *learned]) for one in (got, wanted))
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

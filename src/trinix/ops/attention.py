@@ -359,9 +359,9 @@ def checked(
     left, right = (-1, -1) if window is None else _window(window)
     if causal:
         right = 0
-    if softcap < 0:
+    if softcap is None or not softcap >= 0:
         raise ValueError(f"attention: softcap must be at least 0 (0 for none), got {softcap}")
-    if not 0 <= dropout_p < 1:
+    if dropout_p is None or not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p must be at least 0 and below 1, got {dropout_p}")
     if bias is not None:
         bias = _broadcastable("bias", bias, q, k, dims)
@@ -703,9 +703,17 @@ def _registered(q, k, v, options, backend, grad, with_lse):
         return reference.forward(q, k, v, options)
     # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
     if grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
-        results = _RegisteredAttention.apply(q, k, v, options.bias, options.sink, with_lse, *_flat(options, backend))
+        flat = _flat(options, backend)
+        results = _RegisteredAttention.apply(with_lse, *_apart(q, k, v, *flat[:7]), *flat[7:])
         return results if with_lse else (results, None)
     return _forward_op(q, k, v, *_flat(options, backend))
+
+
+def _apart(*tensors):
+    """The tensors, each of them once: torch.compile refuses a Function that is given one twice, as both ends of lengths often are."""
+    return [
+        t.view_as(t) if any(t is other for other in tensors[:i] if t is not None) else t for i, t in enumerate(tensors)
+    ]
 
 
 def _operator_sees(tensors) -> bool:
@@ -719,7 +727,7 @@ def _operator_sees(tensors) -> bool:
 
 class _RegisteredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, sink, with_lse, *flat):
+    def forward(ctx, with_lse, q, k, v, *flat):
         out, lse = _forward_op(q, k, v, *flat)
         ctx.save_for_backward(q, k, v, out, lse, *flat[:7])
         ctx.call = flat[7:]
@@ -730,9 +738,13 @@ class _RegisteredAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse=None):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:5])
+        at = 1, 2, 3, 4, 7  # q, k, v, bias, sink
+        needs = [ctx.needs_input_grad[i] for i in at]
         grads = iter(_backward_op(dout, dlse, q, k, v, out, lse, *tensors, *ctx.call, needs))
-        return *[next(grads) if need else None for need in needs], *(None,) * 17
+        given = [None] * 20
+        for i, need in zip(at, needs, strict=True):
+            given[i] = next(grads) if need else None
+        return tuple(given)
 
 
 def explain(op, q: Tensor, *args, **kwargs) -> Explanation:

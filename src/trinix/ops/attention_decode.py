@@ -276,7 +276,11 @@ def _name(value) -> str:
 def _options(q, causal, window, softcap, alibi_slopes, sink, scale, num_splits) -> Options:
     left = right = -1
     if window is not None:
-        if len(window) != 2 or any(w is not None and (type(w) is not int or w < 0) for w in window):
+        if (
+            not isinstance(window, (tuple, list))
+            or len(window) != 2
+            or any(w is not None and (type(w) is not int or w < 0) for w in window)
+        ):
             raise ValueError(
                 f"attention_decode: window must be (left, right) of ints from 0 on or None, got {window!r}; "
                 "None is unbounded"
@@ -285,7 +289,7 @@ def _options(q, causal, window, softcap, alibi_slopes, sink, scale, num_splits) 
         left, right = (-1 if w is None or w >= 2**30 else w for w in window)
     if causal:
         right = 0
-    if not softcap >= 0:
+    if softcap is None or not softcap >= 0:
         raise ValueError(f"attention_decode: softcap must be 0 (none) or above, got {softcap!r}; leave it out for none")
     if num_splits is not None and (type(num_splits) is not int or not 1 <= num_splits <= 1024):
         raise ValueError(

@@ -4,6 +4,8 @@ Scores and softmax are float32 (float64 for float64), probabilities are rounded 
 Sq x Sk matrix is in memory, several times over: this is the oracle, and the way out where no kernel runs.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     if options.cu_seqlens_q is None:
         return _dense(q, k, v, options, 0)
     ends_q, ends_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
+    _check_ends("cu_seqlens_q", ends_q, q.shape[0])
+    _check_ends("cu_seqlens_k", ends_k, k.shape[0])
     outs, sums = [], []
     for b in range(len(ends_q) - 1):
         rows, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
@@ -36,6 +40,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     outs.append(v.new_zeros(rest, q.shape[1], v.shape[-1]))
     sums.append(q.new_full((q.shape[1], rest), float("-inf"), dtype=wide_dtype(q)))
     return torch.cat(outs), torch.cat(sums, 1)
+
+
+def _check_ends(name, ends, rows):
+    if ends[0] or ends[-1] > rows or any(a > b for a, b in itertools.pairwise(ends)):
+        raise ValueError(
+            f"attention: {name} must go from 0 to at most {rows}, the rows that there are, without falling, got {ends}; "
+            "it holds the sums of the lengths, beginning with 0"
+        )
 
 
 def wide_dtype(q: Tensor) -> torch.dtype:
@@ -95,8 +107,11 @@ def _softmax(z: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
         total = total + torch.exp(sink.to(z.dtype)[:, None, None] - most)
     empty = total == 0
     lse = most + torch.log(total.masked_fill(empty, 1.0))
+    with torch.no_grad():
+        # a row that a bias hides with numbers as low as finfo.min: rounding leaves nothing of log(total) in lse
+        rest = torch.where(lse == most, 1 / total, 1.0).masked_fill(empty, 1.0)
     # through lse, as the page has it and as every attention that saves lse for backward computes it
-    p = torch.exp(z - lse)
+    p = torch.exp(z - lse) * rest
     return p, lse.masked_fill(empty, float("-inf")).squeeze(-1)
 
 

@@ -365,6 +365,28 @@ def test_emulated_lengths_slopes_and_sink(monkeypatch, d):
     torch.testing.assert_close(dsink.double(), gradient(torch.float64), rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.parametrize("left", [-1, 90])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_emulated_no_row_sees_the_next_sequence_through_a_window_to_the_right(monkeypatch, d, left):
+    shapes = [(65 + 70, 1, d), (65 + 80, 1, d), (65 + 80, 1, d)]
+    q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
+    ends = [torch.tensor([0, 65, 65 + n], dtype=torch.int32) for n in (70, 80)]
+    options = Options(
+        scale=d**-0.5, window_left=left, window_right=75, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], max_seqlen_q=70,
+        max_seqlen_k=80,
+    )  # fmt: skip
+    emulated(monkeypatch, q, k, v, options)
+
+
+def test_emulated_the_tile_behind_the_last_key_adds_nothing(monkeypatch):
+    """With a window to the right, and with sums so small that a probability of a score of 0 would be infinite."""
+    q = torch.full((1, 200, 1, 64), 4.0, dtype=torch.float16) + normal(
+        (1, 200, 1, 64), torch.float16, seed=0, scale=0.1
+    )
+    v = normal(q.shape, torch.float16, seed=1)
+    emulated(monkeypatch, q, -q, v, Options(scale=0.125, window_right=150))
+
+
 def test_emulated_rows_without_a_key_and_a_sink_of_minus_infinity(monkeypatch):
     shapes = (1, 70, 2, 64), (1, 30, 2, 64), (1, 30, 2, 64)
     q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]

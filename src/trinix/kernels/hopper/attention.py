@@ -536,9 +536,11 @@ class _BackwardPlan:
             key_blocks, out_heads, section, s.key_heads, parts, group // parts, s.seq_q, s.seq_k, self.padded,
             max(s.left, 0), max(s.right, 0), s.slopes_batch, s.d, s.dv, s.scale, s.cap, options.scale,
         )  # fmt: skip
+        # a bound of 0 hides the keys behind the end from every row; a greater one lets the last rows see them
+        tail = s.right != 0 and (s.varlen or s.seq_k % c.n != 0)
         constants = backward_constants(
-            c, left=s.left >= 0, right=bounded, tail=not bounded and (s.varlen or s.seq_k % c.n != 0), softcap=s.softcap,
-            alibi=s.alibi, varlen=s.varlen, deterministic=self.deterministic,
+            c, left=s.left >= 0, right=bounded, tail=tail, softcap=s.softcap, alibi=s.alibi, varlen=s.varlen,
+            deterministic=self.deterministic,
         )  # fmt: skip
         self.wide = wide
         self.binary = _binary(

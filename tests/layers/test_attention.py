@@ -472,6 +472,42 @@ def test_a_layer_survives_copying_pickling_loading_and_the_meta_device(name, met
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("method", ["none", "rope", "alibi"])
+def test_a_layer_on_the_meta_device_takes_the_tensors_of_a_state(name, method):
+    layer, x, _ = made(name, {"position_method": method})
+    with torch.device("meta"):
+        empty = LAYERS[name](position_method=method)
+    model = torch.nn.Sequential(empty)
+    model.load_state_dict({f"0.{key}": value for key, value in layer.state_dict().items()}, assign=True)
+    assert empty.o_proj.weight.data_ptr() == layer.o_proj.weight.data_ptr()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), layer(x), rtol=0, atol=0)
+
+
+def _norm_hook(norm):
+    norm.register_forward_hook(lambda _, __, y: 1.5 * y)
+    return norm
+
+
+def _norm_offset(norm):
+    changed = trinix.FastRMSNorm(norm.weight.shape[0], norm.eps, weight_offset=1.0)
+    changed.load_state_dict(norm.state_dict())
+    return changed
+
+
+@pytest.mark.parametrize("change", [_norm_hook, _norm_offset, lambda norm: torch.nn.Identity()])
+@pytest.mark.parametrize("which", ["q_norm", "k_norm"])
+def test_a_norm_that_does_more_than_scale_is_called(which, change):
+    layer, x, _ = made("grouped", {"position_method": "rope", "qk_norm": True})
+    setattr(layer, which, change(getattr(layer, which)))
+    y = layer(x)
+    layer.position_method, layer.position = (
+        "module",
+        layer.position,
+    )  # the same positions, never in one kernel with the norms
+    torch.testing.assert_close(y, layer(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("method", ["none", "rope"])
 def test_it_compiles_whole_with_the_same_gradients(name, method, fresh_dynamo, device):
     layer, x, _ = made(name, {"position_method": method, "causal": True}, device=device)

@@ -112,6 +112,13 @@ def test_a_causal_model_does_not_look_ahead():
     assert not torch.equal(a[:, 6:], b[:, 6:])
 
 
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(
+        ValueError, match=r"tokens must be \[B, S\] with a token at least, got \[1, 0\]; begin with one"
+    ):
+        made("llama").generate(torch.zeros(1, 0, dtype=torch.int64), 2)
+
+
 def test_an_unknown_cache_is_refused():
     with pytest.raises(ValueError, match="kind must be 'static', 'dynamic' or 'paged', got 'lazy'"):
         made("gpt").caches(1, 8, "lazy")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from trinix import ops
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
-from trinix.layers.linear import FastLinear
+from trinix.layers.linear import FastLinear, unhooked
 from trinix.layers.norm import FastLayerNorm, FastRMSNorm
 
 
@@ -109,6 +109,7 @@ class _FastAttention(nn.Module):
         self.q_norm, self.k_norm = (
             norm(head_dim, norm_eps, device=device, dtype=dtype) if qk_norm else None for _ in range(2)
         )
+        self.register_load_state_dict_post_hook(fill_tables)
 
     def reset_parameters(self) -> None:
         """Weights as Xavier and Glorot draw them, biases 0, as in ``torch.nn.MultiheadAttention``."""
@@ -158,7 +159,7 @@ class _FastAttention(nn.Module):
         together = q.shape[1] == k.shape[1]
         if rotates and position_ids is None:
             self.position.grow(max(q.shape[1], k.shape[1]) if cache is None else reach(cache, q.shape[1]))
-        if rotates and together and isinstance(self.q_norm, FastRMSNorm):
+        if rotates and together and all(_only_scales(norm) for norm in (self.q_norm, self.k_norm)):
             return ops.qk_norm_rope(
                 q, k, self.q_norm.weight, self.k_norm.weight, self.position.cos, self.position.sin, eps=self.q_norm.eps,
                 interleaved=self.position.interleaved, position_ids=position_ids, offset=offset,
@@ -466,6 +467,11 @@ class FastMultiHeadAttention(_FastAttention):
 # ---- shared with latent attention -----------------------------------------------------------------------------------------
 
 
+def _only_scales(norm: nn.Module | None) -> bool:
+    """Whether the weight and eps of ``norm`` say all that it does."""
+    return type(norm) is FastRMSNorm and norm.weight is not None and not norm.weight_offset and unhooked(norm)
+
+
 def check_sizes(name: str, **sizes: int) -> None:
     for argument, size in sizes.items():
         if type(size) is not int or size < 1:
@@ -487,6 +493,13 @@ def check_input(name: str, argument: str, x: Tensor, width: int, unbatched: bool
             else f"[B, S, {width}] (S first without batch_first)"
         )
         raise ValueError(f"{name}: {argument} must be {wanted}, got {list(x.shape)}; reshape it, or check the widths")
+
+
+def fill_tables(layer: nn.Module, _) -> None:
+    """Positions, which no state_dict has, leave the meta device with the parameters that ``load_state_dict(assign=True)`` gave."""
+    device, ours = next(layer.parameters()).device, (FastRoPEPositionEmbedding, FastALiBiPositionEmbedding)
+    if device.type != "meta" and isinstance(layer.position, ours) and any(t.is_meta for t in layer.position.buffers()):
+        layer.position.to_empty(device=device)
 
 
 def draw(layer: nn.Module) -> None:

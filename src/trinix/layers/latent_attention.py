@@ -28,6 +28,7 @@ from trinix.layers.attention import (
     check_input,
     check_sizes,
     draw,
+    fill_tables,
     load_entries,
     merged,
     position_of,
@@ -159,6 +160,7 @@ class FastMultiHeadLatentAttention(nn.Module):
         normed = latent_norm and self.q_latent_dim
         self.q_norm = FastRMSNorm(self.q_latent_dim, norm_eps, **place) if normed else None
         self.kv_norm = FastRMSNorm(self.latent_dim, norm_eps, **place) if latent_norm else None
+        self.register_load_state_dict_post_hook(fill_tables)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -21,9 +21,13 @@ class FastLinear(nn.Linear):
 
 def only_multiplies(proj: nn.Module) -> bool:
     """Whether a call of ``proj`` does nothing that its weight and bias do not say: no LoRA, quantisation, hook or shard."""
+    return type(proj) is FastLinear and unhooked(proj)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is its class's forward and nothing else."""
     return (
-        type(proj) is FastLinear
-        and "forward" not in proj.__dict__
-        and not any(getattr(proj, name) for name in _HOOKS)
+        "forward" not in module.__dict__
+        and not any(getattr(module, name) for name in _HOOKS)
         and not torch_module._has_any_global_hook()
     )

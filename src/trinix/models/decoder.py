@@ -182,6 +182,10 @@ class Decoder(nn.Module):
             kind: of the caches; None computes the whole sequence again for every token.
             graph: steps are replays of a CUDA graph; not for dynamic caches.
         """
+        if tokens.dim() != 2 or not tokens.shape[1]:
+            raise ValueError(
+                f"Decoder: tokens must be [B, S] with a token at least, got {list(tokens.shape)}; begin with one"
+            )
         if graph and kind in (None, "dynamic"):
             raise ValueError(
                 f"Decoder: graph=True needs kind 'static' or 'paged', whose memory stays in place, got {kind!r}"

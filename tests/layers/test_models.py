@@ -112,6 +112,18 @@ def test_a_causal_model_does_not_look_ahead():
     assert not torch.equal(a[:, 6:], b[:, 6:])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_learns_and_generates_under_autocast(shape, device):
+    model, tokens = made(shape, device), tokens_of(device, 2, 12)
+    with torch.autocast(device, torch.bfloat16):
+        loss = model.loss(tokens)
+        loss.backward()
+        for kind in ("static", "dynamic", "paged"):
+            assert model.generate(tokens, 3, kind=kind).shape == (2, 15)
+    torch.testing.assert_close(loss, model.loss(tokens), atol=0.05, rtol=0)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 def test_a_prompt_without_tokens_is_refused():
     with pytest.raises(
         ValueError, match=r"tokens must be \[B, S\] with a token at least, got \[1, 0\]; begin with one"

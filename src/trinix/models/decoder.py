@@ -72,9 +72,9 @@ class Block(nn.Module):
         self.feed_forward = _feed_forward(config, **place)
 
     def forward(self, x: Tensor, h: Tensor, cache=None) -> tuple[Tensor, Tensor]:
-        """(what is to be added to the stream, the stream without it)."""
-        y, h = self.attention_norm(x, h)
-        y, h = self.feed_forward_norm(self.attention(y, cache=cache), h)
+        """(what is to be added to the stream, the stream without it): under autocast the stream keeps its dtype."""
+        y, h = self.attention_norm(x.to(h.dtype), h)
+        y, h = self.feed_forward_norm(self.attention(y, cache=cache).to(h.dtype), h)
         return self.feed_forward(y), h
 
 
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
             h = h + self.positions(at)
         for i, block in enumerate(self.blocks):
             x, h = block(x, h, None if caches is None else caches[i])
-        y, _ = self.norm(x, h)
+        y, _ = self.norm(x.to(h.dtype), h)
         return self.output(y[:, -1:] if last else y)
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -161,7 +161,10 @@ class Decoder(nn.Module):
         return caches
 
     def _cache(self, layer, batch, capacity, kind, page_size):
-        place = {"device": self.embedding.weight.device, "dtype": self.embedding.weight.dtype}
+        device, dtype = self.embedding.weight.device, self.embedding.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        place = {"device": device, "dtype": dtype}
         if self.config.latent_dim is not None:
             return LatentCache(batch, capacity, layer.latent_dim, layer.rope_head_dim, **place)
         heads = layer.num_kv_heads, layer.head_dim

@@ -158,8 +158,29 @@ def test_rotation_by_the_places_in_the_cache(causal, interleaved):
 def test_what_does_not_fit_is_refused_in_words(words, arguments):
     with pytest.raises(ValueError, match=words):
         flash_attn_with_kvcache(Q, K, V, **arguments)
-    with pytest.raises(TypeError, match=r"cache_batch_idx must be an int32 tensor \[B\], got torch.float32"):
-        flash_attn_with_kvcache(Q, K, V, cache_batch_idx=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        (
+            r"cache_batch_idx must be an int32 tensor \[B\], got torch.float32",
+            lambda: flash_attn_with_kvcache(Q, K, V, cache_batch_idx=torch.zeros(2)),
+        ),
+        (
+            "cache_seqlens must be an int or an int32 tensor .*, got float",
+            lambda: flash_attn_with_kvcache(Q, K, V, cache_seqlens=1.5),
+        ),
+        ("attn_mask must be a bool or floating-point tensor, got list", lambda: triton_attn_func(Q, K, V, [[True]])),
+        (
+            "attn_mask must be a bool or floating-point tensor, got torch.int64",
+            lambda: triton_attn_func(Q, K, V, torch.ones(6, 9, dtype=torch.int64)),
+        ),
+    ],
+)
+def test_what_is_of_a_wrong_type_is_refused_in_words(words, call):
+    with pytest.raises(TypeError, match=words):
+        call()
 
 
 @pytest.mark.gpu

@@ -54,6 +54,14 @@ def triton_attn_func(
     >>> trinix.triton_attn_func(q, q, v, causal=True).flatten().tolist()
     [1.0, 2.0]
     """
+    if attn_mask is not None and not (
+        isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())
+    ):
+        got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise TypeError(
+            f"triton_attn_func: attn_mask must be a bool or floating-point tensor, got {got}; convert it, to bool if it says "
+            "which keys are seen"
+        )
     if attn_mask is not None and attn_mask.ndim == 3:
         attn_mask = attn_mask.unsqueeze(1)
     where = "mask" if attn_mask is not None and attn_mask.dtype == torch.bool else "bias"
@@ -179,6 +187,11 @@ def flash_attn_with_kvcache(
             )
         block_table = cache_batch_idx.to(torch.int32)[:, None]
     if not isinstance(cache_seqlens, Tensor):
+        if cache_seqlens is not None and not isinstance(cache_seqlens, (int, torch.SymInt)):
+            raise TypeError(
+                "flash_attn_with_kvcache: cache_seqlens must be an int or an int32 tensor [B], got "
+                f"{type(cache_seqlens).__name__}; convert it"
+            )
         capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         if cache_seqlens is None:
             if k is not None:

@@ -23,6 +23,7 @@ SHARED_LIMIT = 227 * 1024
 # binary -> spilling instructions that may stand in a loop over tiles (of 400 to 700): the others have none
 SPILLS = {
     "forward/64/window": 6, "forward/64/softcap-varlen": 4, "forward/128/softcap-varlen": 4, "backward/128/causal": 2,
+    "backward/128/window-tail": 1,
     "backward/128/softcap-varlen": 10, "backward/128/alibi": 8, "backward/128/deterministic": 16,
 }  # fmt: skip
 

@@ -766,9 +766,10 @@ def compile_cases() -> list[CompileCase]:
             cases.append(
                 CompileCase(f"short/{d}/{name}", forward_kernels.attention_forward_short, signature, constants)
             )
+    both["window-tail"] = both["window"] | {"tail": True}
     for d, ways in ((64, both), (128, both | {"deterministic": {"deterministic": True}}), (256, few)):
         for name, options in ways.items():
-            plain = name in ("full", "causal", "window")
+            plain = name in ("full", "causal", "window", "window-tail")
             c = choose_backward(d, d, "right" in options, plain)
             wide = c.dq_way == backward_kernels.WIDE.value
             keys = c.n if wide else c.n // 2

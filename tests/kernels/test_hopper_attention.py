@@ -457,7 +457,7 @@ def test_softcap_and_alibi(options, d):
 
 
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("options", [{}, CAUSAL, WINDOW], ids=str)
+@pytest.mark.parametrize("options", [{}, CAUSAL, WINDOW, {"window_left": 90, "window_right": 100}], ids=str)
 @on_card
 def test_lengths_of_their_own(options, d):
     queries, keys = [100, 257, 1, 384, 0, 63], [100, 300, 5, 384, 70, 200]

@@ -147,6 +147,16 @@ def test_it_compiles_whole_with_the_same_gradients(name, fresh_dynamo, device):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", GATES)
+def test_two_traces_of_it_are_one_graph(name, device):
+    module, x = (
+        filled(getattr(trinix, name)(6, 7, 5, device=device)),
+        normal((3, 6), torch.float32, seed=1, device=device),
+    )
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))  # trace compares a second one
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_autocast_gives_the_lower_dtype_and_full_gradients(name, device):
     module = filled(getattr(trinix, name)(6, 7, 5)).to(device)

@@ -80,6 +80,7 @@ class _FastGLU(nn.Module):
         proj = self.gate_up_proj
         return (
             not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # a trace records that the bias was looked at
             and only_multiplies(proj)
             and proj.bias is not None
             and sums_bias(x, proj.weight, proj.bias, self._backend_for(x))

@@ -534,6 +534,35 @@ def test_the_same_bits_a_thousand_times(monkeypatch, options, d, short):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_only_the_default_stream_keeps_a_counter(monkeypatch):
+    """What another stream allocates may belong to a pool of torch.compile's graphs, which is not to outlive the call."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(hopper, "_counters", {})
+    kept = hopper._counter(0, 0)
+    assert hopper._counter(0, 0) is kept
+    assert hopper._counter(1, 0) is not kept
+    assert hopper._counter(0, 1234) is not hopper._counter(0, 1234)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert hopper._counter(0, 0) is not kept
+    assert list(hopper._counters) == [0, 1]
+
+
+@on_card
+@pytest.mark.parametrize("length", [256, 2048])
+def test_compile_with_graphs(length):
+    q, k, v = made([(1, length, 8, 128)] * 3, torch.bfloat16)
+
+    def call(q, k, v):
+        return attention(q, k, v, causal=True, backend="hopper")
+
+    compiled = torch.compile(call, mode="reduce-overhead", fullgraph=True)
+    for i in range(4):
+        q.copy_(normal(q.shape, q.dtype, seed=60 + i, device="cuda"))
+        assert torch.equal(compiled(q, k, v), call(q, k, v))
+
+
 @on_card
 def test_two_streams_and_a_graph_do_not_share_a_counter():
     q, k, v = made([(4, 1500, 16, 64), (4, 1500, 16, 64), (4, 1500, 16, 64)], torch.bfloat16)

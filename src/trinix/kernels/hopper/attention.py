@@ -421,19 +421,19 @@ def _keep(key, plan):
     return plan
 
 
-_counters = {}
+_counters = {}  # of each device's default stream
 
 
 def _counter(device: int, stream: int) -> Tensor:
     """Two zeros that the forward kernel leaves as zeros: which item is next, and how many programs are done.
 
-    Kernels of one stream run one after the other and share them. A captured graph may run beside its stream: it gets its own."""
-    if torch.cuda.is_current_stream_capturing():
+    Kernels of the default stream run one after the other and share them. A captured graph may run beside its stream and gets its
+    own, and so does every call on another stream: torch.compile's graphs warm up on one of theirs, where nothing may be kept."""
+    if stream or torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
-    found = _counters.get((device, stream))
+    found = _counters.get(device)
     if found is None:
-        found = torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
-        _counters[device, stream] = found
+        found = _counters[device] = torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
     return found
 
 

@@ -346,3 +346,18 @@ def test_a_captured_step_runs_as_the_cache_grows(name, kind):
     assert cache.lengths.tolist() == [32] * BATCH
     cache.sync()
     assert cache.longest == 32
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: trinix.StaticCache(0, -1, 2, 4), "StaticCache: capacity must be an int from 0 on, got -1"),
+        (lambda: trinix.StaticCache(1, 8, 0, 4), "StaticCache: kv_heads must be an int from 1 on, got 0"),
+        (lambda: trinix.StaticCache(1, 8, 2, 4.0), "StaticCache: head_dim must be an int from 1 on, got 4.0"),
+        (lambda: trinix.PagedCache(2, 4, 0, 2, 4), "PagedCache: page_size must be an int from 1 on, got 0"),
+        (lambda: trinix.LatentCache(1, 8, 16, -8), "LatentCache: rope_head_dim must be an int from 0 on, got -8"),
+    ],
+)
+def test_sizes_that_no_cache_has_are_refused_by_name(make, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        make()

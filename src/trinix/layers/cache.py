@@ -29,7 +29,12 @@ class _Cache:
 
     capacity: int | None  # tokens that a sequence may reach; None: no bound
 
-    def __init__(self, batch: int, capacity: int | None, device: torch.device | str | None):
+    def __init__(self, batch: int, capacity: int | None, device: torch.device | str | None, **sizes: int | None):
+        """``sizes``: the class's others, checked here; batch and capacity may be 0, they not."""
+        for name, size in ({"batch": batch, "capacity": capacity} | sizes).items():
+            least = 0 if name in ("batch", "capacity", "rope_head_dim") else 1
+            if size is not None and (type(size) is not int or size < least):
+                raise ValueError(f"{type(self).__name__}: {name} must be an int from {least} on, got {size!r}")
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.longest = 0
@@ -149,7 +154,7 @@ class StaticCache(_Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(batch, capacity, device)
+        super().__init__(batch, capacity, device, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim)
         shape = batch, capacity, kv_heads
         self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros(*shape, v_head_dim or head_dim, device=device, dtype=dtype)
@@ -235,7 +240,9 @@ class PagedCache(_Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(batch, pages * page_size if capacity is None else capacity, device)
+        sizes = {"pages": pages, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
+        room = pages * page_size if capacity is None else capacity
+        super().__init__(batch, room, device, **sizes, v_head_dim=v_head_dim)
         self.page_size = page_size
         shape = pages, page_size, kv_heads
         self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
@@ -348,7 +355,7 @@ class LatentCache(_Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(batch, capacity, device)
+        super().__init__(batch, capacity, device, latent_dim=latent_dim, rope_head_dim=rope_head_dim)
         self.latent_dim = latent_dim
         self.rows = torch.zeros(batch, capacity, 1, latent_dim + rope_head_dim, device=device, dtype=dtype)
 

@@ -232,6 +232,24 @@ def _score_product(q, k_s, slot, zero, N: gl.constexpr, D: gl.constexpr, D_QK: g
 
 
 @gluon.jit
+def _tiles_of(part: gl.constexpr, first, last, whole_from, whole_to, PARTS: gl.constexpr):
+    """Which tiles behind the first, counted from the last key backwards, are of this part: with a mask on the right edge, without
+    one, with one on the left edge. One part has them all."""
+    lo = 1
+    hi = last - first
+    if PARTS > 1:
+        if part == 0:
+            hi = last - whole_to
+        elif part == 1:
+            lo = gl.maximum(last - whole_to, 1)
+            if PARTS == 3:
+                hi = last - whole_from
+        else:
+            lo = gl.maximum(last - whole_from, 1)
+    return lo, hi
+
+
+@gluon.jit
 def _consumer(
     ME: gl.constexpr, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
     v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left, right,
@@ -323,17 +341,7 @@ def _consumer(
 
         # Steady state, once for each kind of tile.
         for part in gl.static_range(PARTS):
-            lo = 1
-            hi = last - first
-            if PARTS > 1:
-                if part == 0:
-                    hi = last - whole_to
-                elif part == 1:
-                    lo = gl.maximum(last - whole_to, 1)
-                    if PARTS == 3:
-                        hi = last - whole_from
-                else:
-                    lo = gl.maximum(last - whole_from, 1)
+            lo, hi = _tiles_of(part, first, last, whole_from, whole_to, PARTS)
             for j in range(lo, hi):
                 v_slot = kv % STAGES
                 kv += 1
@@ -569,17 +577,7 @@ def attention_forward_short(
 
     # As in _consumer; a slot is free for the next tile once all warps have come to a barrier.
     for part in gl.static_range(PARTS):
-        lo = 1
-        hi = tiles
-        if PARTS > 1:
-            if part == 0:
-                hi = last - whole_to
-            elif part == 1:
-                lo = gl.maximum(last - whole_to, 1)
-                if PARTS == 3:
-                    hi = last - whole_from
-            else:
-                lo = gl.maximum(last - whole_from, 1)
+        lo, hi = _tiles_of(part, first, last, whole_from, whole_to, PARTS)
         for j in range(lo, hi):
             v_slot = (j - 1) % STAGES
             slot = j % STAGES

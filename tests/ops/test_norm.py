@@ -1298,6 +1298,30 @@ def test_autocast_changes_no_dtype(form, dtype, backend, device):
     assert [g.dtype for g in grads] == [t.dtype for t in inputs]
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("low_residual", [False, True])
+@pytest.mark.parametrize("op", [ops.layer_norm_residual, ops.rms_norm_residual])
+def test_under_autocast_a_product_meets_a_stream_of_another_dtype(op, low_residual, backend, device):
+    new = Numbers(torch.float32, device)
+    x, r, w = (new(*shape).requires_grad_() for shape in ((4, 6), (4, 6), (6,)))
+    results = []
+    for fused in (True, False):
+        low = [t.bfloat16() if (t is r) == low_residual else t for t in (x, r)]
+        with torch.autocast(device, dtype=torch.bfloat16):
+            if fused:
+                y, h = op(*low, 6, w, backend=backend)
+            else:
+                y, h = op(low[0] + low[1], torch.zeros_like(r), 6, w, backend="torch")
+        assert (y.dtype, h.dtype) == (torch.float32, torch.float32)
+        results.append([y, h, *torch.autograd.grad((y * y.cos()).sum() + h.sin().sum(), (x, r, w))])
+    torch.testing.assert_close(*results)
+    low = x.bfloat16(), r
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert trinix.explain(op, *low, 6, w, backend=backend).backend
+    with pytest.raises(ValueError, match=r"_residual: residual must have x's shape and dtype, .*; convert one of them"):
+        op(*low, 6, w, backend=backend)
+
+
 def test_checkpointing_draws_the_same_dropout_again(device):
     new = Numbers(torch.float32, device)
     x, r = new(8, 64).requires_grad_(), new(8, 64)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinix.layers.activation import FastGELU
+from trinix.layers.arguments import check_sizes
 from trinix.layers.attention import FastGroupedQueryAttention
 from trinix.layers.cache import DynamicCache, LatentCache, PagedCache, StaticCache
 from trinix.layers.glu import FastSwiGLU
@@ -46,6 +47,10 @@ class Config:
     sliding_window_size: int | None = None
     dropout: float = 0.0
 
+    def __post_init__(self):
+        names = ("vocabulary", "dim", "layers", "heads", "kv_heads", "hidden", "length")
+        check_sizes("Config", **{name: getattr(self, name) for name in names})
+
 
 def gpt(**sizes) -> Config:
     """LayerNorm, learned positions, GELU, biases, tied embeddings."""
@@ -72,9 +77,9 @@ class Block(nn.Module):
         self.feed_forward = _feed_forward(config, **place)
 
     def forward(self, x: Tensor, h: Tensor, cache=None) -> tuple[Tensor, Tensor]:
-        """(what is to be added to the stream, the stream without it): under autocast the stream keeps its dtype."""
-        y, h = self.attention_norm(x.to(h.dtype), h)
-        y, h = self.feed_forward_norm(self.attention(y, cache=cache).to(h.dtype), h)
+        """(what is to be added to the stream, the stream without it)."""
+        y, h = self.attention_norm(x, h)
+        y, h = self.feed_forward_norm(self.attention(y, cache=cache), h)
         return self.feed_forward(y), h
 
 
@@ -144,7 +149,7 @@ class Decoder(nn.Module):
             h = h + self.positions(at)
         for i, block in enumerate(self.blocks):
             x, h = block(x, h, None if caches is None else caches[i])
-        y, _ = self.norm(x.to(h.dtype), h)
+        y, _ = self.norm(x, h)
         return self.output(y[:, -1:] if last else y)
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -189,9 +194,14 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"Decoder: tokens must be [B, S] with a token at least, got {list(tokens.shape)}; begin with one"
             )
+        check_sizes("Decoder", 0, steps=steps)
         if graph and kind in (None, "dynamic"):
             raise ValueError(
                 f"Decoder: graph=True needs kind 'static' or 'paged', whose memory stays in place, got {kind!r}"
+            )
+        if graph and not tokens.is_cuda:
+            raise ValueError(
+                f"Decoder: graph=True needs a model and tokens on a CUDA GPU, got {tokens.device}; leave it out"
             )
         caches = None if kind is None else self.caches(tokens.shape[0], tokens.shape[1] + steps, kind)
         step, new = None, tokens

@@ -7,7 +7,8 @@ With x [..., *normalized_shape], N the product of normalized_shape, sums over th
     *_residual     : h = dropout(x) + residual,  y = norm(h);  both are returned, both take a gradient
     rms_norm_activation(x) = act(rms_norm(x))
 
-y has x's dtype, whatever the dtypes of weight and bias, and is dense. Statistics and arithmetic are float32 inside the kernels
+y has x's dtype, whatever the dtypes of weight and bias and with or without ``torch.autocast``, and is dense. (Under autocast x and
+residual may differ in dtype: h and y have the wider one, as their sum would.) Statistics and arithmetic are float32 inside the kernels
 (float64 for float64), the variance is taken about the mean: large means lose nothing. h is rounded to x's dtype before it is
 normalised, as the separate operations would.
 
@@ -144,7 +145,7 @@ def layer_norm_residual(
     """(y, h): h = dropout(x) + residual, y = layer_norm(h).
 
     Args:
-        residual: of x's shape and dtype.
+        residual: of x's shape and dtype; under autocast of any floating dtype.
         dropout_p: probability that an element of x is dropped; the others are divided by 1 - dropout_p. Pass 0 in evaluation.
 
     Other arguments and errors are ``layer_norm``'s.
@@ -305,17 +306,26 @@ def _formula_gradients(formula, inputs, wanted, dy):
     return [next(grads) if w else None for w in wanted]
 
 
-def _check_residual(op: str, x: Tensor, residual, p: float) -> None:
-    if not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype != x.dtype:
-        got = f"{list(residual.shape)} {residual.dtype}" if isinstance(residual, Tensor) else type(residual).__name__
-        raise ValueError(f"{op}: residual must have x's shape and dtype, {list(x.shape)} {x.dtype}, got {got}")
+def _checked_residual(op: str, x: Tensor, residual, p: float) -> tuple[Tensor, Tensor]:
+    """(x, residual) after the checks, in one dtype."""
     if not 0 <= p < 1:
         raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {p}")
+    if isinstance(residual, Tensor) and residual.shape == x.shape:
+        if residual.dtype == x.dtype:
+            return x, residual
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
+        if autocast and residual.is_floating_point():
+            wide = torch.promote_types(x.dtype, residual.dtype)
+            return x.to(wide), residual.to(wide)
+    got = f"{list(residual.shape)} {residual.dtype}" if isinstance(residual, Tensor) else type(residual).__name__
+    raise ValueError(
+        f"{op}: residual must have x's shape and dtype, {list(x.shape)} {x.dtype}, got {got}; convert one of them"
+    )
 
 
 def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset, center, p, backend):
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
-    _check_residual(op, x, residual, p)
+    x, residual = _checked_residual(op, x, residual, p)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
     if backend == "auto" and dispatch.forced is None:
@@ -502,7 +512,7 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     if "kind" in given:
         _check_kind(given["kind"])
     if "residual" in given:
-        _check_residual(name, x, residual, given["dropout_p"])
+        x, residual = _checked_residual(name, x, residual, given["dropout_p"])
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
     backend = dispatch.resolve(given["backend"])
     if backend != "auto":

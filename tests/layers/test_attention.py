@@ -381,6 +381,36 @@ def test_it_takes_over_torchs_module_and_all_its_arguments(options, device):
     alike([ours.o_proj.weight.grad], [theirs.out_proj.weight.grad])
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}])
+def test_a_state_of_torchs_module_is_loaded(options, assign):
+    theirs = nn.ModuleDict({"attn": filled(nn.MultiheadAttention(12, 3, batch_first=True, **options))})
+    with torch.device("meta" if assign else "cpu"):
+        ours = nn.ModuleDict({"attn": trinix.FastMultiHeadAttention(12, 3, **options)})
+    state = theirs.state_dict()
+    names = list(state)
+    ours.load_state_dict(state, assign=assign)
+    assert list(state) == names
+    xs = [normal((2, n, options.get(w, 12)), torch.float32, seed=n) for n, w in ((5, ""), (4, "kdim"), (4, "vdim"))]
+    torch.testing.assert_close(ours["attn"](*xs), theirs["attn"](*xs)[0])
+    same = trinix.FastMultiHeadAttention(12, 3, **options)
+    same.load_state_dict(ours["attn"].state_dict())
+    torch.testing.assert_close(same(*xs), ours["attn"](*xs), rtol=0, atol=0)
+
+
+def test_a_state_of_torchs_module_that_does_not_fit_is_refused_as_torch_does():
+    ours = trinix.FastMultiHeadAttention(12, 3)
+    for module, text in (
+        (nn.MultiheadAttention(12, 3, add_bias_kv=True), r'Unexpected key\(s\) in state_dict: "bias_k", "bias_v"'),
+        (nn.MultiheadAttention(12, 3, bias=False), r'Missing key\(s\) in state_dict: "q_proj.bias"'),
+        (nn.MultiheadAttention(9, 3), r"size mismatch for q_proj.weight"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ours.load_state_dict(module.state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "in_proj_weight"'):
+        ours.load_state_dict(ours.state_dict() | {"in_proj_weight": torch.ones(2, 2)})
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -620,7 +650,29 @@ REFUSED = {
     ),
     "window of three": (
         lambda: trinix.FastMultiQueryAttention(9, 3, sliding_window_size=(1, 2, 3)),
-        r"sliding_window_size must be an int from 1 on, \(left, right\) or None, got \(1, 2, 3\)",
+        r"sliding_window_size must be an int from 1 on, .*, got \(1, 2, 3\)",
+    ),
+    "window below 0": (
+        lambda: trinix.FastMultiQueryAttention(9, 3, sliding_window_size=(-1, 2)),
+        r"sliding_window_size must be .*, got \(-1, 2\)",
+    ),
+    "a table's length": (
+        lambda: trinix.FastMultiHeadSelfAttention(12, 3, max_seq_len=[16]),
+        r"FastMultiHeadSelfAttention: max_seq_len must be an int from 1 on, got \[16\]",
+    ),
+    "backend": (
+        lambda: trinix.FastMultiHeadAttention(12, 3, backend="cuda"),
+        r"FastMultiHeadAttention: backend must be one of \['auto', .*got 'cuda'",
+    ),
+    "backend of a latent": (
+        lambda: trinix.FastMultiHeadLatentAttention(12, 3, backend="cuda"),
+        r"FastMultiHeadLatentAttention: backend must be one of \['auto', .*got 'cuda'",
+    ),
+    "dropout as text": (lambda: trinix.FastMultiHeadAttention(12, 3, "0.1"), "dropout must be .*, got '0.1'"),
+    "biases for k and v": (lambda: trinix.FastMultiHeadAttention(12, 3, add_bias_kv=True), "add_bias_kv must be False"),
+    "position of a latent": (
+        lambda: trinix.FastMultiHeadLatentAttention(12, 3, position_method=None),
+        "position_method must be 'none', 'rope' or 'alibi', got None",
     ),
     "latent": (lambda: trinix.FastMultiHeadLatentAttention(12, 3, 0), "latent_dim must be an int from 1 on, got 0"),
     "latent of queries": (
@@ -639,6 +691,15 @@ def test_arguments_that_do_not_fit_are_named(case):
     make, text = REFUSED[case]
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_an_argument_that_does_not_exist_is_named_with_those_that_do(name):
+    called = type(LAYERS[name]()).__name__
+    with pytest.raises(
+        TypeError, match=rf"^{called}: there is no argument 'bogus'; known are \['embed_dim', .*'rope_base'"
+    ):
+        LAYERS[name](bogus=1)
 
 
 @pytest.mark.parametrize("name", LAYERS)

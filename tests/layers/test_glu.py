@@ -320,8 +320,16 @@ def test_arguments_that_do_not_fit_are_named():
         trinix.FastSwiGLU(6, 7, use_triton=True, backend="torch")
     with pytest.raises(ValueError, match="approximate must be"):
         trinix.FastGeGLU(6, 7, approximate="erf")
-    with pytest.raises(ValueError, match="backend must be one of"):
-        trinix.FastSwiGLU(6, 7, backend="cuda")(torch.ones(6))
+    with pytest.raises(ValueError, match="FastSwiGLU: backend must be one of"):
+        trinix.FastSwiGLU(6, 7, backend="cuda")
+    with pytest.raises(ValueError, match=r"input_dim must be an int from 1 on, got \[6\]"):
+        trinix.FastGeGLU([6], 7)
+    with pytest.raises(TypeError, match="FastReGLU: use_triton must be None, True or False, got 'no'"):
+        trinix.FastReGLU(6, 7, use_triton="no")
+    with pytest.raises(
+        TypeError, match=r"^FastReGLU: there is no argument 'output'; known are \['input_dim', .*'dtype'\]"
+    ):
+        trinix.FastReGLU(6, 7, output=3)
 
 
 def test_an_input_of_another_width_is_named():

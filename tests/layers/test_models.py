@@ -141,10 +141,22 @@ def test_what_generation_cannot_do_is_refused():
     for kind in ("dynamic", None):
         with pytest.raises(ValueError, match="graph=True needs kind 'static' or 'paged'"):
             made("llama").generate(tokens, 2, kind=kind, graph=True)
+    with pytest.raises(ValueError, match="graph=True needs a model and tokens on a CUDA GPU, got cpu; leave it out"):
+        made("llama").generate(tokens, 2, graph=True)
+    for steps in (-1, 2.0, None):
+        with pytest.raises(ValueError, match="Decoder: steps must be an int from 0 on, got"):
+            made("llama").generate(tokens, steps)
     model = models.Decoder(models.gpt(length=4, layers=1))
     for kind in ("static", "dynamic", None):
         with pytest.raises(ValueError, match="5 tokens exceed the table of 4 learned positions"):
             model.generate(tokens, 3, kind=kind)
+
+
+@pytest.mark.parametrize("name", ["vocabulary", "dim", "layers", "heads", "kv_heads", "hidden", "length"])
+def test_sizes_of_no_model_are_refused(name):
+    for wrong in (0, -1, 2.0, True, [2]):
+        with pytest.raises(ValueError, match=f"Config: {name} must be an int from 1 on, got"):
+            models.llama(**{name: wrong})
 
 
 def test_the_embedding_may_be_the_output():

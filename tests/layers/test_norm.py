@@ -138,14 +138,40 @@ def test_dropout_acts_in_training_only(name, device):
     assert torch.equal(h, x)
 
 
+@pytest.mark.parametrize("use_triton", [None, False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast_products_of_the_lower_dtype_come_in(name, use_triton, device):
+    module = getattr(trinix, name)(6, use_triton=use_triton).to(device)
+    x, residual = numbers(device), numbers(device, seed=2)
+    with torch.autocast(device, torch.bfloat16):
+        out = call(module, x.bfloat16(), residual)
+    first = out[0] if isinstance(out, tuple) else out
+    assert first.dtype == (torch.float32 if name in RESIDUAL else torch.bfloat16)
+    first.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
 def test_wrong_arguments_are_refused():
     for name in RESIDUAL:
         with pytest.raises(ValueError, match=f"{name}: dropout must be at least 0 and below 1, got 1.5"):
             getattr(trinix, name)(6, dropout=1.5)
+        with pytest.raises(ValueError, match=r"dropout must be at least 0 and below 1, got \[0.1\]"):
+            getattr(trinix, name)(6, dropout=[0.1])
     with pytest.raises(ValueError, match=r"FastFusedRMSNormActivation: activation must be one of .*got 'swoosh'"):
         trinix.FastFusedRMSNormActivation(6, "swoosh")
     with pytest.raises(ValueError, match="normalized_shape"):
         trinix.FastLayerNorm(6)(torch.ones(3, 5))
+    for name in NAMES:
+        for wrong in (True, 6.0, -6, "6", None, [], [3, 2.0]):
+            with pytest.raises(ValueError, match=f"{name}: normalized_shape must be an int or several, from 0 on, got"):
+                getattr(trinix, name)(wrong)
+        for wrong in (-1.0, "1e-5", [1e-5]):
+            with pytest.raises(ValueError, match=f"{name}: eps must be a number from 0 on, got"):
+                getattr(trinix, name)(6, eps=wrong)
+        with pytest.raises(TypeError, match=f"{name}: use_triton must be None, True or False, got 1"):
+            getattr(trinix, name)(6, use_triton=1)
+        with pytest.raises(TypeError, match="argument 'bogus'"):
+            getattr(trinix, name)(6, bogus=1)
 
 
 def test_what_is_shown_is_what_matters():

@@ -811,6 +811,15 @@ MODULES = {  # name -> (arguments beyond the common two, PyTorch's own)
 }
 
 
+def test_a_module_with_an_argument_that_does_not_exist_is_refused_by_its_name():
+    with pytest.raises(
+        TypeError, match=r"^FastReLU: there is no argument 'inplace'; known are \['hidden_size', 'use_triton'\]"
+    ):
+        trinix.FastReLU(inplace=True)
+    with pytest.raises(TypeError, match="FastMish: use_triton must be None, True or False, got 'no'"):
+        trinix.FastMish(use_triton="no")
+
+
 @pytest.mark.parametrize("common", [{}, {"hidden_size": 512, "use_triton": False}, {"use_triton": True}])
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_is_a_drop_in_for_pytorchs_and_survives_copying(name, common, device):

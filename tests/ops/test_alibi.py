@@ -298,6 +298,14 @@ def test_forward_mode_gives_the_tangent_or_an_error(device):
 # ---- the module --------------------------------------------------------------------------------------------------------
 
 
+def test_a_module_with_wrong_arguments_is_refused_by_its_name():
+    for wrong in (0, -1, 3.0, True, [3]):
+        with pytest.raises(ValueError, match="FastALiBiPositionEmbedding: num_heads must be an int from 1 on, got"):
+            trinix.FastALiBiPositionEmbedding(wrong)
+    with pytest.raises(TypeError, match="FastALiBiPositionEmbedding: use_triton must be None, True or False, got 'no'"):
+        trinix.FastALiBiPositionEmbedding(3, use_triton="no")
+
+
 @pytest.mark.parametrize("use_triton", [None, False, True])
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_module_gives_the_bias_of_a_batch_and_survives_copying(trainable, use_triton, device):

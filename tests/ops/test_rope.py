@@ -994,6 +994,22 @@ def test_the_modules_table_grows_keeps_float32_and_moves(device):
     same(module.to_empty(device=device).sin, lazy.sin)
 
 
+def test_a_module_with_wrong_arguments_is_refused_by_its_name():
+    for wrong in (7, 0, -2, 8.0, True, [8]):
+        with pytest.raises(ValueError, match="FastRoPEPositionEmbedding: dim must be an even int from 2 on, got"):
+            trinix.FastRoPEPositionEmbedding(wrong)
+    for wrong in (0, -1, 8.0, True, [8], None):
+        with pytest.raises(
+            ValueError, match="FastRoPEPositionEmbedding: max_position_embeddings must be an int from 1 on"
+        ):
+            trinix.FastRoPEPositionEmbedding(8, wrong)
+    for wrong in (0.0, -1.0, "10000", None):
+        with pytest.raises(ValueError, match="FastRoPEPositionEmbedding: base must be a number above 0, got"):
+            trinix.FastRoPEPositionEmbedding(8, base=wrong)
+    with pytest.raises(TypeError, match="FastRoPEPositionEmbedding: use_triton must be None, True or False, got 'no'"):
+        trinix.FastRoPEPositionEmbedding(8, use_triton="no")
+
+
 def test_the_module_shows_its_arguments_and_refuses_the_documents_old_call():
     scaling = {"type": "linear", "factor": 2.0}
     module = trinix.FastRoPEPositionEmbedding(8, 16, 500.0, interleaved=True, scaling=scaling, use_triton=False)

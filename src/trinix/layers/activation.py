@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from trinix import ops
+from trinix.layers.arguments import check_use_triton, refuse_unknown
 from trinix.ops.activation import triton_can_run
 
 
@@ -19,8 +20,10 @@ class _FastActivation(nn.Module):
 
     kind: ClassVar[str]
 
-    def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None):
+    def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None, **unknown):
         super().__init__()
+        refuse_unknown(type(self), unknown)
+        check_use_triton(type(self).__name__, use_triton)
         if hidden_size is not None and type(hidden_size) is not int:
             name, other = type(self).__name__, "negative_slope, approximate, beta and threshold go by name"
             raise TypeError(f"{name}: hidden_size must be an int or None, got {hidden_size!r}; {other}")

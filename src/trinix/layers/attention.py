@@ -23,11 +23,13 @@ Causal attention is aligned at the bottom right: the last query stands at the la
 import torch
 from torch import Tensor, nn
 
-from trinix import ops
+from trinix import dispatch, ops
+from trinix.layers.arguments import check_dropout, check_sizes, refuse_unknown
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
 from trinix.layers.linear import FastLinear, unhooked
 from trinix.layers.norm import FastLayerNorm, FastRMSNorm
+from trinix.ops.attention import BACKENDS
 
 
 class _FastAttention(nn.Module):
@@ -60,6 +62,7 @@ class _FastAttention(nn.Module):
         num_kv_heads: int,
         dropout: float = 0.0,
         bias: bool = True,
+        /,
         *,
         head_dim: int | None = None,
         causal: bool = False,
@@ -79,11 +82,15 @@ class _FastAttention(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown,
     ):
         super().__init__()
         name = type(self).__name__
-        check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
-        check_heads(name, embed_dim, num_heads, head_dim, dropout)
+        refuse_unknown(type(self), unknown)
+        check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, max_seq_len=max_seq_len)
+        check_heads(name, embed_dim, num_heads, head_dim)
+        check_dropout(name, dropout)
+        dispatch.check_name(name, BACKENDS, backend)
         if num_heads % num_kv_heads:
             raise ValueError(f"{name}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
         if qk_norm_type not in ("rmsnorm", "layernorm"):
@@ -299,9 +306,12 @@ class FastMultiHeadAttention(_FastAttention):
     In a ``torch.nn.TransformerEncoder`` that was made before, set its ``use_nested_tensor`` to False: it would look for torch's
     weights when padding is given.)
 
+    A state_dict of torch's module is loaded as one of its own is.
+
     Args:
         embed_dim, num_heads: E and H.
         kdim, vdim: widths of key and value; E if None.
+        add_bias_kv: torch's; only False.
 
     Other arguments are ``_FastAttention``'s.
 
@@ -323,8 +333,11 @@ class FastMultiHeadAttention(_FastAttention):
         *,
         kdim: int | None = None,
         vdim: int | None = None,
+        add_bias_kv: bool = False,
         **options,
     ):
+        if add_bias_kv:
+            raise ValueError("FastMultiHeadAttention: add_bias_kv must be False, there is none; leave it out")
         super().__init__(embed_dim, num_heads, num_heads, dropout, bias, **options)
         place = {"device": options.get("device"), "dtype": options.get("dtype")}
         width = num_heads * self.head_dim
@@ -335,6 +348,7 @@ class FastMultiHeadAttention(_FastAttention):
         self.k_proj = FastLinear(self.kdim, width, bias, **place)
         self.v_proj = FastLinear(self.vdim, width, bias, **place)
         self.o_proj = FastLinear(width, embed_dim, bias, **place)
+        self.register_load_state_dict_pre_hook(_take_torchs_names)
         self.reset_parameters()
 
     def forward(
@@ -445,23 +459,25 @@ class FastMultiHeadAttention(_FastAttention):
             vdim=module.vdim, add_zero_attn=module.add_zero_attn, batch_first=module.batch_first,
             **{"device": out.weight.device, "dtype": out.weight.dtype} | options,
         )  # fmt: skip
-        if module.in_proj_weight is None:
-            weights = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
-        else:
-            weights = module.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-        places = zip(
-            (ours.q_proj, ours.k_proj, ours.v_proj, ours.o_proj),
-            (*weights, out.weight),
-            (*biases, out.bias),
-            strict=True,
-        )
-        with torch.no_grad():
-            for linear, weight, bias in places:
-                linear.weight.copy_(weight)
-                if bias is not None:
-                    linear.bias.copy_(bias)
+        ours.load_state_dict(module.state_dict(), strict=False)  # options may have added norms
         return ours.train(module.training)
+
+
+def _take_torchs_names(layer: FastMultiHeadAttention, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """What ``torch.nn.MultiheadAttention`` keeps, under this module's names."""
+    for kind in ("weight", "bias"):
+        whole = state.get(f"{prefix}in_proj_{kind}")
+        if whole is not None and whole.shape[0] % 3 == 0:
+            parts = state.pop(f"{prefix}in_proj_{kind}").chunk(3)
+            state |= {f"{prefix}{p}_proj.{kind}": t for p, t in zip("qkv", parts, strict=True)}
+        for theirs, ours in (
+            ("q_proj_", "q_proj."),
+            ("k_proj_", "k_proj."),
+            ("v_proj_", "v_proj."),
+            ("out_proj.", "o_proj."),
+        ):
+            if prefix + theirs + kind in state:
+                state[prefix + ours + kind] = state.pop(prefix + theirs + kind)
 
 
 # ---- shared with latent attention -----------------------------------------------------------------------------------------
@@ -472,17 +488,9 @@ def _only_scales(norm: nn.Module | None) -> bool:
     return type(norm) is FastRMSNorm and norm.weight is not None and not norm.weight_offset and unhooked(norm)
 
 
-def check_sizes(name: str, **sizes: int) -> None:
-    for argument, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{name}: {argument} must be an int from 1 on, got {size!r}")
-
-
-def check_heads(name: str, embed_dim: int, num_heads: int, head_dim: int | None, dropout: float) -> None:
+def check_heads(name: str, embed_dim: int, num_heads: int, head_dim: int | None) -> None:
     if head_dim is None and embed_dim % num_heads:
         raise ValueError(f"{name}: embed_dim {embed_dim} must be a multiple of num_heads {num_heads}; or give head_dim")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout}")
 
 
 def check_input(name: str, argument: str, x: Tensor, width: int, unbatched: bool = False) -> None:
@@ -527,10 +535,14 @@ def check_cached_call(layer: nn.Module, x: Tensor, cache, attention_mask, key_pa
 
 def window_of(name: str, size, causal: bool) -> tuple[int | None, int | None] | None:
     """``sliding_window_size`` as attention's window."""
-    if size is None or (isinstance(size, tuple) and len(size) == 2):
+    if size is None or (
+        isinstance(size, tuple) and len(size) == 2 and all(s is None or (type(s) is int and s >= 0) for s in size)
+    ):
         return size
     if type(size) is not int or size < 1:
-        raise ValueError(f"{name}: sliding_window_size must be an int from 1 on, (left, right) or None, got {size!r}")
+        raise ValueError(
+            f"{name}: sliding_window_size must be an int from 1 on, (left, right) of ints from 0 on or None, or None, got {size!r}"
+        )
     return size - 1, 0 if causal else size - 1
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trinix import ops
+from trinix.layers.arguments import check_sizes
 
 
 class _Cache:
@@ -29,12 +30,8 @@ class _Cache:
 
     capacity: int | None  # tokens that a sequence may reach; None: no bound
 
-    def __init__(self, batch: int, capacity: int | None, device: torch.device | str | None, **sizes: int | None):
-        """``sizes``: the class's others, checked here; batch and capacity may be 0, they not."""
-        for name, size in ({"batch": batch, "capacity": capacity} | sizes).items():
-            least = 0 if name in ("batch", "capacity", "rope_head_dim") else 1
-            if size is not None and (type(size) is not int or size < least):
-                raise ValueError(f"{type(self).__name__}: {name} must be an int from {least} on, got {size!r}")
+    def __init__(self, batch: int, capacity: int, device: torch.device | str | None):
+        check_sizes(type(self).__name__, 0, batch=batch, capacity=capacity)
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.longest = 0
@@ -154,10 +151,12 @@ class StaticCache(_Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(batch, capacity, device, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim)
+        super().__init__(batch, capacity, device)
+        wide = head_dim if v_head_dim is None else v_head_dim
+        check_sizes(type(self).__name__, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=wide)
         shape = batch, capacity, kv_heads
         self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(*shape, v_head_dim or head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, wide, device=device, dtype=dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         """Append k and v ``[B, S, Hk, D]``; causal attention of q ``[B, S, H, D]`` over all that is kept."""
@@ -240,13 +239,14 @@ class PagedCache(_Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        sizes = {"pages": pages, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
-        room = pages * page_size if capacity is None else capacity
-        super().__init__(batch, room, device, **sizes, v_head_dim=v_head_dim)
+        wide = head_dim if v_head_dim is None else v_head_dim
+        sizes = {"pages": pages, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim, "v_head_dim": wide}
+        check_sizes(type(self).__name__, **sizes)
+        super().__init__(batch, pages * page_size if capacity is None else capacity, device)
         self.page_size = page_size
         shape = pages, page_size, kv_heads
         self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(*shape, v_head_dim or head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, wide, device=device, dtype=dtype)
         self.page_table = torch.zeros(batch, -(-self.capacity // page_size), dtype=torch.int32, device=device)
         self._free = list(range(pages - 1, -1, -1))
         self._owned: list[list[int]] = [[] for _ in range(batch)]
@@ -355,7 +355,9 @@ class LatentCache(_Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(batch, capacity, device, latent_dim=latent_dim, rope_head_dim=rope_head_dim)
+        super().__init__(batch, capacity, device)
+        check_sizes(type(self).__name__, latent_dim=latent_dim)
+        check_sizes(type(self).__name__, 0, rope_head_dim=rope_head_dim)
         self.latent_dim = latent_dim
         self.rows = torch.zeros(batch, capacity, 1, latent_dim + rope_head_dim, device=device, dtype=dtype)
 

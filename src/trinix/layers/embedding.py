@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from trinix import ops
+from trinix.layers.arguments import check_sizes, check_use_triton
 from trinix.ops.alibi import triton_can_run as triton_can_bias
 from trinix.ops.rope import triton_can_run as triton_can_rotate
 
@@ -35,6 +36,13 @@ class FastRoPEPositionEmbedding(nn.Module):
         scaling: dict | None = None,
     ):
         super().__init__()
+        name = type(self).__name__
+        if type(dim) is not int or dim < 2 or dim % 2:
+            raise ValueError(f"{name}: dim must be an even int from 2 on, got {dim!r}")
+        check_sizes(name, max_position_embeddings=max_position_embeddings)
+        if not isinstance(base, int | float) or base <= 0:
+            raise ValueError(f"{name}: base must be a number above 0, got {base!r}")
+        check_use_triton(name, use_triton)
         self.dim = dim
         self.max_position_embeddings = max_position_embeddings
         self.base = base
@@ -131,6 +139,8 @@ class FastALiBiPositionEmbedding(nn.Module):
         trainable: bool = False,
     ):
         super().__init__()
+        check_sizes(type(self).__name__, num_heads=num_heads)
+        check_use_triton(type(self).__name__, use_triton)
         self.num_heads = num_heads
         self.max_seq_len = max_seq_len
         self.use_triton = use_triton

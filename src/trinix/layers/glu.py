@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from trinix import ops
+from trinix import dispatch, ops
 from trinix.layers.activation import choose_backend
+from trinix.layers.arguments import check_use_triton, refuse_unknown
 from trinix.layers.linear import FastLinear, only_multiplies
-from trinix.ops.glu import linear_glu, sums_bias, triton_can_run
+from trinix.ops.glu import BACKENDS, linear_glu, sums_bias, triton_can_run
 
 # what checkpoints call (gate, up, down)
 NAMES = {
@@ -46,9 +47,13 @@ class _FastGLU(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown,
     ):
         super().__init__()
         name = type(self).__name__
+        refuse_unknown(type(self), unknown)
+        check_use_triton(name, use_triton)
+        dispatch.check_name(name, BACKENDS, backend)
         for argument, size in (("input_dim", input_dim), ("hidden_dim", hidden_dim), ("output_dim", output_dim)):
             if not (size is None and argument == "output_dim") and (type(size) is not int or size < 1):
                 raise ValueError(f"{name}: {argument} must be an int from 1 on, got {size!r}; bias goes by name")

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from trinix import ops
 from trinix.layers.activation import choose_backend
+from trinix.layers.arguments import check_sizes, check_use_triton
 from trinix.ops.head_mlp import GATED_KINDS, KINDS, triton_can_run
 
 
@@ -38,15 +39,13 @@ class FlashMLP(nn.Module):
         use_triton: bool | None = None,
     ):
         super().__init__()
-        for name, value in (
-            ("num_heads", num_heads), ("hidden_dim", hidden_dim), ("intermediate_dim", intermediate_dim),
-        ):  # fmt: skip
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be an int from 1 on, got {value!r}")
+        name = type(self).__name__
+        check_sizes(name, num_heads=num_heads, hidden_dim=hidden_dim, intermediate_dim=intermediate_dim)
+        check_use_triton(name, use_triton)
         kind = activation or "none"
         if kind not in KINDS:
             known = ["", *KINDS]
-            raise ValueError(f"{type(self).__name__}: activation must be one of {known}, got {activation!r}")
+            raise ValueError(f"{name}: activation must be one of {known}, got {activation!r}")
         self.num_heads, self.hidden_dim, self.intermediate_dim = num_heads, hidden_dim, intermediate_dim
         self.activation, self.use_triton = kind, use_triton
 

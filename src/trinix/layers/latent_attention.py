@@ -21,12 +21,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trinix import ops
+from trinix import dispatch, ops
+from trinix.layers.arguments import check_dropout, check_sizes
 from trinix.layers.attention import (
     check_cached_call,
     check_heads,
     check_input,
-    check_sizes,
     draw,
     fill_tables,
     load_entries,
@@ -38,6 +38,7 @@ from trinix.layers.attention import (
 from trinix.layers.cache import LatentCache
 from trinix.layers.linear import FastLinear, only_multiplies
 from trinix.layers.norm import FastRMSNorm
+from trinix.ops.attention import BACKENDS
 from trinix.ops.latent import keys_and_values
 
 DEEPSEEK = {  # our names: theirs
@@ -100,10 +101,12 @@ class FastMultiHeadLatentAttention(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        check_sizes(name, embed_dim=embed_dim, num_heads=num_heads)
-        check_heads(name, embed_dim, num_heads, head_dim, dropout)
-        if not isinstance(position_method, str):
-            raise ValueError(f"{name}: position_method must be 'none', 'rope' or 'alibi', got a module")
+        check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, max_seq_len=max_seq_len)
+        check_heads(name, embed_dim, num_heads, head_dim)
+        check_dropout(name, dropout)
+        dispatch.check_name(name, BACKENDS, backend)
+        if position_method not in ("none", "rope", "alibi"):
+            raise ValueError(f"{name}: position_method must be 'none', 'rope' or 'alibi', got {position_method!r}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.latent_dim = max(16, embed_dim // 8) if latent_dim is None else latent_dim

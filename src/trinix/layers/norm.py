@@ -1,6 +1,7 @@
 """Norm modules: drop-in for ``torch.nn``'s and loading their state_dicts, one call into ``trinix.ops`` each; ``fuse``."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from trinix import ops
 from trinix.layers import activation
 from trinix.layers.activation import choose_backend
+from trinix.layers.arguments import check_dropout, check_use_triton
 from trinix.ops.norm import FUSED_KINDS, triton_can_run
 
 Shape = int | Sequence[int]
@@ -30,6 +32,7 @@ class FastLayerNorm(nn.LayerNorm):
         dtype: torch.dtype | None = None,
         use_triton: bool | None = None,
     ):
+        _check(type(self).__name__, normalized_shape, eps, use_triton)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.use_triton = use_triton
 
@@ -60,6 +63,7 @@ class FastRMSNorm(nn.RMSNorm):
         weight_offset: float = 0.0,
         use_triton: bool | None = None,
     ):
+        _check(type(self).__name__, normalized_shape, 0.0 if eps is None else eps, use_triton)
         self.weight_offset = weight_offset  # reset_parameters, called from super().__init__, reads it
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.use_triton = use_triton
@@ -100,7 +104,8 @@ class FastFusedResidualLayerNorm(FastLayerNorm):
         use_triton: bool | None = None,
     ):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype, use_triton)
-        self.dropout = _checked_dropout(type(self).__name__, dropout)
+        check_dropout(type(self).__name__, dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         backend = choose_backend(self.use_triton, triton_can_run, x, residual, self.weight, self.bias)
@@ -137,7 +142,8 @@ class FastFusedResidualRMSNorm(FastRMSNorm):
         super().__init__(
             normalized_shape, eps, elementwise_affine, device, dtype, weight_offset=weight_offset, use_triton=use_triton
         )
-        self.dropout = _checked_dropout(type(self).__name__, dropout)
+        check_dropout(type(self).__name__, dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         backend = choose_backend(self.use_triton, triton_can_run, x, residual, self.weight)
@@ -195,10 +201,13 @@ def _shown(**fields) -> str:
     return "".join(f", {name}={value}" for name, value in fields.items() if value is not None)
 
 
-def _checked_dropout(name: str, dropout: float) -> float:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout}")
-    return dropout
+def _check(name: str, normalized_shape: Shape, eps: float, use_triton: bool | None) -> None:
+    sizes = normalized_shape if isinstance(normalized_shape, Sequence) else [normalized_shape]
+    if not sizes or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in sizes):
+        raise ValueError(f"{name}: normalized_shape must be an int or several, from 0 on, got {normalized_shape!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
+        raise ValueError(f"{name}: eps must be a number from 0 on, got {eps!r}")
+    check_use_triton(name, use_triton)
 
 
 # Exact types only: a subclass may compute something else.

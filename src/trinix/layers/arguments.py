@@ -1,0 +1,35 @@
+"""Checks of what modules are made with; ``name`` is the class that the user called."""
+
+import inspect
+
+from torch import nn
+
+
+def check_sizes(name: str, least: int = 1, **sizes: int) -> None:
+    for argument, size in sizes.items():
+        if type(size) is not int or size < least:
+            raise ValueError(f"{name}: {argument} must be an int from {least} on, got {size!r}")
+
+
+def check_dropout(name: str, dropout: float) -> None:
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout!r}")
+
+
+def check_use_triton(name: str, use_triton: bool | None) -> None:
+    if use_triton is not None and type(use_triton) is not bool:
+        raise TypeError(f"{name}: use_triton must be None, True or False, got {use_triton!r}; None lets trinix choose")
+
+
+def refuse_unknown(made: type, unknown: dict) -> None:
+    """Python's own message would name a base class, which nobody called, and not say what there is."""
+    if unknown:
+        classes = [
+            one
+            for one in made.__mro__
+            if issubclass(one, nn.Module) and one is not nn.Module and "__init__" in vars(one)
+        ]
+        own, *bases = (inspect.signature(one.__init__).parameters for one in classes)
+        passed_on = [n for more in bases for n, p in more.items() if p.kind is p.KEYWORD_ONLY and n not in own]
+        known = [n for n, p in own.items() if n != "self" and p.kind is not p.VAR_KEYWORD] + passed_on
+        raise TypeError(f"{made.__name__}: there is no argument {next(iter(unknown))!r}; known are {known}")

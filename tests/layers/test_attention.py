@@ -276,6 +276,8 @@ def test_a_mask_of_another_kind_is_refused_by_name():
     layer, x, _ = made("self", {})
     with pytest.raises(TypeError, match=r"attention_mask must be bool or floating point, got torch.int64; convert"):
         layer(x, torch.ones(LENGTH, LENGTH, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"attention_mask must be bool or floating point, got str"):
+        layer(x, "causal")
     with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\] = \[2, 5\], got \[5\]"):
         layer(x, key_padding_mask=torch.zeros(5, dtype=torch.bool))
 
@@ -708,6 +710,8 @@ def test_inputs_that_do_not_fit_are_named(name):
     padding = torch.zeros(BATCH, 1, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\] = \[2, 5\], got \[2, 1\]"):
         layer(x, key_padding_mask=padding)
+    with pytest.raises(TypeError, match=rf"^{type(layer).__name__}: \w+ must be a tensor, got list"):
+        layer([[1.0]])
     for wrong in (x[..., :-1], x[None], *([] if name == "separate" else [x[0]])):
         with pytest.raises(ValueError, match=rf"must be \[B, S, {layer.embed_dim}\] .*, got \[{wrong.shape[0]}, "):
             layer(wrong)

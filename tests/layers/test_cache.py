@@ -215,6 +215,17 @@ def test_lengths_that_no_cache_has_are_refused(name, kind):
     for lengths in (-1, torch.tensor([2]), torch.tensor([1, -1, 2])):
         with pytest.raises(ValueError, match=r"truncate wants an int or a tensor \[B\] = \[3\], from 0 on, got"):
             cache.truncate(lengths)
+    for lengths in (2.5, torch.tensor([1.0, 2.0, 3.0]), True):
+        with pytest.raises(
+            TypeError, match=r"truncate wants lengths as integers, got torch\.\w+; convert it with .long"
+        ):
+            cache.truncate(lengths)
+    for index in (torch.tensor([2.0, 1.0, 0.0]), torch.tensor([True, False, True]), [2, 1, 0]):
+        with pytest.raises(TypeError, match=r"reorder wants index as integers, got [\w.]+; convert it with .long"):
+            cache.reorder(index)
+    for tokens in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="tokens must be an int from 0 on, got"):
+            cache.rewind(tokens)
     with pytest.raises(ValueError, match="rewind by 10 of 9 tokens"):
         cache.rewind(10)
     assert cache.lengths.tolist() == [LENGTH] * BATCH

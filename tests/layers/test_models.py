@@ -1,5 +1,8 @@
 """The reference decoder: it learns, it generates the same with every cache as without, and it compiles whole."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -163,4 +166,11 @@ def test_the_embedding_may_be_the_output():
     model = made("gpt")
     assert model.output.weight is model.embedding.weight
     assert "output.weight" in model.state_dict()
+    for assign in (False, True):
+        with torch.device("meta"):
+            other = models.Decoder(model.config)
+        other = other if assign else other.to_empty(device="cpu")
+        other.load_state_dict(copy.deepcopy(model).state_dict(), assign=assign)
+        for one in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other)), copy.deepcopy(other).bfloat16()):
+            assert one.output.weight is one.embedding.weight
     assert trinix.models.Decoder is models.Decoder

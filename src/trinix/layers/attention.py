@@ -382,7 +382,7 @@ class FastMultiHeadAttention(_FastAttention):
             raise ValueError("FastMultiHeadAttention: a cache is for self-attention; leave key and value out")
         key = query if key is None else key
         value = key if value is None else value
-        unbatched = query.dim() == 2
+        unbatched = isinstance(query, Tensor) and query.dim() == 2
         widths = self.embed_dim, self.kdim, self.vdim
         for argument, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
             check_input("FastMultiHeadAttention", argument, x, width, unbatched)
@@ -494,6 +494,8 @@ def check_heads(name: str, embed_dim: int, num_heads: int, head_dim: int | None)
 
 
 def check_input(name: str, argument: str, x: Tensor, width: int, unbatched: bool = False) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(x).__name__}")
     if x.dim() != (2 if unbatched else 3) or x.shape[-1] != width:
         wanted = (
             f"[S, {width}] beside a query without batch"
@@ -572,9 +574,10 @@ def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask
     for argument, given in (("attention_mask", attention_mask), ("key_padding_mask", key_padding_mask)):
         if given is None:
             continue
-        if given.dtype != torch.bool and not given.is_floating_point():
+        if not isinstance(given, Tensor) or (given.dtype != torch.bool and not given.is_floating_point()):
+            got = given.dtype if isinstance(given, Tensor) else type(given).__name__
             raise TypeError(
-                f"{name}: {argument} must be bool or floating point, got {given.dtype}; convert numbers 0 and 1 with .bool()"
+                f"{name}: {argument} must be bool or floating point, got {got}; convert numbers 0 and 1 with .bool()"
             )
         if argument == "key_padding_mask":
             if given.shape != k.shape[:2]:

@@ -48,7 +48,7 @@ class _Cache:
 
     def truncate(self, lengths: Tensor | int) -> None:
         """Forget the tokens of every sequence from ``lengths`` (int, or int tensor [B]) on."""
-        lengths = torch.as_tensor(lengths).to(self.lengths)
+        lengths = self._integers("truncate", "lengths", torch.as_tensor(lengths)).to(self.lengths)
         if lengths.shape not in ((), self.lengths.shape) or bool((lengths < 0).any()):
             raise ValueError(
                 f"{type(self).__name__}: truncate wants an int or a tensor [B] = {list(self.lengths.shape)}, from 0 on, got "
@@ -63,6 +63,7 @@ class _Cache:
 
     def rewind(self, tokens: int) -> None:
         """Take back the last ``tokens`` of every sequence; all have them, and the host does not wait for the device."""
+        check_sizes(type(self).__name__, 0, tokens=tokens)
         if tokens > self.longest:
             raise ValueError(
                 f"{type(self).__name__}: rewind by {tokens} of {self.longest} tokens; use reset() for all of them"
@@ -78,16 +79,30 @@ class _Cache:
 
     def reorder(self, index: Tensor) -> None:
         """Sequence b becomes what sequence ``index[b]`` ([B], integers) was: the step of a beam search. Copies."""
+        index = self._integers("reorder", "index", index).to(self.lengths.device, torch.int64)
         if index.shape != self.lengths.shape:
             raise ValueError(
                 f"{type(self).__name__}: reorder wants index [B] = {list(self.lengths.shape)}, got {list(index.shape)}"
             )
-        self._reorder(index.to(self.lengths.device, torch.int64))
+        self._reorder(index)
         if self.leader is None:
             self.lengths.copy_(self.lengths[index])
 
     def _reorder(self, index: Tensor) -> None:
         raise NotImplementedError
+
+    def _integers(self, method: str, argument: str, given) -> Tensor:
+        if (
+            not isinstance(given, Tensor)
+            or given.dtype == torch.bool
+            or given.is_floating_point()
+            or given.is_complex()
+        ):
+            got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(
+                f"{type(self).__name__}: {method} wants {argument} as integers, got {got}; convert it with .long()"
+            )
+        return given
 
     def check(self, batch: int, tokens: int) -> None:
         """Refuse what does not fit."""

@@ -125,8 +125,14 @@ class Decoder(nn.Module):
         for table in (self.embedding, self.positions):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
-        if config.tied:
-            self.output.weight = self.embedding.weight
+        _tie(self)
+        self.register_load_state_dict_post_hook(_tie)
+
+    def _apply(self, fn, recurse=True):
+        """to_empty() makes a new parameter for every place."""
+        super()._apply(fn, recurse)
+        _tie(self)
+        return self
 
     def forward(self, tokens: Tensor, caches: Sequence | None = None, *, last: bool = False) -> Tensor:
         """Logits of every token, or with ``last`` of the last one ``[B, 1, vocabulary]``.
@@ -247,6 +253,11 @@ class Decoder(nn.Module):
             return logits
 
         return step
+
+
+def _tie(model: Decoder, _=None) -> None:
+    if model.config.tied:
+        model.output.weight = model.embedding.weight
 
 
 def tiny_text() -> str:

@@ -291,14 +291,73 @@ def test_the_formula_is_pytorchs():
     torch.testing.assert_close(attention(q, k, v, alibi_slopes=slopes), with_bias)
 
 
-@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+def hidden_rows(low, dtype, device="cpu", **more):
+    """(leaves, a call, its outputs' gradients): a bias hides all keys of some rows, or some keys, with ``low`` as finfo.min."""
+    q, k, v = make(1, 34, 20, 2, 1, 16, dtype=dtype, device=device).inputs
+    bias = torch.zeros(1, 1, 34, 20, device=device)
+    bias[:, :, 8:, 15:] = low
+    bias[:, :, 12:20] = low
+    leaves = [t.requires_grad_() for t in (q, k, v, bias)]
+    given = normal(q.shape, dtype, seed=9, device=device), normal((1, 2, 34), torch.float32, seed=10, device=device)
+
+    def run(backend, inputs):
+        torch.manual_seed(0)
+        q, k, v, bias = inputs
+        out = attention(q, k, v, bias=bias, return_lse=True, backend=backend, **more)
+        return [*out, *torch.autograd.grad(out, inputs, [g.to(o.dtype) for g, o in zip(given, out, strict=True)])]
+
+    return leaves, run
+
+
+LOW = {
+    "-3e6": -3e6, "-1e9": -1e9, "float16's least": -65504.0, "bfloat16's least": torch.finfo(torch.bfloat16).min,
+    "float32's least": torch.finfo(torch.float32).min, "1e6": 1e6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("low", LOW)
 def test_a_row_that_a_bias_of_low_numbers_hides_is_an_average(low):
-    """As in PyTorch: rounding leaves every score of the row the same."""
-    q, k, v = make(1, 3, 7, 2, 2, 16).inputs
-    bias = torch.tensor([0.0, low, 0.0])[:, None].repeat(1, 7)
-    wanted = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias).transpose(1, 2)
-    for backend in ("torch", "triton"):
-        torch.testing.assert_close(attention(q, k, v, bias=bias, backend=backend), wanted, rtol=1e-5, atol=1e-5)
+    """As in PyTorch: rounding leaves every score of the row the same, or one of few numbers."""
+    leaves, run = hidden_rows(LOW[low], torch.float32)
+    got = run("torch", leaves)
+    inputs = [t.detach().requires_grad_() for t in leaves]
+    q, k, v, bias = inputs
+    heads = [t.transpose(1, 2) for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*heads, attn_mask=bias, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(got[0], out, rtol=1e-5, atol=1e-5)
+    (through_out,) = torch.autograd.grad(out, v, normal(out.shape, torch.float32, seed=9))
+    torch.testing.assert_close(got[4], through_out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("low", LOW)
+def test_gradients_of_rows_that_a_bias_of_low_numbers_hides(low, dtype):
+    """lse = max + log(sum) keeps nothing of log(sum) there: with exp(z - lse) gradients are as many times too large as there are keys."""
+    leaves, run = hidden_rows(LOW[low], dtype)
+    close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(run("triton", leaves), run("torch", leaves), **close)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"causal": True, "softcap": 3.0, "dropout_p": 0.3}, {"window": (15, 4), "sink": torch.tensor([-1e9, -3e9])},
+        {"mask": seen(1, 1, 1, 20), "alibi_slopes": alibi_slopes(2)},
+    ],
+    ids=["causal-softcap-dropout", "window-sink", "mask-alibi"],
+)  # fmt: skip
+def test_rows_that_a_bias_of_low_numbers_hides_with_other_options(more, fused):
+    leaves, run = hidden_rows(-1e9, torch.float32, **more)
+    torch.testing.assert_close(run("triton", leaves), run("torch", leaves), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_a_low_sink_beside_a_bias_of_low_numbers(dtype):
+    (q, k, v, bias), _ = hidden_rows(-1e9, dtype)
+    sink = torch.tensor([-1e9, 5.0], requires_grad=True)
+    outs = (attention(q, k, v, bias=bias, sink=sink, backend=backend) for backend in ("triton", "torch"))
+    got, wanted = (torch.autograd.grad(out.float().square().sum(), sink) for out in outs)
+    torch.testing.assert_close(got, wanted, rtol=2e-5 if dtype == torch.float32 else 2e-2, atol=2e-5)
 
 
 def test_the_formula_passes_gradcheck():
@@ -708,6 +767,24 @@ def test_on_the_card_both_forms_of_the_backward_hold_the_budget(d, fused_dq, mon
     for dtype in DTYPES:
         for causal in (False, True):
             assert not make(2, 513, 640, 4, 2, d, dtype=dtype, device="cuda", causal=causal).faults("triton")
+
+
+@gpu
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+def test_on_the_card_gradients_of_rows_that_a_bias_of_low_numbers_hides(low, d):
+    q, k, v = make(2, 700, 900, 4, 2, d, dtype=torch.bfloat16, device="cuda").inputs
+    bias = torch.zeros(2, 1, 700, 900, device="cuda")
+    bias[:, :, 300:, 500:] = low
+    bias[0, :, 50:200] = low
+    results = []
+    for backend in ("triton", "torch"):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, bias)]
+        out = attention(*leaves[:3], bias=leaves[3], backend=backend)
+        results.append([out, *torch.autograd.grad(out, leaves, normal(out.shape, out.dtype, seed=9, device="cuda"))])
+    for got, wanted in zip(*results, strict=True):
+        error = (got - wanted).float().norm() / wanted.float().norm()
+        assert error < 0.01
 
 
 @gpu

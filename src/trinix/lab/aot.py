@@ -58,7 +58,9 @@ KNOWN_SPILLS |= {"softmax/rows-32768/bwd/float16": 8}  # bfloat16 has the same l
 KNOWN_SPILLS |= {"attention/d256/keys-causal/bfloat16": 16, "attention/d256/keys-causal/float16": 16}
 KNOWN_SPILLS |= {"attention/d128/queries-bias/float32": 16}
 KNOWN_SPILLS |= {f"attention/d192-128/queries-causal/{t}": 8 for t in ("bfloat16", "float16")}
-KNOWN_SPILLS |= {"attention/d64/keys-bias/bfloat16": 16, "attention/d64/keys-bias/float16": 24}
+KNOWN_SPILLS |= {"attention/d64/keys-bias/bfloat16": 24, "attention/d64/keys-bias/float16": 24}
+KNOWN_SPILLS |= {f"attention/d64/queries-bias/{t}": 8 for t in ("bfloat16", "float16")}
+KNOWN_SPILLS |= {"attention/d128/queries-bias/float16": 8}
 KNOWN_SPILLS |= {"attention/d256/queries/bfloat16": 16}
 
 

@@ -106,12 +106,12 @@ def _softmax(z: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     if sink is not None:
         total = total + torch.exp(sink.to(z.dtype)[:, None, None] - most)
     empty = total == 0
-    lse = most + torch.log(total.masked_fill(empty, 1.0))
-    with torch.no_grad():
-        # a row that a bias hides with numbers as low as finfo.min: rounding leaves nothing of log(total) in lse
-        rest = torch.where(lse == most, 1 / total, 1.0).masked_fill(empty, 1.0)
-    # through lse, as the page has it and as every attention that saves lse for backward computes it
-    p = torch.exp(z - lse) * rest
+    log = torch.log(total.masked_fill(empty, 1.0))
+    lse = most + log
+    # through lse, as the page has it and as every attention that saves lse for backward computes it; but where a bias hides a
+    # whole row with numbers as low as finfo.min, rounding has left nothing of log(total) in lse
+    lost = lse.abs() > 1024
+    p = torch.exp(z - torch.where(lost, most, lse) - torch.where(lost, log, 0.0))
     return p, lse.masked_fill(empty, float("-inf")).squeeze(-1)
 
 

@@ -11,6 +11,10 @@ of 128 keys fit the registers. On Hopper these kernels overlap: none reads what 
 processors that one leaves idle at its end, and only waits for that end at its own. ``_backward_bias`` makes a bias's gradient in the bias's own
 shape, the broadcast dimensions added up in a fixed order.
 
+A bias may hold numbers as low as finfo.min where a key is hidden. With one, exponentials are natural: such a number times
+log2(e) is -inf. And where it stands at all keys of a row, lse = max + log(sum) has kept nothing of log(sum) in float32: before
+backward walks, ``_forward`` runs again for the tiles that have such rows, without values, and stores the two terms apart.
+
 Options are constants of a kernel: what is not there costs nothing.
 """
 
@@ -44,8 +48,13 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _exp(x, BASE2: tl.constexpr):
-    return tl.exp2(x) if BASE2 else tl.exp(x)
+def _exp(x, rest, BASE2: tl.constexpr, SIZE: tl.constexpr):
+    """The exponential of x less ``rest``, which is in base 2 for inputs of ``SIZE`` 16 bits, and 0 without a bias."""
+    if BASE2:
+        return tl.exp2(x)
+    if SIZE == 32:
+        return tl.exp(x - rest)
+    return tl.exp2(x * 1.4426950408889634 - rest)  # tl.exp takes three instructions more, for subnormal results
 
 
 @triton.jit
@@ -178,8 +187,9 @@ def _walk_keys(
     BOUND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, APART: tl.constexpr,
 ):
+    SIZE: tl.constexpr = queries.dtype.primitive_bitwidth
     scale = scales[0]
     seq_k = bounds[0]
     place = tl.arange(0, N)
@@ -202,17 +212,18 @@ def _walk_keys(
             else:
                 base = new
             if RAW:
-                p = _exp(s * scale - base[:, None], BASE2)
+                p = _exp(s * scale - base[:, None], 0.0, BASE2, SIZE)
             else:
-                p = _exp(s - base[:, None], BASE2)
-            shrink = _exp(most - base, BASE2)
+                p = _exp(s - base[:, None], 0.0, BASE2, SIZE)
+            shrink = _exp(most - base, 0.0, BASE2, SIZE)
             total = total * shrink + tl.sum(p, 1)
             most = new
-            if DROPOUT:
-                p = tl.where(_keep(seed, plane, row, start, drop, M, N, False), p, 0.0)
-            acc = acc * shrink[:, None]
-            values = _load_rows(v + start * vs, place, seq_k - start, vs.to(tl.int32), DV, BLOCK_DV, BOUND)
-            acc = _dot(p.to(values.dtype), values, acc, PRECISION)
+            if not APART:
+                if DROPOUT:
+                    p = tl.where(_keep(seed, plane, row, start, drop, M, N, False), p, 0.0)
+                acc = acc * shrink[:, None]
+                values = _load_rows(v + start * vs, place, seq_k - start, vs.to(tl.int32), DV, BLOCK_DV, BOUND)
+                acc = _dot(p.to(values.dtype), values, acc, PRECISION)
     return acc, most, total
 
 
@@ -232,7 +243,9 @@ def _forward(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, VARLEN: tl.constexpr, RAW: tl.constexpr,
     BASE2: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    APART: tl.constexpr,
 ):
+    """APART: ``lse`` is read, and ``out`` is the ``stats`` of rows whose lse has lost its last places: only these are mended."""
     pid = tl.program_id(0)
     tile = pid % tiles
     if RIGHT:
@@ -259,12 +272,21 @@ def _forward(
         v += start_k * vs
         lse += start_q
         out += (start_q.to(tl.int64) * heads + head) * DV
+    elif APART:
+        out += (batch * lse_b + head * lse_h) * 3
     else:
         out += (batch * seq_q * heads + head) * DV
     first = tile * M
     row = first + tl.arange(0, M)
+    lost = row < seq_q
+    if APART:
+        log = tl.abs(tl.load(lse + row, mask=row < seq_q, other=0.0))
+        lost = (log > 1024.0) & (log < float("inf"))
+        if tl.sum(lost.to(tl.int32), 0) == 0:
+            return
     inside = tl.minimum(row, seq_q - 1)  # rows past the end read the last one and store nothing
     queries = _load_rows(q, inside.to(tl.int64), seq_q, qs, D, BLOCK_D, False)
+    SIZE: tl.constexpr = queries.dtype.primitive_bitwidth
     bounds = seq_k, seq_k - seq_q, left, right
     scales = scale, cap, into_cap
     slope = 0.0
@@ -277,30 +299,36 @@ def _forward(
         dropout_seed = tl.load(seed)
     plane = (batch * heads + head).to(tl.int32)
     low, full_low, full_high, high = _keys_of(first, bounds, M, N, LEFT, RIGHT)
-    acc = tl.zeros((M, BLOCK_DV), tl.float32)
+    acc = 0.0 if APART else tl.zeros((M, BLOCK_DV), tl.float32)
     most = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     if LEFT:
         acc, most, total = _walk_keys(
             acc, most, total, queries, k, v, row, low, full_low, ks, vs, bounds, scales, slope, bias_at,
             mask_at, dropout_seed, plane, drop,
-            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES)
+            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
     acc, most, total = _walk_keys(
         acc, most, total, queries, k, v, row, full_low, full_high, ks, vs, bounds, scales, slope, bias_at,
         mask_at, dropout_seed, plane, drop,
-        False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES)
+        False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
     acc, most, total = _walk_keys(
         acc, most, total, queries, k, v, row, full_high, high, ks, vs, bounds, scales, slope, bias_at,
         mask_at, dropout_seed, plane, drop,
-        True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES)
+        True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
     if SINK:
         logit = _in_base(tl.load(sink + head).to(tl.float32), BASE2)
         new = tl.maximum(most, logit)
         base = tl.where(new == float("-inf"), 0.0, new)
-        shrink = _exp(most - base, BASE2)
-        total = total * shrink + _exp(logit - base, BASE2)
-        acc = acc * shrink[:, None]
+        shrink = _exp(most - base, 0.0, BASE2, SIZE)
+        total = total * shrink + _exp(logit - base, 0.0, BASE2, SIZE)
+        if not APART:
+            acc = acc * shrink[:, None]
         most = new
+    if APART:
+        tl.store(out + row, most, mask=lost)
+        total = tl.where(lost, total, 1.0)
+        tl.store(out + 2 * lse_h + row, tl.log(total) if SIZE == 32 else tl.log2(total), mask=lost)
+        return
     total = tl.where(most == float("-inf"), 1.0, total)  # no key was seen: out 0, lse -inf
     factor = 1.0 / total
     if DROPOUT:
@@ -314,23 +342,23 @@ def _forward(
 
 
 @triton.jit
-def _statistics(at, far, row, end, BOUND: tl.constexpr):
-    """(lse in the kernels' base, delta) of rows, ``far`` apart; +inf and 0 for those from ``end`` on.
+def _statistics(at, far, row, end, BOUND: tl.constexpr, BIAS: tl.constexpr):
+    """(lse in the kernels' base, delta, with a bias rest) of rows, ``far`` apart; +inf and 0 for those from ``end`` on.
 
-    Both are read twice: with as many numbers as threads, each thread copies one into shared memory and takes from there
+    Some are read twice: with as many numbers as threads, each thread copies one into shared memory and takes from there
     what it needs. Of fewer, Triton 3.6 has every thread copy all that it needs by itself.
     """
-    at = at + (tl.arange(0, 4) % 2)[:, None] * far + row[None, :]
+    at = at + (tl.arange(0, 4) % (3 if BIAS else 2))[:, None] * far + row[None, :]
     if BOUND:
         four = tl.load(at, mask=(row < end)[None, :], other=0.0)
     else:
         four = tl.load(at)
     even, odd = tl.split(tl.reshape(tl.trans(four), (row.shape[0], 2, 2)))
-    log, _even = tl.split(even)
+    log, rest = tl.split(even)
     sums, _odd = tl.split(odd)
     if BOUND:
         log = tl.where(row < end, log, float("inf"))
-    return log, sums
+    return log, sums, rest
 
 
 @triton.jit(do_not_specialize=["ob", "os", "oh", "gb", "gs", "gh", "lb", "lh", "ls", "heads", "seq_q", "tiles"])
@@ -339,9 +367,11 @@ def _prepare(
     ob: "i64", os: "i64", oh: "i64", gb: "i64", gs: "i64", gh: "i64", lb: "i64", lh: "i64", ls: "i64",
     heads: "i32", seq_q: "i32", tiles: "i32",
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr,
-    DLSE: tl.constexpr, BASE2: tl.constexpr, ZERO: tl.constexpr, M: tl.constexpr,
+    DLSE: tl.constexpr, BASE2: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr,
 ):
     """stats [.., head, 2, row]: lse in the kernels' base, +inf where no key was seen, and delta = rowsum(dout out) - dlse.
+
+    With BIAS [.., head, 3, row]: the third, rest, is what lse lacks (see ``_exp``).
 
     ZERO: zeroes dq, which atomics add to.
     """
@@ -358,9 +388,11 @@ def _prepare(
     plane = (batch * heads + head) * seq_q
     log = tl.load(lse + plane + row, mask=row < seq_q, other=0.0)
     log = tl.where(log == float("-inf"), float("inf"), _in_base(log, BASE2))
-    stats += plane * 2
+    stats += plane * (3 if BIAS else 2)
     tl.store(stats + row, log, mask=row < seq_q)
     tl.store(stats + seq_q + row, sums, mask=row < seq_q)
+    if BIAS:
+        tl.store(stats + 2 * seq_q + row, tl.zeros((M,), tl.float32), mask=row < seq_q)
     if ZERO:
         dq += (batch * seq_q * heads + head) * D
         _store_rows(dq, tl.zeros((M, BLOCK_D), tl.float32), far, seq_q, heads.to(tl.int64) * D, D, BLOCK_D)
@@ -386,13 +418,13 @@ def _walk_queries(
             row = start + place
             queries = _load_rows(q + start * qs, place, seq_q - start, qs.to(tl.int32), D, BLOCK_D, BOUND)
             s = _dot(keys, queries.T, tl.zeros((N, M), tl.float32), PRECISION)
-            log, sums = _statistics(stats, far_sums, row, seq_q, BOUND)
+            log, sums, rest = _statistics(stats, far_sums, row, seq_q, BOUND, BIAS)
             inside = tl.minimum(row, seq_q - 1) if BOUND else row
             z, tanh = _score(
                 s, row[None, :], col[:, None], bounds, scales, slope, bias + inside[None, :] * bias_row * BIAS,
                 mask + inside[None, :] * mask_row * MASK, BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
             )
-            p = _exp(z - log[None, :], BASE2)
+            p = _exp(z - log[None, :], rest[None, :] if BIAS else 0.0, BASE2, keys.dtype.primitive_bitwidth)
             grads = _load_rows(dout + start * gs, place, seq_q - start, gs.to(tl.int32), DV, BLOCK_DV, BOUND)
             if DROPOUT:
                 kept = _keep(seed, plane, row, first_key, drop, M, N, True)
@@ -459,7 +491,7 @@ def _backward_keys(
     dout += batch * gb * UNIT
     dk += (part * dk_split + batch * dkb + key_head * dkh) * UNIT
     dv += (part * dv_split + batch * dvb + key_head * dvh) * UNIT
-    stats += batch * lse_b * 2
+    stats += batch * lse_b * (3 if BIAS else 2)
     dq_row = heads.to(tl.int64) * D
     if VARLEN:
         start_q = tl.load(ends_q + batch).to(tl.int64)
@@ -518,7 +550,7 @@ def _backward_keys(
         plane = (batch * heads + head).to(tl.int32)
         q_at = q + head * qh * UNIT
         g_at = dout + head * gh * UNIT
-        stats_at = stats + head * lse_h * 2
+        stats_at = stats + head * lse_h * (3 if BIAS else 2)
         dq_at = dq + head * D
         if RIGHT:
             dk_sum, dv_sum = _walk_queries(
@@ -546,7 +578,7 @@ def _backward_keys(
 
 @triton.jit
 def _walk_keys_back(
-    dq, queries, grads, log, sums, k, v, row, low, high, ks, vs, bounds, scales, slope, bias, mask,
+    dq, queries, grads, log, sums, rest, k, v, row, low, high, ks, vs, bounds, scales, slope, bias, mask,
     seed, plane, drop, keep_scale,
     BOUND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
@@ -566,7 +598,7 @@ def _walk_keys_back(
                 s, row[:, None], (start + place)[None, :], bounds, scales, slope, bias, mask,
                 BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
             )
-            p = _exp(z - log[:, None], BASE2)
+            p = _exp(z - log[:, None], rest[:, None] if BIAS else 0.0, BASE2, keys.dtype.primitive_bitwidth)
             if DROPOUT:
                 dp = tl.where(_keep(seed, plane, row, start, drop, M, N, False), dp * keep_scale, 0.0)
             dz = p * (dp - sums[:, None])
@@ -611,7 +643,7 @@ def _backward_queries(
     v += (batch * vb + head // group * vh) * UNIT
     dout += (batch * gb + head * gh) * UNIT
     dq += (batch * dqb + head * dqh) * UNIT
-    stats += (batch * lse_b + head * lse_h) * 2
+    stats += (batch * lse_b + head * lse_h) * (3 if BIAS else 2)
     if VARLEN:
         start_q = tl.load(ends_q + batch).to(tl.int64)
         start_k = tl.load(ends_k + batch).to(tl.int64)
@@ -633,6 +665,7 @@ def _backward_queries(
     stats_at = stats + inside
     log = tl.load(stats_at)
     sums = tl.load(stats_at + lse_h)
+    rest = tl.load(stats_at + 2 * lse_h) if BIAS else sums
     bounds = seq_k, seq_k - seq_q, left, right
     scales = scale, cap, into_cap
     slope = 0.0
@@ -648,14 +681,14 @@ def _backward_queries(
     total = tl.zeros((M, BLOCK_D), tl.float32)
     if LEFT:
         total = _walk_keys_back(
-            total, queries, grads, log, sums, k, v, row, low, full_low, ks, vs, bounds, scales, slope, bias_at,
+            total, queries, grads, log, sums, rest, k, v, row, low, full_low, ks, vs, bounds, scales, slope, bias_at,
             mask_at, dropout_seed, plane, drop, keep_scale,
             True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES)
     total = _walk_keys_back(
-        total, queries, grads, log, sums, k, v, row, full_low, full_high, ks, vs, bounds, scales, slope, bias_at, mask_at, dropout_seed, plane, drop, keep_scale,
+        total, queries, grads, log, sums, rest, k, v, row, full_low, full_high, ks, vs, bounds, scales, slope, bias_at, mask_at, dropout_seed, plane, drop, keep_scale,
         False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES)
     total = _walk_keys_back(
-        total, queries, grads, log, sums, k, v, row, full_high, high, ks, vs, bounds, scales, slope, bias_at,
+        total, queries, grads, log, sums, rest, k, v, row, full_high, high, ks, vs, bounds, scales, slope, bias_at,
         mask_at, dropout_seed, plane, drop, keep_scale,
         True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES)
     _store_rows(dq, total * back_scale, row.to(tl.int64), seq_q, dqs, D, BLOCK_D)
@@ -734,10 +767,11 @@ def _backward_bias(
                 True, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
             )
             plane = (b * heads + head).to(tl.int32)
-            stats_at = stats + (b * lse_b + head * lse_h) * 2 + row
+            stats_at = stats + (b * lse_b + head * lse_h) * 3 + row
             log = tl.load(stats_at, mask=row < seq_q, other=float("inf"))
             sums = tl.load(stats_at + lse_h, mask=row < seq_q, other=0.0)
-            p = _exp(z - log[:, None], BASE2)
+            rest = tl.load(stats_at + 2 * lse_h, mask=row < seq_q, other=0.0)
+            p = _exp(z - log[:, None], rest[:, None], BASE2, keys.dtype.primitive_bitwidth)
             grads = _load_rows(dout + (b * gb + head * gh) * UNIT, far, seq_q, gs * UNIT, DV, BLOCK_DV, False)
             values = _load_rows(
                 v + (b * vb + head // group * vh) * UNIT, col.to(tl.int64), seq_k, vs * UNIT, DV, BLOCK_DV, True)
@@ -878,7 +912,7 @@ class Form(NamedTuple):
     varlen: bool = False
     raw: bool = True
     precision: str = "ieee"  # of float32 products
-    base2: bool = True  # exponentials by exp2; float32 inputs see what it costs to round lse log2(e)
+    base2: bool = True  # exponentials by exp2; float32 inputs see what it costs to round lse log2(e), a bias overflows
 
     @property
     def heavy(self) -> bool:
@@ -898,11 +932,11 @@ class Form(NamedTuple):
 
 
 @functools.cache
-def forward_launch(form: Form, config: Config) -> Launch:
+def forward_launch(form: Form, config: Config, apart: bool = False) -> Launch:
     return _FORWARD.bind(
         **form.widths(), **form.edges(), BIAS=form.bias, MASK=form.mask, ALIBI=form.alibi, SINK=form.sink,
         DROPOUT=form.dropout, VARLEN=form.varlen, RAW=form.raw, BASE2=form.base2, PRECISION=form.precision, M=config.m, N=config.n,
-        STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
+        STAGES=config.num_stages, APART=apart, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -911,8 +945,9 @@ def prepare_launch(form: Form, dlse: bool, zero: bool) -> Launch:
     widths = form.widths()
     names = "D", "BLOCK_D", "DV", "BLOCK_DV", "UNIT"
     return _PREPARE.bind(
-        **{name: widths[name] for name in names}, DLSE=dlse, BASE2=form.base2, ZERO=zero, M=_PREPARE_ROWS, num_warps=4
-    )
+        **{name: widths[name] for name in names}, DLSE=dlse, BASE2=form.base2, ZERO=zero, BIAS=bool(form.bias),
+        M=_PREPARE_ROWS, num_warps=4,
+    )  # fmt: skip
 
 
 _PREPARE_ROWS = 32
@@ -1054,7 +1089,7 @@ def _plan(facts: _Facts) -> _Plan:
     d, dv = q_shape[-1], v_shape[-1]
     unit = unit_of(facts.dtype.itemsize, d, dv, *strides)
     plain = not facts.softcap and facts.bias is None and facts.slopes is None
-    base2 = facts.dtype.itemsize == 2
+    base2 = facts.dtype.itemsize == 2 and facts.bias is None
     (bias_unit, bias_strides), (mask_unit, mask_strides) = _plane(facts.bias), _plane(facts.mask)
     form = Form(
         d, dv, unit, facts.left >= 0, facts.right >= 0, facts.softcap > 0, bias_unit, mask_unit, facts.slopes is not None,
@@ -1132,8 +1167,8 @@ class _Call(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def _forward_call(facts) -> tuple[_Call, tuple, tuple]:
-    """(the kernel's call, out's shape, lse's shape)."""
+def _forward_call(facts, apart: bool = False) -> tuple[_Call, tuple, tuple]:
+    """(the kernel's call, out's shape, lse's shape); ``apart``: the call that mends backward's statistics."""
     plan = _plan(facts)
     form = plan.form
     config = choose_forward(form.d, form.dv, facts.dtype.itemsize, plan.card, form.heavy)
@@ -1142,7 +1177,7 @@ def _forward_call(facts) -> tuple[_Call, tuple, tuple]:
         *plan.inputs, *plan.extras, plan.heads, plan.group, plan.seq_q, plan.seq_k, tiles, facts.left, facts.right,
         *plan.numbers, plan.drop,
     )  # fmt: skip
-    call = _Call(forward_launch(form, config), tiles * plan.heads * plan.batch, scalars)
+    call = _Call(forward_launch(form, config, apart), tiles * plan.heads * plan.batch, scalars)
     lse = (plan.heads, facts.q[0][0]) if form.varlen else (plan.batch, plan.heads, plan.seq_q)
     return call, (*facts.q[0][:-1], form.dv), lse
 
@@ -1270,16 +1305,20 @@ def backward(
         dout = dout.contiguous()
     options = _dense_options(options, k.shape[1])
     varlen = options.cu_seqlens_q is not None
+    facts = _facts(q, k, v, options)
     plan = _backward_plan(
-        _facts(q, k, v, options), dout.stride(), out.stride(), None if dlse is None else dlse.stride(), needs,
+        facts, dout.stride(), out.stride(), None if dlse is None else dlse.stride(), needs,
         options.deterministic,
     )  # fmt: skip
     like = torch.zeros_like if varlen else torch.empty_like  # zeros for rows that belong to no sequence
     dq = dk = dv = dbias = dsink = None
-    stats = torch.empty((*lse.shape[:-1], 2, lse.shape[-1]), dtype=torch.float32, device=lse.device)
+    numbers = 2 if options.bias is None else 3
+    stats = torch.empty((*lse.shape[:-1], numbers, lse.shape[-1]), dtype=torch.float32, device=lse.device)
     sum_q = torch.empty(q.shape, dtype=torch.float32, device=q.device) if plan.fused else q
     plan.prepare(out, dout, lse, q if dlse is None else dlse, stats, sum_q)
-    bias, mask, slopes, _, seed, ends_q, ends_k = _extras(q, options)
+    bias, mask, slopes, _, seed, ends_q, ends_k = extras = _extras(q, options)
+    if options.bias is not None:
+        _forward_call(facts, True)[0](q, k, v, *extras, stats, lse)
     read = q, k, v, bias, mask, slopes, seed, ends_q, ends_k, dout, stats
     if plan.keys:
         if plan.parts == 1:
@@ -1306,6 +1345,9 @@ def backward(
     if want_sink:
         logit = options.sink.to(torch.float32)[:, None]
         share = torch.exp(logit - lse.masked_fill(lse == float("-inf"), float("inf")))
+        if options.bias is not None:
+            rest = stats[..., 2, :]
+            share = torch.exp(logit - stats[..., 0, :]) * (torch.exp(-rest) if q.itemsize == 4 else torch.exp2(-rest))
         dsink = -(share * stats[..., 1, :]).sum(-1 if varlen else (0, 2)).to(options.sink.dtype)
     return dq, dk if want_k else None, dv if want_v else None, dbias, dsink
 
@@ -1351,10 +1393,13 @@ def compile_cases(lanes: int):
             for suffix, options in {"": {}, "-causal": causal, "-bias": bias}.items():
                 if suffix == "-bias" and d > 128:
                     continue
-                form = plain._replace(**options)
+                form = plain._replace(**options, base2=plain.base2 and suffix != "-bias")
                 inner = form._replace(raw=False)
                 forward = forward_launch(form._replace(raw=suffix != "-bias"), choose_forward(*call, form.heavy))
                 yield case(f"{shape}/fwd{suffix}", forward, (t, t, t, *more, t, "*fp32"))
+                if suffix == "-bias":
+                    apart = forward_launch(inner, choose_forward(*call, form.heavy), True)
+                    yield case(f"{shape}/apart", apart, (t, t, t, *more, "*fp32", "*fp32"), access_bits=32)
                 keys = keys_launch(inner, choose_fused(*call), True, choose_keys(*call, form.heavy))
                 yield case(f"{shape}/keys{suffix}", keys, (*read, "*fp32", t, t))
                 yield case(
@@ -1362,7 +1407,7 @@ def compile_cases(lanes: int):
                 )
             prepare = prepare_launch(plain, True, False)
             yield case(f"{shape}/prepare", prepare, (t, t, "*fp32", "*fp32", "*fp32", "*fp32"), access_bits=32)
-            to_bias = bias_launch(plain._replace(bias=8, raw=False), False, True, True, choose_bias(*call))
+            to_bias = bias_launch(plain._replace(bias=8, raw=False, base2=False), False, True, True, choose_bias(*call))
             yield case(f"{shape}/bias", to_bias, (t, t, t, t, "*u8", "*fp32", "*i64", t, "*fp32", t), access_bits=16)
 
 

@@ -468,6 +468,8 @@ def test_masks_of_torch_and_ours_are_not_given_together():
         layer(*xs, attn_mask=mask, attention_mask=mask)
     with pytest.raises(ValueError, match="from_torch knows no add_bias_kv"):
         trinix.FastMultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, add_bias_kv=True))
+    with pytest.raises(TypeError, match=r"from_torch wants a torch\.nn\.MultiheadAttention, got Linear"):
+        trinix.FastMultiHeadAttention.from_torch(nn.Linear(12, 3))
 
 
 # ---- what modules must survive --------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def ops_table() -> str:
     for name, (op, _) in sorted(ops.EXPLAIN.items()):
         arguments = arguments_of.get(name, (x,))
         states = []
-        for backend in ("triton", "torch"):
+        for backend in sys.modules[op.__module__].BACKENDS:
             try:
                 ops.explain(op, *arguments, backend=backend)
                 states.append(f"{backend}: runs here")

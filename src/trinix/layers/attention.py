@@ -451,6 +451,10 @@ class FastMultiHeadAttention(_FastAttention):
         >>> torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
         True
         """
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(
+                f"FastMultiHeadAttention: from_torch wants a torch.nn.MultiheadAttention, got {type(module).__name__}"
+            )
         if module.bias_k is not None:
             raise ValueError("FastMultiHeadAttention: from_torch knows no add_bias_kv; make the module without it")
         out = module.out_proj

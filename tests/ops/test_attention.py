@@ -224,6 +224,28 @@ def test_views_of_a_packed_projection_and_expanded_gradients(fused):
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 20, 1), (1, 2, 20, 1), (2, 1, 1, 1), (20, 1), (1,), ()])
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_numbers_that_all_keys_share(name, shape):
+    """Read in place; gradients add up over what a bias lacks."""
+    given = number(*shape) if name == "bias" else number(*shape) > -0.5
+    case = make(2, 20, 40, 2, 1, 16, causal=True, **{name: given})
+    results = case.results("triton")
+    if name == "bias":  # that changes lse alone: rounding is all that is left of out's share
+        _, got, _, true = results.pop()
+        torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-5)
+    assert not [str(v) for v in (judge(*four) for four in results) if not v.ok]
+
+
+def test_a_bias_or_mask_that_all_keys_share_is_not_copied():
+    mask = torch.ones(1, 1, 2**20, 1, dtype=torch.bool).expand(-1, -1, -1, 2**20)
+    bias = torch.ones(1, 1, 2**20, 1).expand(-1, -1, -1, 2**20)
+    for one in (mask, mask[..., :1]):
+        options = kernels._dense_options(contract.Options(mask=one, bias=bias))
+        assert options.mask is one
+        assert options.bias is bias
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (3,), (4,)])
 def test_only_wanted_gradients_are_made_and_they_are_the_same(wanted):
     tensors = [*make(1, 17, 20, 2, 1, 16).inputs, number(2, 17, 20), number(2)]
@@ -560,6 +582,29 @@ def test_compiled_whole_with_tensors_among_the_options(options):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_formula_compiles_whole_with_lengths(backend):
+    q, k, v = (t[0].requires_grad_() for t in make(1, 8, 9, 2, 1, 16).inputs)
+    options = {"cu_seqlens_q": ends(0, 3, 7), "cu_seqlens_k": ends(0, 4, 9), "max_seqlen_q": 4, "max_seqlen_k": 5}
+
+    def run(q, k, v, options):
+        return attention(q, k, v, causal=True, return_lse=True, backend=backend, **options)
+
+    got, wanted = torch.compile(run, backend="aot_eager", fullgraph=True)(q, k, v, options), run(q, k, v, options)
+    torch.testing.assert_close(got, wanted)
+    seen_rows = torch.arange(8) < 7  # the others have lse -inf
+    got, wanted = (
+        torch.autograd.grad(out.square().sum() + lse[:, seen_rows].sum(), [q, k, v]) for out, lse in (got, wanted)
+    )
+    torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        empty = torch.compile(run, backend="aot_eager", fullgraph=True)(
+            q[:0], k, v, options | {"cu_seqlens_q": ends(0, 0, 0)}
+        )
+    assert empty[0].shape == (0, 2, 16)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_backward_has_a_gradient_of_lse_only_where_lse_was_returned(monkeypatch):
     given = []
     backward = kernels.backward
@@ -583,6 +628,62 @@ def test_compiled_a_named_backend_is_asked_when_it_runs(backend):
     leaves = [t.requires_grad_() for t in make(1, 8, 9, 2, 1, 16).inputs]
     with pytest.raises(trinix.dispatch.Unsupported, match="got cpu"):
         torch.compile(loss_of(backend), backend="aot_eager", fullgraph=True)(*leaves)
+
+
+# ---- autocast ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+def test_autocast_casts_as_for_pytorchs_attention(backend, compiled):
+    """The results are those of inputs of its dtype, out's dtype is its dtype, gradients have their leaves' dtypes."""
+    leaves = [t.requires_grad_() for t in make(1, 8, 9, 2, 1, 16).inputs]
+    dout = normal((1, 8, 2, 16), torch.float32, seed=4)
+
+    def run(q, k, v):
+        out, lse = attention(q, k, v, bias=bias, causal=True, return_lse=True, backend=backend)
+        return out, lse
+
+    bias = torch.zeros(8, 9)
+    bias[3] = torch.finfo(torch.float32).min  # in bfloat16 -inf
+    one = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = one(*leaves)
+        q, k, v = (t.transpose(1, 2) for t in leaves)
+        theirs = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        assert attention(leaves[0].bfloat16(), *leaves[1:], backend=backend).dtype == torch.bfloat16
+    low = [t.detach().bfloat16().requires_grad_() for t in leaves]
+    wanted, wanted_lse = run(*low)
+    assert out.dtype == theirs.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    same((out, lse), (wanted, wanted_lse))
+    grads = torch.autograd.grad(out, leaves, dout.bfloat16())
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+    # torch.compile has the formula's backward under autocast as well
+    close = {"rtol": 0.03, "atol": 0.01} if compiled and backend != "triton" else {"rtol": 0, "atol": 0}
+    wanted = torch.autograd.grad(wanted, low, dout.bfloat16())
+    torch.testing.assert_close([g.bfloat16() for g in grads], list(wanted), **close)
+
+
+def test_autocast_leaves_float64_and_other_devices_alone():
+    q, k, v = make(1, 4, 4, 2, 1, 16, dtype=torch.float64).inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(q, k, v), attention(q, k, v, backend="torch"))
+        assert attention(q, k, v).dtype == torch.float64
+        meta = [t.float().to("meta") for t in (q, k, v)]
+        assert attention(*meta).dtype == torch.float32
+        assert trinix.explain(attention, q.float(), k.bfloat16(), v.float()).backend == "torch"
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        assert attention(q.float(), k.float(), v.float()).dtype == torch.float32
+
+
+def test_a_call_like_one_before_is_cast_under_autocast():
+    q, k, v = make(1, 4, 4, 2, 1, 16).inputs
+    for _ in range(2):
+        assert attention(q, k, v, backend="triton").dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attention(q, k, v, backend="triton").dtype == torch.bfloat16
 
 
 def test_a_dispatch_mode_sees_one_operator_a_pass():
@@ -785,6 +886,38 @@ def test_on_the_card_gradients_of_rows_that_a_bias_of_low_numbers_hides(low, d):
     for got, wanted in zip(*results, strict=True):
         error = (got - wanted).float().norm() / wanted.float().norm()
         assert error < 0.01
+
+
+@gpu
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("shape", [(2, 1, 513, 1), (2, 4, 1, 1), (1,)])
+def test_on_the_card_numbers_that_all_keys_share(shape, d):
+    device = {"device": "cuda"}
+    for options in (
+        {"mask": number(*shape, **device) > -0.5},
+        {"bias": number(*shape, **device).expand(*shape[:-1], 640)},
+    ):
+        case = make(2, 513, 640, 4, 2, d, dtype=torch.bfloat16, causal=True, **options, **device)
+        results = [four for four in case.results("triton") if four[0] != "dbias"]  # sums that cancel
+        assert not [str(v) for v in (judge(*four) for four in results) if not v.ok]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_on_the_card_autocast_casts_as_for_pytorchs_attention(dtype):
+    leaves = [t.requires_grad_() for t in make(2, 256, 256, 4, 2, 64, device="cuda").inputs]
+    dout = normal((2, 256, 4, 64), dtype, seed=4, device="cuda")
+    low = [t.detach().to(dtype).requires_grad_() for t in leaves]
+    options = {"causal": True, "deterministic": True}
+    for _ in range(2):
+        with torch.autocast("cuda", dtype):
+            out = attention(*leaves, **options)
+        wanted = attention(*low, **options)
+        assert out.dtype == dtype
+        same(out, wanted)
+        grads = torch.autograd.grad(out, leaves, dout)
+        assert [g.dtype for g in grads] == [torch.float32] * 3
+        same([g.to(dtype) for g in grads], list(torch.autograd.grad(wanted, low, dout)))
 
 
 @gpu

@@ -19,7 +19,8 @@ Shapes: q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], H a multiple of Hk
 out [B, Sq, H, Dv], lse [B, H, Sq]. Variable lengths: q [T, H, D], k [Tk, Hk, D], v [Tk, Hk, Dv], sequence b being the rows
 cu_seqlens[b] to cu_seqlens[b + 1]; out [T, H, Dv], lse [H, T]; rows behind the last sequence give 0 and -inf.
 
-dtypes: q, k, v, out of one floating dtype; lse float32 (float64 for float64), the natural logarithm. Scores, softmax and sums
+dtypes: q, k, v, out of one floating dtype, under ``torch.autocast`` its dtype, to which q, k and v are cast (not float64, and not
+the options: a bias as low as float32's least number would be -inf in bfloat16), as PyTorch casts them for its own attention; lse float32 (float64 for float64), the natural logarithm. Scores, softmax and sums
 are float32 inside the kernels, probabilities and dz are rounded to the inputs' dtype before they are multiplied; float32
 inputs are multiplied as float32, not as TF32. Differentiable in q, k, v, bias and sink, and through lse.
 
@@ -189,8 +190,7 @@ def attention(
         window: (left, right), how many keys before and after its own place a query sees; None: no bound.
         scale: of q k^T; 1 / sqrt(D) if None.
         softcap: the bound that tanh gives to scores; 0 for none.
-        bias: added to the scores, floating point, broadcastable to ``[B, H, Sq, Sk]`` but for Sk, which it must have; gets a
-            gradient of its own shape.
+        bias: added to the scores, floating point, broadcastable to ``[B, H, Sq, Sk]``; gets a gradient of its own shape.
         mask: bool, broadcastable to ``[B, H, Sq, Sk]``, True where a key is seen; ``[B, 1, 1, Sk]`` hides padding.
         alibi_slopes: ``[H]`` or ``[B, H]``; no gradient.
         sink: ``[H]``, a logit of each head that joins the normaliser.
@@ -215,9 +215,12 @@ def attention(
     >>> trinix.ops.attention(q, q, v, causal=True).flatten().tolist()
     [1.0, 2.0]
     """
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._is_any_autocast_enabled():
+        q, k, v = _cast(q, k, v)
     key = None
     if (
-        not torch.compiler.is_compiling()
+        not compiling
         and bias is None and mask is None and alibi_slopes is None and sink is None and cu_seqlens_q is None
         and cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None and dropout_p == 0
     ):  # fmt: skip
@@ -237,14 +240,16 @@ def attention(
     if named != "auto":
         dispatch.check_name("attention", BACKENDS, named)
         # torch.compile has no addresses to look at: there the operator asks, when it runs
-        for backward in () if torch.compiler.is_compiling() else (False, True) if grad else (False,):
+        for backward in () if compiling else (False, True) if grad else (False,):
             dispatch.load_named("attention", BACKENDS, named, q, k, v, options, backward)
     elif not q.is_cuda:
         named = "torch"
     if named == "torch" or not q.numel() or not k.numel() or not v.numel():
-        out, lse = reference.forward(q, k, v, options)
-        return (out, lse) if return_lse else out
-    if torch.compiler.is_compiling() or not dispatch.plain(*_tensors(q, k, v, options)):
+        if not compiling or cu_seqlens_q is None:
+            out, lse = reference.forward(q, k, v, options)
+            return (out, lse) if return_lse else out
+        named = "torch"  # as an operator: it reads the lengths, which a graph may not
+    if compiling or not dispatch.plain(*_tensors(q, k, v, options)):
         out, lse = _registered(q, k, v, options, named, grad, return_lse)
         return (out, lse) if return_lse else out
     pair = (named, named) if named != "auto" else pick(q, k, v, options, grad)
@@ -310,6 +315,15 @@ class _PreparedAttention(torch.autograd.Function):
 
 
 _apply_prepared = dispatch.apply_of(_PreparedAttention)
+
+
+def _cast(*tensors):
+    """q, k and v in autocast's dtype where it is on for q's device; it knows no meta device."""
+    q = tensors[0]
+    if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
+        return tensors
+    dtype, wide = torch.get_autocast_dtype(q.device.type), torch.float64
+    return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != wide else t for t in tensors]
 
 
 def _wants_gradient(q, k, v, options) -> bool:
@@ -450,12 +464,9 @@ def _broadcastable(name, t, q, k, dims):
         raise ValueError(
             f"attention: {name} must be broadcastable to [B, H, Sq, Sk] = {list(full)}, got shape {list(t.shape)}"
         )
-    if name == "bias" and (not t.ndim or t.shape[-1] != full[-1]):
-        raise ValueError(
-            f"attention: the last dimension of bias must be Sk = {full[-1]}, got shape {list(t.shape)}; a bias that all keys "
-            "share changes nothing but lse"
-        )
-    return t.reshape((1,) * (4 - t.ndim) + t.shape) if t.ndim < 4 else t
+    t = t.reshape((1,) * (4 - t.ndim) + t.shape) if t.ndim < 4 else t
+    # its gradient is made for every key, and autograd adds them up
+    return t.expand(-1, -1, -1, full[-1]) if name == "bias" and t.shape[-1] != full[-1] else t
 
 
 def _check_vector(name, t, q):
@@ -752,10 +763,11 @@ def explain(op, q: Tensor, *args, **kwargs) -> Explanation:
     call = inspect.signature(op).bind(q, *args, **kwargs)
     call.apply_defaults()
     given = call.arguments
+    given["q"], given["k"], given["v"] = _cast(q, given["k"], given["v"])
     backend, _ = given.pop("backend"), given.pop("return_lse")
     with torch.random.fork_rng([q.device] if q.is_cuda else []):  # dropout draws a seed
         options = checked(*given.values())
-    k, v = given["k"], given["v"]
+    q, k, v = given["q"], given["k"], given["v"]
     backend = dispatch.resolve(backend)
     dispatch.check_name("attention", BACKENDS, backend)
     grad = torch.is_grad_enabled() and _wants_gradient(q, k, v, options)

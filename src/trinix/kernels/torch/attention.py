@@ -21,6 +21,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     """(out, lse); ``options`` is ``trinix.ops.attention.Options``."""
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # which would round scores to its dtype
+        with torch.autocast(q.device.type, enabled=False):
+            return forward(q, k, v, options)
     if options.cu_seqlens_q is None:
         return _dense(q, k, v, options, 0)
     ends_q, ends_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()

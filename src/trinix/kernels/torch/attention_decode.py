@@ -23,6 +23,9 @@ def append(k_cache, v_cache, cache_seqlens, k_new, v_new, page_table) -> None:
 
 def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # which would round scores to its dtype
+        with torch.autocast(q.device.type, enabled=False):
+            return forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options)
     length = cache_seqlens
     if k_new is not None:
         append(k_cache, v_cache, cache_seqlens, k_new, v_new, page_table)

@@ -93,7 +93,8 @@ def _score(
 ):  # fmt: skip
     """(scores times log2(e) with BASE2, tanh of the cap) of s = q k^T. ``row`` and ``col`` broadcast to s, one way or the other.
 
-    ``bias`` and ``mask`` are the addresses of the rows. RAW: leaves out the scale, which is then the caller's affair.
+    ``bias`` and ``mask`` are the addresses of the rows; BIAS or MASK below 0: all keys share what stands there. RAW: leaves out
+    the scale, which is then the caller's affair.
     """
     seq_k, shift, left, right = bounds
     scale, cap, into_cap = scales
@@ -108,7 +109,9 @@ def _score(
     if ALIBI:
         z -= slope * tl.abs(row + shift - col).to(tl.float32)
     if BIAS:
-        if BOUND:
+        if BIAS < 0:
+            extra = tl.load(bias)
+        elif BOUND:
             extra = tl.load(bias + col, mask=col < seq_k, other=0.0)
         else:
             extra = tl.load(bias + col)
@@ -121,7 +124,9 @@ def _score(
             visible &= col >= row + (shift - left)
         z = tl.where(visible, z, float("-inf"))
     if MASK:
-        if BOUND:
+        if MASK < 0:
+            shown = tl.load(mask)
+        elif BOUND:
             shown = tl.load(mask + col, mask=col < seq_k, other=0)
         else:
             shown = tl.load(mask + col)
@@ -904,7 +909,7 @@ class Form(NamedTuple):
     left: bool = False
     right: bool = False
     cap: bool = False
-    bias: int = 0  # 0: none; else the number of elements that its strides are counted in
+    bias: int = 0  # 0: none; else the number of elements that its strides are counted in, below 0 where keys share it
     mask: int = 0
     alibi: bool = False
     sink: bool = False
@@ -1063,11 +1068,11 @@ def _three(shape, stride) -> tuple:
 
 
 def _plane(facts) -> tuple[int, tuple]:
-    """(the unit of its strides, strides of (batch, head, row)) of a bias or a mask."""
+    """(the unit of its strides, strides of (batch, head, row)) of a bias or a mask; negative units where all keys share a number."""
     if facts is None:
         return 0, (0, 0, 0)
-    strides = [0 if n == 1 else s for n, s in zip(*facts, strict=True)][:3]
-    unit = 8 if all(s % 8 == 0 for s in strides) else 1
+    *strides, step = [0 if n == 1 else s for n, s in zip(*facts, strict=True)]
+    unit = (8 if all(s % 8 == 0 for s in strides) else 1) * (1 if step else -1)
     return unit, tuple(s // unit for s in strides)
 
 
@@ -1130,13 +1135,13 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _dense_options(options, seq_k: int):
-    """With bias and mask dense in their last dimension."""
+def _dense_options(options):
+    """With bias and mask dense in their last dimension, or shared by all keys."""
     bias, mask = options.bias, options.mask
-    if bias is not None:
+    if bias is not None and bias.stride(-1):
         options = options._replace(bias=_dense(bias))
-    if mask is not None:
-        options = options._replace(mask=_dense(mask if mask.shape[-1] == seq_k else mask.expand(-1, -1, -1, seq_k)))
+    if mask is not None and mask.stride(-1):
+        options = options._replace(mask=_dense(mask))
     return options
 
 
@@ -1183,7 +1188,7 @@ def _forward_call(facts, apart: bool = False) -> tuple[_Call, tuple, tuple]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
-    q, k, v, options = _dense(q), _dense(k), _dense(v), _dense_options(options, k.shape[1])
+    q, k, v, options = _dense(q), _dense(k), _dense(v), _dense_options(options)
     call, shape, lse_shape = _forward_call(_facts(q, k, v, options))
     if options.cu_seqlens_q is None:
         out = torch.empty(shape, dtype=q.dtype, device=q.device)
@@ -1303,7 +1308,7 @@ def backward(
     q, k, v, out, dout, lse = _dense(q), _dense(k), _dense(v), _dense(out), _dense(dout), lse.contiguous()
     if dout.stride(dout.ndim - 3) >= _MOST_STRIDE:
         dout = dout.contiguous()
-    options = _dense_options(options, k.shape[1])
+    options = _dense_options(options)
     varlen = options.cu_seqlens_q is not None
     facts = _facts(q, k, v, options)
     plan = _backward_plan(

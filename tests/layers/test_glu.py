@@ -333,6 +333,8 @@ def test_arguments_that_do_not_fit_are_named():
 
 
 def test_an_input_of_another_width_is_named():
+    with pytest.raises(TypeError, match="FastSwiGLU: x must be a tensor, got list"):
+        trinix.FastSwiGLU(16, 32)([1.0])
     with pytest.raises(ValueError, match=r"FastSwiGLU: x must be \[\.\.\., 16\], got \[2, 17\]; input_dim"):
         trinix.FastSwiGLU(16, 32)(torch.ones(2, 17))
     with pytest.raises(ValueError, match=r"FastSwiGLU: x must be \[\.\.\., 16\], got \[\]; input_dim"):

@@ -62,6 +62,8 @@ def test_an_unknown_activation_is_refused(activation):
 
 
 def test_sizes_below_one_are_refused():
+    with pytest.raises(TypeError, match="head_mlp: x must be a floating-point tensor, got list"):
+        trinix.FlashMLP(2, 4, 4)([1.0])
     with pytest.raises(TypeError, match="FlashMLP: use_triton must be None, True or False, got 'no'"):
         trinix.FlashMLP(2, 4, 4, use_triton="no")
     with pytest.raises(ValueError, match="num_heads must be an int from 1 on, got 0"):

@@ -134,6 +134,19 @@ def test_a_prompt_without_tokens_is_refused():
         made("llama").generate(torch.zeros(1, 0, dtype=torch.int64), 2)
 
 
+def test_tokens_and_caches_that_do_not_fit_are_named():
+    model, tokens = made("llama"), torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"tokens must be \[B, S\] with a token at least, got list"):
+        model.generate([[1, 2]], 2)
+    with pytest.raises(ValueError, match=r"caches must be one a block, 2, got 1; self\.caches makes them"):
+        model(tokens, model.caches(1, 8)[:1])
+    with pytest.raises(ValueError, match="Decoder: page_size must be an int from 1 on, got 0"):
+        model.caches(1, 8, "paged", 0)
+    with pytest.raises(ValueError, match="text must have more than length = 64 bytes, got 3"):
+        models.train(model, "abc", 1)
+    torch.testing.assert_close(model.loss(tokens.int()), model.loss(tokens))
+
+
 def test_an_unknown_cache_is_refused():
     with pytest.raises(ValueError, match="kind must be 'static', 'dynamic' or 'paged', got 'lazy'"):
         made("gpt").caches(1, 8, "lazy")

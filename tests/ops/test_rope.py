@@ -994,6 +994,16 @@ def test_the_modules_table_grows_keeps_float32_and_moves(device):
     same(module.to_empty(device=device).sin, lazy.sin)
 
 
+def test_a_module_leaves_what_is_no_query_to_the_op():
+    module = trinix.FastRoPEPositionEmbedding(8)
+    with pytest.raises(TypeError, match="rope: q must be floating-point, got list"):
+        module([1.0])
+    with pytest.raises(ValueError, match=r"rope: q must be \[B, S, H, D\] or \[T, H, D\], got \[2, 8\]"):
+        module(torch.ones(2, 8))
+    with pytest.raises(TypeError, match="rope: offset must be an int"):
+        module(torch.ones(1, 2, 1, 8), offset=None)
+
+
 def test_a_module_with_wrong_arguments_is_refused_by_its_name():
     for wrong in (7, 0, -2, 8.0, True, [8]):
         with pytest.raises(ValueError, match="FastRoPEPositionEmbedding: dim must be an even int from 2 on, got"):

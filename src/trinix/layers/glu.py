@@ -68,6 +68,8 @@ class _FastGLU(nn.Module):
         self.down_proj = FastLinear(hidden_dim, output_dim, bias, device, dtype) if output_dim else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__}: x must be a tensor, got {type(x).__name__}")
         if x.shape[-1:] != (self.input_dim,):
             raise ValueError(
                 f"{type(self).__name__}: x must be [..., {self.input_dim}], got {list(x.shape)}; input_dim is the last dimension"

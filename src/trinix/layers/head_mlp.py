@@ -74,7 +74,7 @@ class FlashMLP(nn.Module):
     def _call(self, x: Tensor, backend: str) -> Tensor:
         return ops.head_mlp(
             x, self.w1, self.w2, self.activation, b1=self.b1, b2=self.b2, w_gate=self.w_gate,
-            reduce="mean" if x.dim() == 2 else None, backend=backend,
+            reduce="mean" if isinstance(x, Tensor) and x.dim() == 2 else None, backend=backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -140,6 +140,10 @@ class Decoder(nn.Module):
         Args:
             caches: one a block, from ``self.caches``; the tokens follow what they hold.
         """
+        if caches is not None and len(caches) != len(self.blocks):
+            raise ValueError(
+                f"Decoder: caches must be one a block, {len(self.blocks)}, got {len(caches)}; self.caches makes them"
+            )
         x = self.embedding(tokens)
         h = torch.zeros_like(x)
         if self.positions is not None:
@@ -161,10 +165,11 @@ class Decoder(nn.Module):
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of every token given those before it, in float32."""
         logits = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten().long())
 
     def caches(self, batch: int, capacity: int, kind: str = "static", page_size: int = 16) -> list:
         """An empty cache for every block: "static", "dynamic" or "paged"; latent attention has its own, which is static."""
+        check_sizes("Decoder", page_size=page_size)
         caches = [self._cache(block.attention, batch, capacity, kind, page_size) for block in self.blocks]
         if kind != "dynamic":
             for cache in caches[:-1]:
@@ -196,10 +201,9 @@ class Decoder(nn.Module):
             kind: of the caches; None computes the whole sequence again for every token.
             graph: steps are replays of a CUDA graph; not for dynamic caches.
         """
-        if tokens.dim() != 2 or not tokens.shape[1]:
-            raise ValueError(
-                f"Decoder: tokens must be [B, S] with a token at least, got {list(tokens.shape)}; begin with one"
-            )
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not tokens.shape[1]:
+            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"Decoder: tokens must be [B, S] with a token at least, got {got}; begin with one")
         check_sizes("Decoder", 0, steps=steps)
         if graph and kind in (None, "dynamic"):
             raise ValueError(
@@ -270,6 +274,8 @@ def train(
 ) -> list[float]:
     """AdamW on random pieces of ``text``, a token a byte; the loss of every step."""
     data = torch.tensor(list(text.encode()), dtype=torch.int64)
+    if len(data) <= length:
+        raise ValueError(f"train: text must have more than length = {length} bytes, got {len(data)}; give a longer one")
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)

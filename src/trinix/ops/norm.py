@@ -193,7 +193,13 @@ def _checked_shape(op: str, x, normalized_shape, weight, bias) -> tuple[int, ...
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{op}: x must be a floating-point tensor, got {got}; convert it with x.float()")
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if isinstance(normalized_shape, int):
+        shape = (normalized_shape,)
+    elif isinstance(normalized_shape, (tuple, list, Sequence)):  # a tuple is found without asking the abstract class
+        shape = tuple(normalized_shape)
+    else:
+        got = type(normalized_shape).__name__
+        raise TypeError(f"{op}: normalized_shape must be an int or a tuple of ints, got {got}; it stands before weight")
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"{op}: normalized_shape must be the last dimensions of x, whose shape is {list(x.shape)}, got {list(shape)}"
@@ -201,6 +207,8 @@ def _checked_shape(op: str, x, normalized_shape, weight, bias) -> tuple[int, ...
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor or None, got {type(t).__name__}")
         if t.shape != shape:
             raise ValueError(f"{op}: {name} must have the shape {list(shape)}, got {list(t.shape)}; reshape it")
         if not t.is_floating_point():
@@ -308,8 +316,8 @@ def _formula_gradients(formula, inputs, wanted, dy):
 
 def _checked_residual(op: str, x: Tensor, residual, p: float) -> tuple[Tensor, Tensor]:
     """(x, residual) after the checks, in one dtype."""
-    if not 0 <= p < 1:
-        raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {p}")
+    if not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {p!r}")
     if isinstance(residual, Tensor) and residual.shape == x.shape:
         if residual.dtype == x.dtype:
             return x, residual

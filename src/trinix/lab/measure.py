@@ -47,7 +47,7 @@ class Gpu:
         self.l2_bytes = l2_bytes or torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(max(4 * self.l2_bytes, 64 << 20), dtype=torch.int8, device="cuda")
 
-    def device_ms(self, calls: Mapping[str, Callable], *, rounds: int = 10, budget_s: float = 0.6) -> dict[str, Spread]:
+    def device_ms(self, calls: Mapping[str, Callable], *, rounds: int = 10, budget_s: float = 0.45) -> dict[str, Spread]:
         """Time several calls interleaved: round by round, each in turn, the starting one rotating.
 
         A call that launches nothing shows the events' own distance (about 1.5 us); it is reported as 0.
@@ -95,7 +95,7 @@ class Gpu:
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 25, budget_s: float = 0.3) -> dict[str, float]:
+    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 25, budget_s: float = 0.2) -> dict[str, float]:
         """Microseconds to enqueue a call: the best loop of many interleaved rounds, the GPU idle before each.
 
         The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival. A loop
@@ -110,7 +110,7 @@ class Gpu:
         return {n: min(s) for n, s in sample.items()}
 
     def wall_ms(
-        self, calls: Mapping[str, Callable], *, rounds: int = 30, loop_ms: float = 4.0, budget_s: float = 0.4
+        self, calls: Mapping[str, Callable], *, rounds: int = 30, loop_ms: float = 4.0, budget_s: float = 0.25
     ) -> dict[str, float]:
         """Milliseconds a call, back to back, one synchronisation at the end of each loop; medians of interleaved rounds."""
         cost = {call: _loop_ms(call, 2, warm=1) for call in calls.values()}

@@ -1,5 +1,6 @@
 """Attention: every option and backend against float64, both passes; what is refused; what the dispatcher does."""
 
+import contextlib
 import random
 
 import pytest
@@ -710,6 +711,18 @@ def test_fake_tensors_run_no_kernel(monkeypatch):
         out, lse = attention(q, k, k, return_lse=True, backend="triton")
         out.sum().backward()
     assert (out.shape, lse.shape, lse.dtype, q.grad.shape) == (q.shape, (2, 4, 8), torch.float32, q.shape)
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake"])
+def test_lengths_without_values_give_shapes(mode):
+    device = "meta" if mode == "meta" else "cpu"
+    with FakeTensorMode() if mode == "fake" else contextlib.nullcontext():
+        q, k = torch.empty(8, 4, 16, device=device, requires_grad=True), torch.empty(9, 2, 16, device=device)
+        seqlens = torch.empty(3, dtype=torch.int32, device=device)
+        lengths = {"cu_seqlens_q": seqlens, "cu_seqlens_k": seqlens, "max_seqlen_q": 5, "max_seqlen_k": 6}
+        out, lse = attention(q, k, k, **lengths, return_lse=True)
+        out.sum().backward()
+    assert (out.shape, lse.shape, q.grad.shape) == (q.shape, (4, 8), q.shape)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -47,7 +47,9 @@ class Gpu:
         self.l2_bytes = l2_bytes or torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(max(4 * self.l2_bytes, 64 << 20), dtype=torch.int8, device="cuda")
 
-    def device_ms(self, calls: Mapping[str, Callable], *, rounds: int = 10, budget_s: float = 0.45) -> dict[str, Spread]:
+    def device_ms(
+        self, calls: Mapping[str, Callable], *, rounds: int = 10, budget_s: float = 0.45
+    ) -> dict[str, Spread]:
         """Time several calls interleaved: round by round, each in turn, the starting one rotating.
 
         A call that launches nothing shows the events' own distance (about 1.5 us); it is reported as 0.

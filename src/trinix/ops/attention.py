@@ -245,10 +245,11 @@ def attention(
     elif not q.is_cuda:
         named = "torch"
     if named == "torch" or not q.numel() or not k.numel() or not v.numel():
-        if not compiling or cu_seqlens_q is None:
+        ends = cu_seqlens_q  # which the formula reads: where there is nothing to read, it is an operator
+        if ends is None or not (compiling or ends.is_meta or isinstance(ends, FakeTensor)):
             out, lse = reference.forward(q, k, v, options)
             return (out, lse) if return_lse else out
-        named = "torch"  # as an operator: it reads the lengths, which a graph may not
+        named = "torch"
     if compiling or not dispatch.plain(*_tensors(q, k, v, options)):
         out, lse = _registered(q, k, v, options, named, grad, return_lse)
         return (out, lse) if return_lse else out

@@ -250,7 +250,7 @@ def attention(
             out, lse = reference.forward(q, k, v, options)
             return (out, lse) if return_lse else out
         named = "torch"
-    if compiling or not dispatch.plain(*_tensors(q, k, v, options)):
+    if compiling or named == "torch" or not dispatch.plain(*_tensors(q, k, v, options)):
         out, lse = _registered(q, k, v, options, named, grad, return_lse)
         return (out, lse) if return_lse else out
     pair = (named, named) if named != "auto" else pick(q, k, v, options, grad)

@@ -63,7 +63,7 @@ class FastSiLU(_FastActivation):
 
 
 class FastGELU(_FastActivation):
-    """GELU with erf, or with ``approximate="tanh"`` its tanh approximation; arguments as in ``_FastActivation``."""
+    """GELU with erf, or with ``approximate="tanh"`` its tanh approximation; arguments as in ``trinix.FastReLU``."""
 
     def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None, *, approximate: str = "none"):
         super().__init__(hidden_size, use_triton)
@@ -88,7 +88,7 @@ class FastMish(_FastActivation):
 
 
 class FastLeakyReLU(_FastActivation):
-    """x where x > 0, else ``negative_slope`` x; other arguments as in ``_FastActivation``."""
+    """x where x > 0, else ``negative_slope`` x; other arguments as in ``trinix.FastReLU``."""
 
     def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None, *, negative_slope: float = 0.01):
         super().__init__(hidden_size, use_triton)
@@ -103,7 +103,7 @@ class FastTanh(_FastActivation):
 
 
 class FastSoftplus(_FastActivation):
-    """log(1 + exp(beta x)) / beta, x where beta x > threshold; other arguments as in ``_FastActivation``."""
+    """log(1 + exp(beta x)) / beta, x where beta x > threshold; other arguments as in ``trinix.FastReLU``."""
 
     def __init__(
         self,

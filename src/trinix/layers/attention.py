@@ -33,27 +33,7 @@ from trinix.ops.attention import BACKENDS
 
 
 class _FastAttention(nn.Module):
-    """What the modules share; their other arguments:
-
-    Args:
-        dropout: probability that an attention weight is dropped, in training mode only.
-        bias: every projection has one.
-        head_dim: D; embed_dim / num_heads if None.
-        causal: a query sees no key after it.
-        position_method: "none", "rope", "alibi", or a module that is called as
-            ``q, k = module(q, k, position_ids=..., offset=...)`` with q ``[B, Sq, H, D]`` and k ``[B, Sk, Hk, D]``; offset, an
-            int or a tensor [B], is how many tokens the cache holds.
-        max_seq_len: the first length of RoPE's table, which grows.
-        rope_base, rope_scaling, rope_interleaved: as in ``trinix.FastRoPEPositionEmbedding``.
-        sliding_window_size: (left, right) as in ``trinix.ops.attention``; an int W is the W nearest keys back, the query's
-            own among them, and W - 1 keys ahead where attention is not causal.
-        qk_norm: every head of q and k is normalised, before positions, by a norm with a weight [D].
-        qk_norm_type: "rmsnorm" or "layernorm"; norm_eps: its eps.
-        add_zero_attn: softmax sees one more key and value, both 0.
-        softcap, scale: as in ``trinix.ops.attention``.
-        batch_first: x is ``[B, S, E]``, not ``[S, B, E]``.
-        backend: as in ``trinix.ops.attention``; calls with a cache choose by themselves.
-    """
+    """What the modules share; the arguments are described in ``FastGroupedQueryAttention``."""
 
     def __init__(
         self,
@@ -208,8 +188,23 @@ class FastGroupedQueryAttention(_FastAttention):
 
     Args:
         embed_dim, num_heads, num_kv_heads: E, H and Hk.
-
-    Other arguments are ``_FastAttention``'s.
+        dropout: probability that an attention weight is dropped, in training mode only.
+        bias: every projection has one.
+        head_dim: D; embed_dim / num_heads if None.
+        causal: a query sees no key after it.
+        position_method: "none", "rope", "alibi", or a module that is called as
+            ``q, k = module(q, k, position_ids=..., offset=...)`` with q ``[B, Sq, H, D]`` and k ``[B, Sk, Hk, D]``; offset, an
+            int or a tensor [B], is how many tokens the cache holds.
+        max_seq_len: the first length of RoPE's table, which grows.
+        rope_base, rope_scaling, rope_interleaved: as in ``trinix.FastRoPEPositionEmbedding``.
+        sliding_window_size: (left, right) as in ``trinix.ops.attention``; an int W is the W nearest keys back, the query's
+            own among them, and W - 1 keys ahead where attention is not causal.
+        qk_norm: every head of q and k is normalised, before positions, by a norm with a weight [D].
+        qk_norm_type: "rmsnorm" or "layernorm"; norm_eps: its eps.
+        add_zero_attn: softmax sees one more key and value, both 0.
+        softcap, scale: as in ``trinix.ops.attention``.
+        batch_first: x is ``[B, S, E]``, not ``[S, B, E]``.
+        backend: as in ``trinix.ops.attention``; calls with a cache choose by themselves.
 
     >>> layer = trinix.FastGroupedQueryAttention(64, 8, 2, causal=True, position_method="rope")
     >>> layer(torch.randn(2, 5, 64)).shape
@@ -277,7 +272,7 @@ class FastMultiHeadSelfAttention(FastGroupedQueryAttention):
     Args:
         embed_dim, num_heads: E and H.
 
-    Other arguments are ``_FastAttention``'s.
+    Other arguments are ``trinix.FastGroupedQueryAttention``'s.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, **options):
@@ -290,7 +285,7 @@ class FastMultiQueryAttention(FastGroupedQueryAttention):
     Args:
         embed_dim, num_heads: E and H.
 
-    Other arguments are ``_FastAttention``'s.
+    Other arguments are ``trinix.FastGroupedQueryAttention``'s.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, **options):
@@ -313,7 +308,7 @@ class FastMultiHeadAttention(_FastAttention):
         kdim, vdim: widths of key and value; E if None.
         add_bias_kv: torch's; only False.
 
-    Other arguments are ``_FastAttention``'s.
+    Other arguments are ``trinix.FastGroupedQueryAttention``'s.
 
     >>> layer = trinix.FastMultiHeadAttention(8, 2, kdim=6, vdim=6)
     >>> layer(torch.randn(2, 5, 8), torch.randn(2, 3, 6)).shape

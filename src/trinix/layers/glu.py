@@ -26,12 +26,7 @@ class _FastGLU(nn.Module):
 
     ``gate_up_proj`` holds Wg above Wu, so that one product computes both; ``down_proj`` is None without ``output_dim``.
 
-    Args:
-        input_dim, hidden_dim: widths of x, and of gate and of up.
-        output_dim: width after ``down_proj``; None leaves that projection out.
-        bias: every projection has one.
-        use_triton: None lets trinix choose, False means PyTorch, True means trinix's own kernels wherever they can run.
-        backend: as in ``trinix.ops.glu``, for the activation times up; not together with ``use_triton``.
+    The arguments are described in ``FastSwiGLU``.
     """
 
     kind: ClassVar[str]
@@ -182,7 +177,14 @@ def _entries(name: str, state: Mapping[str, Tensor], names: str, prefix: str) ->
 
 
 class FastSwiGLU(_FastGLU):
-    """silu(gate) * up with its projections, the feed-forward block of LLaMA; arguments as in ``_FastGLU``.
+    """silu(gate) * up with its projections, the feed-forward block of LLaMA: ``[..., input_dim] -> [..., hidden_dim]``.
+
+    Args:
+        input_dim, hidden_dim: widths of x, and of gate and of up.
+        output_dim: width after ``down_proj``; None leaves that projection out.
+        bias: every projection has one.
+        use_triton: None lets trinix choose, False means PyTorch, True means trinix's own kernels wherever they can run.
+        backend: as in ``trinix.ops.glu``, for the activation times up; not together with ``use_triton``.
 
     >>> trinix.FastSwiGLU(8, 24, bias=False)(torch.ones(2, 5, 8)).shape
     torch.Size([2, 5, 24])
@@ -194,7 +196,7 @@ class FastSwiGLU(_FastGLU):
 
 
 class FastGeGLU(_FastGLU):
-    """gelu(gate) * up with its projections; other arguments as in ``_FastGLU``.
+    """gelu(gate) * up with its projections; other arguments as in ``trinix.FastSwiGLU``.
 
     Args:
         approximate: "none" for gelu by erf, "tanh" for its tanh approximation, which T5 1.1 and Gemma were trained with.
@@ -229,6 +231,6 @@ class FastGeGLU(_FastGLU):
 
 
 class FastReGLU(_FastGLU):
-    """relu(gate) * up with its projections; arguments as in ``_FastGLU``."""
+    """relu(gate) * up with its projections; arguments as in ``trinix.FastSwiGLU``."""
 
     kind = "reglu"

@@ -766,7 +766,7 @@ def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     def first(*call, fa4=False):
         return contract.order((9, 0), *call, fa4)[0]
 
-    assert first(64, 64, True, False, 16 * 1024 * 32, 1024) == "cudnn"
+    assert first(64, 64, True, False, 16 * 1024 * 32, 1024) == "hopper"
     assert first(64, 64, True, False, 8 * 1024, 1024) == "hopper"
     assert first(192, 128, True, True, 16 * 4096, 4096) == "cudnn"
     assert first(256, 256, True, True, 16 * 4096, 4096) == "hopper"

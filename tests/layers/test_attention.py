@@ -575,6 +575,11 @@ def test_separate_projections_of_a_checkpoint_come_in_and_go_out(name):
     torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"found no q_\w+\.weight; check the prefix"):
         other.load_checkpoint(state)
+    for options, lost in (({"bias": False, "qk_norm": True}, r"q_proj\.bias"), ({}, r"q_norm\.weight")):
+        with pytest.raises(
+            ValueError, match=rf"load_checkpoint has no place for \['{lost}', .*check how the layer is made"
+        ):
+            LAYERS[name](**options).load_checkpoint(layer.checkpoint())
     with pytest.raises(ValueError, match=r"k_proj.weight must be \[\d+, \d+\], got \[1\]"):
         other.load_checkpoint(layer.checkpoint() | {"k_proj.weight": torch.ones(1)})
 
@@ -600,6 +605,8 @@ def test_an_attention_of_deepseek_comes_in_and_goes_out(option):
     other = LAYERS["latent"](**(OPTIONS | LATENT)[option], causal=True, rope_interleaved=True, bias=False)
     other.load_checkpoint(state | {"mlp.weight": x}, "attn.")
     torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"load_checkpoint has no place for \['attn\.o_proj\.bias'\]"):
+        other.load_checkpoint(state | {"attn.o_proj.bias": x}, "attn.")
     with pytest.raises(ValueError, match=r"FastMultiHeadLatentAttention: load_checkpoint found no q_\w+\.weight"):
         other.load_checkpoint(state)
 

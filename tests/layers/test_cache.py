@@ -368,7 +368,7 @@ def test_a_captured_step_runs_as_the_cache_grows(name, kind):
         (lambda: trinix.PagedCache(2, 4, 0, 2, 4), "PagedCache: page_size must be an int from 1 on, got 0"),
         (lambda: trinix.StaticCache(None, 8, 2, 4), "StaticCache: batch must be an int from 0 on, got None"),
         (lambda: trinix.StaticCache(1, 8, 2, 4, 0), "StaticCache: v_head_dim must be an int from 1 on, got 0"),
-        (lambda: trinix.PagedCache(2, None, 4, 2, 4), "PagedCache: pages must be an int from 1 on, got None"),
+        (lambda: trinix.PagedCache(2, None, 4, 2, 4), "PagedCache: pages must be an int from 0 on, got None"),
         (lambda: trinix.LatentCache(1, None, 16), "LatentCache: capacity must be an int from 0 on, got None"),
         (lambda: trinix.LatentCache(1, 8, 16, -8), "LatentCache: rope_head_dim must be an int from 0 on, got -8"),
     ],

@@ -147,6 +147,12 @@ def test_tokens_and_caches_that_do_not_fit_are_named():
     torch.testing.assert_close(model.loss(tokens.int()), model.loss(tokens))
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged", None])
+def test_nothing_is_generated_for_nobody(kind):
+    nobody = torch.zeros(0, 3, dtype=torch.int64)
+    assert made("llama").generate(nobody, 2, kind=kind).shape == (0, 5)
+
+
 def test_an_unknown_cache_is_refused():
     with pytest.raises(ValueError, match="kind must be 'static', 'dynamic' or 'paged', got 'lazy'"):
         made("gpt").caches(1, 8, "lazy")

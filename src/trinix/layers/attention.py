@@ -261,9 +261,10 @@ class FastGroupedQueryAttention(_FastAttention):
         """Copy separate projections, under the names of ``checkpoint``, from ``state``; its other entries are left alone.
 
         Raises:
-            ValueError: an entry is missing or has another shape.
+            ValueError: an entry is missing, has another shape, or has no place here (a bias, a norm of q and k).
         """
-        load_entries(type(self).__name__, state, self.checkpoint(prefix))
+        modules = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        load_entries(type(self).__name__, state, self.checkpoint(prefix), prefix, modules)
 
 
 class FastMultiHeadSelfAttention(FastGroupedQueryAttention):
@@ -594,8 +595,13 @@ def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask
     return bias, mask
 
 
-def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor]) -> None:
-    """Copy ``state``'s entries into the views ``places``, all of them or none."""
+def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor], prefix: str, modules) -> None:
+    """Copy ``state``'s entries into the views ``places``, all of them or none; those of ``modules`` must all have a place."""
+    known = [f"{prefix}{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    if lost := [key for key in known if key in state and key not in places]:
+        raise ValueError(
+            f"{name}: load_checkpoint has no place for {lost}; check how the layer is made: bias, norms, latents"
+        )
     for key, place in places.items():
         if key not in state:
             raise ValueError(f"{name}: load_checkpoint found no {key}; check the prefix, bias and qk_norm")

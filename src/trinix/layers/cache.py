@@ -255,7 +255,8 @@ class PagedCache(_Cache):
         dtype: torch.dtype | None = None,
     ):
         wide = head_dim if v_head_dim is None else v_head_dim
-        sizes = {"pages": pages, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim, "v_head_dim": wide}
+        check_sizes(type(self).__name__, 0, pages=pages)
+        sizes = {"page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim, "v_head_dim": wide}
         check_sizes(type(self).__name__, **sizes)
         super().__init__(batch, pages * page_size if capacity is None else capacity, device)
         self.page_size = page_size

@@ -265,10 +265,10 @@ class FastMultiHeadLatentAttention(nn.Module):
         """Copy an attention of DeepSeek-V2 or V3, under the names of ``checkpoint``, from ``state``.
 
         Raises:
-            ValueError: an entry is missing or has another shape.
+            ValueError: an entry is missing, has another shape, or has no place here.
         """
         places = self.checkpoint(prefix)
-        load_entries(type(self).__name__, state, places)
+        load_entries(type(self).__name__, state, places, prefix, (*DEEPSEEK.values(), "q_proj"))
         up = "q_b_proj" if self.q_latent_dim else "q_proj"
         with torch.no_grad():
             for kind, parameter in self.q_up_proj.named_parameters():

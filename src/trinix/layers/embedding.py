@@ -68,7 +68,8 @@ class FastRoPEPositionEmbedding(nn.Module):
             raise TypeError(
                 f"FastRoPEPositionEmbedding: k must be a tensor or None, got {k!r}; .table(length) returns cos and sin"
             )
-        if position_ids is None and isinstance(offset, int) and isinstance(q, Tensor) and q.dim() > 2:
+        counted = position_ids is None and offset is not None and not isinstance(offset, Tensor)  # a SymInt is no int
+        if counted and isinstance(q, Tensor) and q.dim() > 2:
             self.grow(offset + q.shape[-3])
         return ops.rope(
             q, k, self.cos, self.sin, interleaved=self.interleaved, position_ids=position_ids, offset=offset,

@@ -119,7 +119,7 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
         assert shared + 2048 <= SHARED_LIMIT
         assert c.consumers * c.registers * 128 <= 65536 - 24 * 128
         assert not c.pingpong or c.consumers == 2  # the turns are those of two
-        if short := hopper.choose_short(d, dv, causal, keys, 1, 1, 132):
+        if short := hopper.choose_short(d, dv, causal, keys, 1, 1, 1, 132):
             assert short.d >= max(d, dv)
             assert 2 * short.d * (64 + 2 * short.stages * short.n) + 2048 <= SHARED_LIMIT
         for plain in (False, True):
@@ -134,7 +134,7 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
 def test_short_calls_have_a_kernel_of_their_own():
     def short(batch, rows, heads, d, causal, key_heads=None):
         programs = batch * heads * -(-rows // 64)
-        return hopper.choose_short(d, d, causal, rows, batch * (key_heads or heads), programs, 132) is not None
+        return hopper.choose_short(d, d, causal, rows, key_heads or heads, batch, programs, 132)
 
     assert short(4, 256, 8, 64, True)  # F-1
     assert short(4, 512, 8, 64, True)  # F-2
@@ -142,7 +142,11 @@ def test_short_calls_have_a_kernel_of_their_own():
     assert short(2, 2048, 12, 64, True)  # AC-mha-1-causal
     assert short(2, 2048, 32, 64, True, 8)  # AC-gqa-1-causal
     assert short(1, 4096, 32, 64, True)
-    assert not short(16, 1024, 32, 64, True)  # AS-64-1024-causal: its keys and values do not fit the L2 cache
+    assert not short(2, 2048, 32, 64, True, 8).batch_last
+    for batch, rows in ((16, 1024), (8, 2048), (4, 4096)):  # AS-64-*-causal: only one sequence's K and V fit the L2 cache
+        assert short(batch, rows, 32, 64, True).batch_last
+    assert not short(2, 8192, 32, 64, True)
+    assert not short(1, 4096, 128, 64, True)
     assert not short(1, 16384, 8, 64, True)
     assert short(4, 1024, 8, 64, False)
     assert not short(2, 2048, 12, 64, False)  # AC-mha-1-full
@@ -301,6 +305,15 @@ def test_emulated_short_sequences(monkeypatch, d, rows, keys, key_heads, options
         assert any(isinstance(plan, hopper._ShortPlan) for plan in hopper._plans.values())
 
 
+def test_emulated_short_sequences_one_after_the_other(monkeypatch):
+    choose = hopper.choose_short
+    monkeypatch.setattr(hopper, "choose_short", lambda *call: choose(*call)._replace(batch_last=True))
+    q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate([(3, 130, 4, 64), *[(3, 150, 2, 64)] * 2])]
+    for multiprocessors in (132, 10):
+        emulated(monkeypatch, q, k, v, Options(scale=0.125, **CAUSAL), multiprocessors)
+        assert any(getattr(plan, "grid", None) == (4, 3, 3) for plan in hopper._plans.values())
+
+
 @pytest.mark.parametrize("short", [True, False], ids=["short", "any-length"])
 @pytest.mark.parametrize("d", [64, 128])
 def test_emulated_prepared_calls_are_the_same(monkeypatch, d, short):
@@ -415,7 +428,7 @@ def made(shapes, dtype):
 def forced(monkeypatch, short):
     """The kernel of short sequences, or the one for any length, whatever would be chosen."""
     choose = hopper.choose_short
-    monkeypatch.setattr(hopper, "choose_short", lambda d, dv, *_: choose(d, dv, True, 1, 1, 1, 132) if short else None)
+    monkeypatch.setattr(hopper, "choose_short", lambda d, dv, *_: choose(d, dv, True, 1, 1, 1, 1, 132) if short else None)
     monkeypatch.setattr(hopper, "_plans", {})
 
 

@@ -138,10 +138,8 @@ def order(
         return "flash_attn", "hopper", "cudnn", "triton"
     if backward:  # 0.63 against 0.85 ms at (1, 4096, 16, 192 and 128)
         cudnn_first = causal and 128 < d < 256
-    else:  # 0.21 against 0.23 ms at (16, 1024, 32, 64); 0.63 against 0.67 at (2, 2048, 128, 192 and 128)
-        cudnn_first = causal and (
-            (d <= 64 and keys <= 1024 and rows >= 1 << 18) or (128 < d <= 192 and dv <= 128 and keys <= 2048)
-        )
+    else:  # 0.63 against 0.67 ms at (2, 2048, 128, 192 and 128)
+        cudnn_first = causal and 128 < d <= 192 and dv <= 128 and keys <= 2048
     if cudnn_first:
         return "cudnn", "hopper", "flash_attn", "triton"
     return "hopper", "cudnn", "flash_attn", "triton"

@@ -102,12 +102,17 @@ class ForwardConfig(NamedTuple):
     lazy: bool = False
 
 
+_IN_CACHE = 34 << 20  # bytes of K and V that stay in the L2 cache while they are read
+
+
 class ShortConfig(NamedTuple):
-    """keys of a tile, width of the tiles, slots for them; a program is one warpgroup with 64 rows"""
+    """keys of a tile, width of the tiles, slots for them; a program is one warpgroup with 64 rows. ``batch_last``: one sequence
+    is done before the next begins"""
 
     n: int
     d: int
     stages: int
+    batch_last: bool = False
 
 
 class BackwardConfig(NamedTuple):
@@ -144,22 +149,24 @@ def choose_forward(d: int, dv: int, causal: bool, keys: int) -> ForwardConfig | 
 
 
 def choose_short(
-    d: int, dv: int, causal: bool, keys: int, key_heads: int, programs: int, multiprocessors: int
+    d: int, dv: int, causal: bool, keys: int, key_heads: int, batch: int, programs: int, multiprocessors: int
 ) -> ShortConfig | None:
     """Of the kernel of short calls, where it is the faster one; ``programs``: blocks of 64 rows of all heads, ``key_heads``: of
-    all batches.
+    one sequence.
 
     Causal F-1 0.0088 against 0.0118 ms, F-2 0.0124 and 0.0161, F-4 0.0490 and 0.0539, AC-mha-1 0.0397 and 0.0437, AC-gqa-1 0.0850
-    and 0.0952, (1, 4096, 32, 64) 0.157 and 0.163. It walks through all heads at once: their K and V must fit the L2 cache
-    (AS-64-1024 0.460 and 0.228). Without a mask (4, 1024, 8, 64) 0.0298 and 0.0350, but AC-mha-1 0.0632 and 0.0595.
+    and 0.0952, (1, 4096, 32, 64) 0.157 and 0.163. The K and V that it walks through at once must fit the L2 cache: those of all
+    sequences (AS-64-1024 0.460 and 0.228), else of one after the other (AS-64-1024 0.210 and 0.227, -2048 0.325 and 0.355, -4096
+    0.595 and 0.617). Without a mask (4, 1024, 8, 64) 0.0298 and 0.0350, but AC-mha-1 0.0632 and 0.0595.
     """
     width = max(padded(d), padded(dv))
     if width == 64:
-        in_cache = key_heads * keys * (d + dv) * 2 <= 34 << 20
-        if programs <= 4 * multiprocessors or (
-            causal and keys <= 4096 and in_cache and programs <= 16 * multiprocessors
-        ):
+        if programs <= 4 * multiprocessors:
             return ShortConfig(128, 64, 2)
+        of_one = key_heads * keys * (d + dv) * 2
+        if causal and keys <= 4096 and of_one <= _IN_CACHE:
+            together = batch * of_one <= _IN_CACHE and programs <= 16 * multiprocessors
+            return ShortConfig(128, 64, 2, batch_last=not together)
     elif width == 128 and causal and programs <= 2 * multiprocessors:
         # (4, 512, 8, 128) 0.0172 and 0.0188, level without a mask; with twice the rows 0.0325 and 0.0296
         return ShortConfig(64, 128, 2)
@@ -192,8 +199,8 @@ def _chosen_forward(shape: "_Shape", options) -> ShortConfig | ForwardConfig:
     plain = not (shape.varlen or shape.softcap or shape.alibi or options.sink is not None)
     programs = shape.batch * shape.heads * _cdiv(shape.seq_q, 64)
     call = shape.d, shape.dv, options.window_right >= 0, shape.seq_k
-    key_heads = shape.batch * shape.key_heads
-    short = choose_short(*call, key_heads, programs, _multiprocessors(shape.device)) if plain else None
+    more = shape.key_heads, shape.batch, programs, _multiprocessors(shape.device)
+    short = choose_short(*call, *more) if plain else None
     return short or choose_forward(*call)
 
 
@@ -223,8 +230,8 @@ def forward_constants(
 def short_constants(c: ShortConfig, *, left=False, right=False, tail=False, one_mask=True, grouped=False) -> dict:
     """The constants of the forward kernel of short sequences, in its order."""
     return {
-        "M": 64, "N": c.n, "D": c.d, "STAGES": c.stages, "LEFT": left, "RIGHT": right, "TAIL": tail, "ONE_MASK": one_mask,
-        "GROUPED": grouped,
+        "M": 64, "N": c.n, "D": c.d, "STAGES": c.stages, "BATCH_LAST": c.batch_last, "LEFT": left, "RIGHT": right,
+        "TAIL": tail, "ONE_MASK": one_mask, "GROUPED": grouped,
     }  # fmt: skip
 
 
@@ -337,7 +344,7 @@ class _ShortPlan:
         s = shape
         row_blocks = _cdiv(s.seq_q, 64)
         heads = s.batch * s.heads
-        self.grid = s.heads, s.batch, row_blocks
+        self.grid = (s.heads, row_blocks, s.batch) if c.batch_last else (s.heads, s.batch, row_blocks)
         falling = choose_falling(c, heads, row_blocks, _multiprocessors(s.device))
         self.q, self.k, self.v = s.box(q, 64, c.d), s.box(k, c.n, c.d), s.box(v, c.n, c.d)
         self.out = s.box(out, 64, c.d)
@@ -352,8 +359,8 @@ class _ShortPlan:
         self.binary = _binary(forward_kernels.attention_forward_short, s.device, examples, constants)
 
     def launch(self, stream: int, *addresses: int) -> None:
-        heads, batch, row_blocks = self.grid
-        self.binary(heads, stream, _arguments.get((self, *addresses)) or _made(self, *addresses), batch, row_blocks)
+        x, y, z = self.grid
+        self.binary(x, stream, _arguments.get((self, *addresses)) or _made(self, *addresses), y, z)
 
     def arguments(self, q, k, v, out, lse, *_) -> tuple:
         return self.q.at(q) + self.k.at(k) + self.v.at(v) + self.out.at(out) + (lse,) + self.scalars
@@ -758,7 +765,7 @@ def compile_cases() -> list[CompileCase]:
             cases.append(CompileCase(f"forward/{d}/{name}", forward_kernels.attention_forward, signature, constants))
     short = {name: both[name] for name in ("full", "causal", "window")} | {"grouped": {"grouped": True}}
     for d in (64, 128):
-        c = choose_short(d, d, True, 128, 1, 1, 132)
+        c = choose_short(d, d, True, 128, 1, 1, 1, 132)
         boxes = {"q_desc": (64, c.d), "k_desc": (c.n, c.d), "v_desc": (c.n, c.d), "o_desc": (64, c.d)}
         signature = _descriptors(boxes) | {"lse_ptr": "*fp32"}
         for name, options in short.items():

@@ -504,13 +504,14 @@ _SHORT_RUNTIME = "H", "group", "row_blocks", "falling", "seq_q", "seq_k", "left"
 @gluon.jit(do_not_specialize=_SHORT_RUNTIME)
 def attention_forward_short(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, H, group, row_blocks, falling, seq_q, seq_k, left, right, scale: "fp32",
-    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    TAIL: gl.constexpr, ONE_MASK: gl.constexpr, GROUPED: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BATCH_LAST: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, TAIL: gl.constexpr, ONE_MASK: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     """A program a block of rows, one warpgroup that loads for itself: no roles to hand out, no counter, no barrier for free slots.
 
-    The grid is (heads, batch, blocks of rows), so that no division stands before the first load. Programs of the first ``falling``
-    blocks go from the longest down; the others, which join them on their multiprocessors, from the shortest up."""
+    The grid is (heads, batch, blocks of rows), so that no division stands before the first load; with BATCH_LAST one sequence is
+    done before the next begins. Programs of the first ``falling`` blocks go from the longest down; the others, which join them on
+    their multiprocessors, from the shortest up."""
     MASKED: gl.constexpr = LEFT or RIGHT or TAIL
     PARTS: gl.constexpr = 1 if ONE_MASK else (3 if LEFT else 2)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -529,8 +530,8 @@ def attention_forward_short(
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
     h = gl.program_id(0)
-    b = gl.program_id(1)
-    turn = gl.program_id(2)
+    b = gl.program_id(2 if BATCH_LAST else 1)
+    turn = gl.program_id(1 if BATCH_LAST else 2)
     m = row_blocks - 1 - turn
     if turn >= falling:
         m = turn - falling

@@ -143,7 +143,8 @@ def test_short_calls_have_a_kernel_of_their_own():
     assert short(2, 2048, 32, 64, True, 8)  # AC-gqa-1-causal
     assert short(1, 4096, 32, 64, True)
     assert not short(2, 2048, 32, 64, True, 8).batch_last
-    for batch, rows in ((16, 1024), (8, 2048), (4, 4096)):  # AS-64-*-causal: only one sequence's K and V fit the L2 cache
+    # AS-64-*-causal: only one sequence's K and V fit the L2 cache
+    for batch, rows in ((16, 1024), (8, 2048), (4, 4096)):
         assert short(batch, rows, 32, 64, True).batch_last
     assert not short(2, 8192, 32, 64, True)
     assert not short(1, 4096, 128, 64, True)
@@ -308,7 +309,8 @@ def test_emulated_short_sequences(monkeypatch, d, rows, keys, key_heads, options
 def test_emulated_short_sequences_one_after_the_other(monkeypatch):
     choose = hopper.choose_short
     monkeypatch.setattr(hopper, "choose_short", lambda *call: choose(*call)._replace(batch_last=True))
-    q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate([(3, 130, 4, 64), *[(3, 150, 2, 64)] * 2])]
+    shapes = (3, 130, 4, 64), (3, 150, 2, 64), (3, 150, 2, 64)
+    q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
     for multiprocessors in (132, 10):
         emulated(monkeypatch, q, k, v, Options(scale=0.125, **CAUSAL), multiprocessors)
         assert any(getattr(plan, "grid", None) == (4, 3, 3) for plan in hopper._plans.values())
@@ -428,7 +430,8 @@ def made(shapes, dtype):
 def forced(monkeypatch, short):
     """The kernel of short sequences, or the one for any length, whatever would be chosen."""
     choose = hopper.choose_short
-    monkeypatch.setattr(hopper, "choose_short", lambda d, dv, *_: choose(d, dv, True, 1, 1, 1, 1, 132) if short else None)
+    chosen = (lambda d, dv, *_: choose(d, dv, True, 1, 1, 1, 1, 132)) if short else lambda *_: None
+    monkeypatch.setattr(hopper, "choose_short", chosen)
     monkeypatch.setattr(hopper, "_plans", {})
 
 

@@ -423,6 +423,17 @@ def test_no_rows(shape, backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+def test_no_sequences(backend):
+    q, k, v = (t[0].requires_grad_() for t in make(1, 5, 6, 2, 1, 16).inputs)
+    sink = number(2).requires_grad_()
+    out, lse = attention(q, k, v, cu_seqlens_q=ends(0), sink=sink, dropout_p=0.2, return_lse=True, backend=backend)
+    assert not out.any()
+    assert (lse == float("-inf")).all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v, sink), materialize_grads=True)
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
 def test_no_heads(backend):
     q = torch.zeros(1, 5, 0, 16)
     out, lse = attention(q, q, q, return_lse=True, backend=backend)

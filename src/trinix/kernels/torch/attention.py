@@ -38,10 +38,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
         out, lse = _dense(q[None, rows], k[None, keys], v[None, keys], options._replace(alibi_slopes=slopes), b)
         outs.append(out[0])
         sums.append(lse[0])
-    # rows behind the last sequence belong to nobody
-    rest = q.shape[0] - ends_q[-1]
-    outs.append(v.new_zeros(rest, q.shape[1], v.shape[-1]))
-    sums.append(q.new_full((q.shape[1], rest), float("-inf"), dtype=wide_dtype(q)))
+    # rows behind the last sequence belong to nobody, and see nothing
+    no_keys = options._replace(alibi_slopes=None, sink=None)
+    out, lse = _dense(q[None, ends_q[-1] :], k[None, :0], v[None, :0], no_keys, 0)
+    outs.append(out[0])
+    sums.append(lse[0])
     return torch.cat(outs), torch.cat(sums, 1)
 
 

@@ -145,7 +145,7 @@ def no_kept_plans():
     kernels._plan.cache_clear()
 
 
-def small_stream(chunks_wanted):
+def small_stream(chunks_wanted, peel=False):
     """In the place of ``choose``: streams so small that a test's tensor has several steps, panels and blocks."""
 
     def choose(view, itemsize, inputs, multiprocessors, lanes=32):
@@ -154,7 +154,7 @@ def small_stream(chunks_wanted):
         needed = -(-view.n // (2 * rows))
         steps = -(-needed // chunks_wanted)
         chunks = -(-needed // steps)
-        return Stream(2, rows, cols, 2 if columns else 1, steps, chunks, 4, 4)
+        return Stream(2, rows, cols, 2 if columns else 1, steps, chunks, 4, 4, peel and not columns and inputs == 1)
 
     return choose
 
@@ -162,6 +162,11 @@ def small_stream(chunks_wanted):
 @pytest.fixture
 def streams(monkeypatch, no_kept_plans):
     monkeypatch.setattr(kernels, "choose", small_stream(1))
+
+
+@pytest.fixture
+def peeled(monkeypatch, no_kept_plans):
+    monkeypatch.setattr(kernels, "choose", small_stream(1, peel=True))
 
 
 @triton.jit
@@ -234,6 +239,11 @@ def test_the_scale_reaches_both_passes(function, layout, scale):
     oracle(function, *make(layout, torch.float32, "cpu"), scale=scale)
 
 
+KERNELS = {
+    "streams": (log_softmax, torch.bfloat16),
+    "peeled": (softmax, torch.bfloat16),
+    "splits": (softmax, torch.float32),
+}
 # of several steps and blocks under ``small_stream``
 STREAMED = {
     "rows": lambda new: (new(3, 90), -1),
@@ -253,11 +263,11 @@ STREAMED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["streams", "splits"])
+@pytest.mark.parametrize("kind", ["streams", "peeled", "splits"])
 @pytest.mark.parametrize("layout", STREAMED)
 def test_stream_and_split_kernels_hold_the_budget(layout, kind, request):
     request.getfixturevalue(kind)
-    function, dtype = {"streams": (log_softmax, torch.bfloat16), "splits": (softmax, torch.float32)}[kind]
+    function, dtype = KERNELS[kind]
     new = Numbers(dtype, "cpu")
     x, dim = STREAMED[layout](new)
     oracle(function, x, dim, new(*x.shape))
@@ -273,12 +283,12 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["streams", "splits"])
+@pytest.mark.parametrize("kind", ["streams", "peeled", "splits"])
 @pytest.mark.parametrize("n", [3, 13, 91])  # less than a vector, one step, several
 @pytest.mark.parametrize("layout", UNEVEN)
 def test_rows_that_start_between_two_vectors(layout, n, kind, request):
     request.getfixturevalue(kind)
-    function, dtype = {"streams": (log_softmax, torch.bfloat16), "splits": (softmax, torch.float32)}[kind]
+    function, dtype = KERNELS[kind]
     new = Numbers(dtype, "cpu")
     x = UNEVEN[layout](new, n)
     oracle(function, x, -1, UNEVEN[layout](new, n), scale=0.7)
@@ -300,7 +310,7 @@ def test_vectors_of_uneven_rows_are_taken_where_the_tensor_read_first_has_them()
     assert vector(50258, (50258, 1), (50258, 1)) == 8
 
 
-@pytest.mark.parametrize("kind", ["streams", "splits"])
+@pytest.mark.parametrize("kind", ["streams", "peeled", "splits"])
 @pytest.mark.parametrize("function", OPS)
 def test_streams_take_scale_and_mask(function, kind, request):
     request.getfixturevalue(kind)
@@ -438,7 +448,7 @@ def test_large_values_hold_the_budget(function, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["tiles", "streams"])
+@pytest.mark.parametrize("kind", ["tiles", "streams", "peeled"])
 def test_the_largest_numbers_of_a_dtype_do_not_overflow(kind, dtype, request):
     if kind != "tiles":
         request.getfixturevalue(kind)

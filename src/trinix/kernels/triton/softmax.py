@@ -330,6 +330,33 @@ def _combine_sums(line, chunks, MERGE: tl.constexpr, COLS: tl.constexpr):
     tl.store(line + column, tl.sum(total, 0))
 
 
+@triton.jit
+def _step_scores(
+    k, base_x, base_m, left, i, j, cols, xn, xc, mn, mc, scale,
+    LATE: tl.constexpr, X_ALONG: tl.constexpr, M_ALONG: tl.constexpr, UNIT: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Scores of the k-th step, its first index of N, which indices are N's, which elements are the tensor's."""
+    at = tl.cast(k, tl.int64) * STEP
+    inside = i < tl.minimum(left - at, STEP).to(tl.int32)
+    live = inside & (j < cols)
+    z = _load(base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT), live, EVEN, KEEP)
+    if not LATE:
+        z *= scale
+    if M_ALONG >= 0:
+        m_at = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
+        z += tl.load(m_at, mask=live, other=0.0).to(tl.float32)
+    return z, at, inside, live
+
+
+@triton.jit
+def _join(top, total, z, scale, LATE: tl.constexpr):
+    """Largest values and sums with a step's scores among them."""
+    new = tl.maximum(top, tl.max(z, 0))
+    safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far: exp(-inf), not exp(NaN)
+    return new, total * _exp(top - safe, scale, LATE) + tl.sum(_exp(z - safe[None, :, :], scale, LATE), 0)
+
+
 @triton.jit(do_not_specialize=[
     "n", "c", "panels", "chunks", "steps", "works", "O1", "O2", "x0", "x1", "x2", "xn", "xc", "m0", "m1", "m2", "mn", "mc",
     "y0", "y1", "y2", "yn", "yc",
@@ -341,7 +368,7 @@ def _forward_stream(
     y0: "i64", y1: "i64", y2: "i64", yn: "i64", yc: "i64", scale: "fp32",
     LOG: tl.constexpr, LATE: tl.constexpr, X_ALONG: tl.constexpr, M_ALONG: tl.constexpr, Y_ALONG: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
-    PANEL: tl.constexpr, MERGE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PEEL: tl.constexpr, PANEL: tl.constexpr, MERGE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     n, c = _lengths(n, c, Y_ALONG, UNIT)
     if SAME:
@@ -353,6 +380,10 @@ def _forward_stream(
     FIRST: tl.constexpr = ROWS if Y_ALONG == 1 else COLS
     LAST: tl.constexpr = COLS if Y_ALONG == 1 else ROWS
     i, j = _step_indices(DEEP, ROWS, COLS, Y_ALONG)
+    # PEEL: steps without a mask as far as they are whole, then smaller ones
+    REST_DEEP: tl.constexpr = 1 if PEEL else DEEP
+    REST: tl.constexpr = REST_DEEP * ROWS
+    i_rest, j_rest = _step_indices(REST_DEEP, ROWS, COLS, Y_ALONG)
     column = tl.arange(0, COLS)
     for work in tl.range(tl.program_id(0), works, tl.num_programs(0), disable_licm=True):
         o, panel, chunk, j0 = _item(work, panels, chunks, FLAT, PANEL, COLS)
@@ -375,26 +406,28 @@ def _forward_stream(
             base_m += from_m + _offset(start, 0, mn, mc, M_ALONG, UNIT)
         base_y = y + to_y + _offset(start, 0, yn, yc, Y_ALONG, UNIT)
         cols = tl.minimum(c - j0, COLS).to(tl.int32)
+        left = length - start
+        whole = 0
+        if PEEL:
+            whole = (left // STEP).to(tl.int32)
+            here = tl.cdiv(left, REST).to(tl.int32)
 
         top = tl.full((FIRST, LAST), float("-inf"), tl.float32)
         total = tl.zeros((FIRST, LAST), tl.float32)
-        for k in range(here):
-            at = tl.cast(k, tl.int64) * STEP
-            inside = i < tl.minimum(length - start - at, STEP).to(tl.int32)
-            live = inside & (j < cols)
-            at_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
-            z = _load(at_x, live, EVEN, AGAIN)
-            if not LATE:
-                z *= scale
-            if M_ALONG >= 0:
-                m_at = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
-                z += tl.load(m_at, mask=live, other=0.0).to(tl.float32)
+        if PEEL:
+            for k in range(whole):
+                z, _, _, _ = _step_scores(
+                    k, base_x, base_m, left, i, j, cols, xn, xc, mn, mc, scale, LATE, X_ALONG, M_ALONG, UNIT, STEP, True, AGAIN
+                )  # fmt: skip
+                top, total = _join(top, total, z, scale, LATE)
+        for k in range(whole * (STEP // REST), here):
+            z, _, inside, _ = _step_scores(
+                k, base_x, base_m, left, i_rest, j_rest, cols, xn, xc, mn, mc, scale, LATE, X_ALONG, M_ALONG, UNIT, REST, EVEN,
+                AGAIN,
+            )  # fmt: skip
             if not EVEN:
                 z = tl.where(inside, z, float("-inf"))
-            new = tl.maximum(top, tl.max(z, 0))
-            safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far: exp(-inf), not exp(NaN)
-            total = total * _exp(top - safe, scale, LATE) + tl.sum(_exp(z - safe[None, :, :], scale, LATE), 0)
-            top = new
+            top, total = _join(top, total, z, scale, LATE)
         most = tl.max(top, N_AXIS)
         if VECTOR > 1:
             most = tl.maximum(most, tl.max(z_end, 0))
@@ -422,19 +455,23 @@ def _forward_stream(
             tl.store(to_end, y_end.to(y.dtype.element_ty), mask=at_end)
         most = tl.expand_dims(most, N_AXIS)[None, :, :]
         sums = tl.expand_dims(sums, N_AXIS)[None, :, :]
-        for k in range(here):
-            at = tl.cast(here - 1 - k, tl.int64) * STEP
-            live = (i < tl.minimum(length - start - at, STEP).to(tl.int32)) & (j < cols)
-            at_x = base_x + _offset(at, 0, xn, xc, X_ALONG, UNIT) + _offset(i, j, xn, xc, X_ALONG, UNIT)
-            z = _load(at_x, live, EVEN, DONE)
-            if not LATE:
-                z *= scale
-            if M_ALONG >= 0:
-                m_at = base_m + _offset(at, 0, mn, mc, M_ALONG, UNIT) + _offset(i, j, mn, mc, M_ALONG, UNIT)
-                z += tl.load(m_at, mask=live, other=0.0).to(tl.float32)
+        for k in range(here - whole * (STEP // REST)):
+            z, at, _, live = _step_scores(
+                here - 1 - k, base_x, base_m, left, i_rest, j_rest, cols, xn, xc, mn, mc, scale, LATE, X_ALONG, M_ALONG, UNIT,
+                REST, EVEN, DONE,
+            )  # fmt: skip
             out = _result(z - most, sums, y, scale, LATE, LOG)
-            to = base_y + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
+            to = base_y + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i_rest, j_rest, yn, yc, Y_ALONG, UNIT)
             _store(to, out, live, EVEN, DONE)
+        if PEEL:
+            for k in range(whole):
+                z, at, _, live = _step_scores(
+                    whole - 1 - k, base_x, base_m, left, i, j, cols, xn, xc, mn, mc, scale, LATE, X_ALONG, M_ALONG, UNIT, STEP,
+                    True, DONE,
+                )  # fmt: skip
+                out = _result(z - most, sums, y, scale, LATE, LOG)
+                to = base_y + _offset(at, 0, yn, yc, Y_ALONG, UNIT) + _offset(i, j, yn, yc, Y_ALONG, UNIT)
+                _store(to, out, live, True, DONE)
 
 
 @triton.jit(do_not_specialize=[
@@ -560,6 +597,7 @@ class Stream(NamedTuple):
     chunks: int  # of N; more than one: the split kernels
     num_warps: int
     per_sm: int  # programs that a multiprocessor certainly holds at a time
+    peel: bool = False  # forward, whole rows: steps without a mask as far as they are whole, then smaller ones
 
 
 class Call(NamedTuple):
@@ -640,12 +678,15 @@ def choose_stream(view: View, itemsize: int, inputs: int, multiprocessors: int, 
     short = view.n * itemsize <= 128 << 10
     if view.along[0] == 0 and (inputs == 1 or short) and view.c * math.prod(view.outer) >= multiprocessors > 0:
         threads, deep, per_sm = 1024, 2, 1
+        peel = False
         if inputs == 1 and -view.n % (4 * threads * vector) <= view.n // 8:
             deep = 4
-        elif inputs == 1 and short:  # much of the last step would be idle: smaller ones, two programs a multiprocessor
-            threads, per_sm = 512, 2
+        elif (
+            inputs == 1 and short
+        ):  # much of the last step would be idle; 4096 x 50257: 294 us, 321 with two vectors and masks
+            threads, deep, per_sm, peel = 512, 4, 2, True
         rows = threads * vector
-        return Stream(deep, rows, 1, 1, -(-view.n // (deep * rows)), 1, threads // lanes, per_sm)
+        return Stream(deep, rows, 1, 1, -(-view.n // (deep * rows)), 1, threads // lanes, per_sm, peel)
     deep = 1 if itemsize == 4 and inputs == 2 else 2  # two of them spill on sm_100
     cols = 1 if view.along[0] == 0 else min(_power_of_two(view.c), 128 // itemsize)
     rows = threads * vector // cols
@@ -737,7 +778,8 @@ def plan(
     works = slabs * config.chunks
     split = config.chunks > 1
     even = view.n % (config.deep * config.rows) == 0 and view.c % (config.cols * config.panel) == 0 and not masked
-    constants |= {"EVEN": even, "SPLIT": split, "PANEL": config.panel, "MERGE": MERGE}
+    constants |= {"EVEN": even, "SPLIT": split} | ({} if backward else {"PEEL": config.peel})
+    constants |= {"PANEL": config.panel, "MERGE": MERGE}
     constants |= {"DEEP": config.deep, "ROWS": config.rows, "COLS": config.cols}
     launcher = _BACKWARD_STREAM if backward else _FORWARD_STREAM
     launch = _bound(launcher, config.num_warps, config.per_sm, split, *constants.items())

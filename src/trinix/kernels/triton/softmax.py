@@ -681,10 +681,11 @@ def choose_stream(view: View, itemsize: int, inputs: int, multiprocessors: int, 
         peel = False
         if inputs == 1 and -view.n % (4 * threads * vector) <= view.n // 8:
             deep = 4
-        elif (
-            inputs == 1 and short
-        ):  # much of the last step would be idle; 4096 x 50257: 294 us, 321 with two vectors and masks
-            threads, deep, per_sm, peel = 512, 4, 2, True
+        elif inputs == 1 and (short or itemsize == 4):
+            # much of the last step would be idle. 4096 x 50257: 294 us, with two vectors and masks 321; fp32 581 and 633
+            deep, peel = 4, True
+            if short:
+                threads, per_sm = 512, 2
         rows = threads * vector
         return Stream(deep, rows, 1, 1, -(-view.n // (deep * rows)), 1, threads // lanes, per_sm, peel)
     deep = 1 if itemsize == 4 and inputs == 2 else 2  # two of them spill on sm_100

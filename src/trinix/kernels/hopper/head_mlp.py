@@ -418,22 +418,23 @@ def _wait_for_kernel_before():
 
 # ---- backward: rows -----------------------------------------------------------------------------------------------------
 # dX of 64 rows a consumer, as in forward: S = X W1 and dH = dY W2' of the next tile of E are multiplied while this one's
-# dZ goes into dX += dZ W1'.
+# dZ goes into dX += dZ W1'. Here that next tile may be the next item's first, whose X and dY have been fetched ahead.
 
 
 @gluon.jit
 def _rows_producer(
     x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-    N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
+    N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr, X_SLOTS: gl.constexpr,
 ):  # fmt: skip
     it = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         head = item // per_head
         row = (item % per_head) * (64 * CONSUMERS)
+        slot, use = turn % X_SLOTS, turn // X_SLOTS
         for c in gl.static_range(CONSUMERS):
             at = row + c * 64
-            _fill(c, turn, x_full, x_empty, x_desc, [head, at, 0], x_s, y_desc, [head, at, 0], y_s)
+            _fill(c * X_SLOTS + slot, use, x_full, x_empty, x_desc, [head, at, 0], x_s, y_desc, [head, at, 0], y_s)
         turn = turn + 1
         for j in range(tiles):
             slot, use = it % W_SLOTS, it // W_SLOTS
@@ -442,10 +443,18 @@ def _rows_producer(
 
 
 @gluon.jit
+def _rows_hidden(x, y, w1_tile, w2_tile, zero):
+    """S = X W1 and dH = dY W2' under way."""
+    s = warpgroup_mma(x, w1_tile, zero, use_acc=False, is_async=True)
+    dh = warpgroup_mma(y, w2_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, dh
+
+
+@gluon.jit
 def _rows_consumer(
-    me: gl.constexpr, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
+    me: gl.constexpr, dx_desc, x_s, y_s, w1_s, w2_s, dx_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
     DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
-    X_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
+    X_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -455,21 +464,21 @@ def _rows_consumer(
     zero = gl.zeros([64, N], gl.float32, s_layout)
     it = 0
     turn = 0
-    x_tile = x_s.index(me).reshape([64, D])
-    y_tile = y_s.index(me).reshape([64, D])
+    slot = 0
+    at = me * X_SLOTS
+    mbarrier.wait(x_full.index(at), 0)
+    x = _operand(x_s.index(at).reshape([64, D]), x_layout, X_REGISTERS, HALVED)
+    y = _operand(y_s.index(at).reshape([64, D]), x_layout, False, HALVED)
+    mbarrier.wait(w_full.index(0), 0)
+    s, dh = _rows_hidden(x, y, w1_s.index(0).reshape([D, N]), w2_s.index(0).reshape([N, D]), zero)
+    s, dh = warpgroup_mma_wait(0, deps=(s, dh))
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         head = item // per_head
         row = (item % per_head) * (64 * CONSUMERS) + me * 64
-        mbarrier.wait(x_full.index(me), turn & 1)
-        turn = turn + 1
-        x = _operand(x_tile, x_layout, X_REGISTERS, HALVED)
-        y = _operand(y_tile, x_layout, False, HALVED)
+        if not X_REGISTERS:
+            x = x_s.index(at).reshape([64, D])
+        y = y_s.index(at).reshape([64, D])
         dx = gl.zeros([64, D], gl.float32, o_layout)
-        slot = it % W_SLOTS
-        mbarrier.wait(w_full.index(slot), (it // W_SLOTS) & 1)
-        s = warpgroup_mma(x, w1_s.index(slot).reshape([D, N]), zero, use_acc=False, is_async=True)
-        dh = warpgroup_mma(y, w2_s.index(slot).reshape([N, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s, dh = warpgroup_mma_wait(0, deps=(s, dh))
         for _ in range(1, tiles):
             dz = gl.convert_layout(DX(s, dh).to(dtype), a_layout)
             last = slot
@@ -477,44 +486,59 @@ def _rows_consumer(
             slot = it % W_SLOTS
             mbarrier.wait(w_full.index(slot), (it // W_SLOTS) & 1)
             dx_token = warpgroup_mma(dz, w1_s.index(last).reshape([D, N]).permute((1, 0)), dx, is_async=True)
-            s_token = warpgroup_mma(x, w1_s.index(slot).reshape([D, N]), zero, use_acc=False, is_async=True)
-            dh_token = warpgroup_mma(
-                y, w2_s.index(slot).reshape([N, D]).permute((1, 0)), zero, use_acc=False, is_async=True
+            s_token, dh_token = _rows_hidden(
+                x, y, w1_s.index(slot).reshape([D, N]), w2_s.index(slot).reshape([N, D]), zero
             )
             dx = warpgroup_mma_wait(2, deps=(dx_token,))
             mbarrier.arrive(w_empty.index(last), count=1)
             s, dh = warpgroup_mma_wait(0, deps=(s_token, dh_token))
+        # The item's last tile is multiplied together with the next item's first. After the last item that is one more
+        # product of what lies in the slots, and nobody reads it.
+        mbarrier.arrive(x_empty.index(at), count=1)
+        more = item + gl.num_programs(0) < items
+        turn = turn + 1
+        at = me * X_SLOTS + turn % X_SLOTS
+        mbarrier.wait(x_full.index(at), (turn // X_SLOTS) & 1, pred=more)
+        x = _operand(x_s.index(at).reshape([64, D]), x_layout, X_REGISTERS, HALVED)
+        y = _operand(y_s.index(at).reshape([64, D]), x_layout, False, HALVED)
         dz = gl.convert_layout(DX(s, dh).to(dtype), a_layout)
-        dx_token = warpgroup_mma(dz, w1_s.index(slot).reshape([D, N]).permute((1, 0)), dx, is_async=True)
-        dx = warpgroup_mma_wait(0, deps=(dx_token,))
-        mbarrier.arrive(w_empty.index(slot), count=1)
+        last = slot
         it += 1
-        x_tile.store(dx.to(dtype))  # X's own slot carries dX out
+        slot = it % W_SLOTS
+        mbarrier.wait(w_full.index(slot), (it // W_SLOTS) & 1, pred=more)
+        dx_token = warpgroup_mma(dz, w1_s.index(last).reshape([D, N]).permute((1, 0)), dx, is_async=True)
+        s_token, dh_token = _rows_hidden(x, y, w1_s.index(slot).reshape([D, N]), w2_s.index(slot).reshape([N, D]), zero)
+        dx = warpgroup_mma_wait(2, deps=(dx_token,))
+        mbarrier.arrive(w_empty.index(last), count=1)
+        tma.store_wait(0)  # the tile before has left
+        dx_s.index(me).reshape([64, D]).store(dx.to(dtype))
         fence_async_shared()
-        tma_store(dx_desc, [head, row, 0], x_s.index(me))
-        tma.store_wait(0)
-        mbarrier.arrive(x_empty.index(me), count=1)
+        tma_store(dx_desc, [head, row, 0], dx_s.index(me))
+        s, dh = warpgroup_mma_wait(0, deps=(s_token, dh_token))
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["items", "per_head", "tiles"])
 def _backward_rows(
     x_desc, y_desc, w1_desc, w2_desc, dx_desc, items, per_head, tiles,
     DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
-    X_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr, REGISTERS: gl.constexpr,
+    X_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    x_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], x_desc.layout)
-    y_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], y_desc.layout)
+    x_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS * X_SLOTS, 1, 64, D], x_desc.layout)
+    y_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS * X_SLOTS, 1, 64, D], y_desc.layout)
+    dx_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], dx_desc.layout)
     w1_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, D, N], w1_desc.layout)
     w2_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, N, D], w2_desc.layout)
-    x_full, x_empty = _ring(CONSUMERS, 1)
+    x_full, x_empty = _ring(CONSUMERS * X_SLOTS, 1)
     w_full, w_empty = _ring(W_SLOTS, CONSUMERS)
     fence_async_shared()
     gl.warp_specialize([
         (_rows_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
-                          per_head, tiles, N, CONSUMERS, W_SLOTS))
+                          per_head, tiles, N, CONSUMERS, W_SLOTS, X_SLOTS))
         if part == 0 else
-        (_rows_consumer, (part - 1, dx_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-                          DX, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED))
+        (_rows_consumer, (part - 1, dx_desc, x_s, y_s, w1_s, w2_s, dx_s, x_full, x_empty, w_full, w_empty, items, per_head,
+                          tiles, DX, N, D, CONSUMERS, W_SLOTS, X_SLOTS, X_REGISTERS, HALVED))
         for part in (0, 1, 2, 3)[:1 + CONSUMERS]
     ], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip
     if DEPENDENT:
@@ -653,6 +677,7 @@ class RowsConfig(NamedTuple):
     hidden: int  # columns of E a tile
     consumers: int  # warpgroups of 64 rows
     slots: int
+    x_slots: int  # of tiles of X and dY, each warpgroup's
     x_registers: bool  # X is read from registers, dY from shared memory
 
 
@@ -679,7 +704,7 @@ def choose_forward(heads: int, rows: int, d: int, processors: int) -> ForwardCon
 
 
 def choose_rows(d: int) -> RowsConfig:
-    return RowsConfig(128, 2, 3, False) if d == 64 else RowsConfig(64, 2, 3, True)
+    return RowsConfig(128, 2, 3, 2, False) if d == 64 else RowsConfig(64, 2, 3, 1, True)
 
 
 def choose_weights(d: int) -> WeightsConfig:
@@ -802,8 +827,8 @@ def _rows_constants(kind: str, d: int, c: RowsConfig, dependent: bool) -> dict:
     halved = kind in OF_HALF
     return {
         "DX": (OF_HALF if halved else FORMULAS)[kind][1], "N": c.hidden, "D": d, "CONSUMERS": c.consumers,
-        "W_SLOTS": c.slots, "X_REGISTERS": c.x_registers, "HALVED": halved, "DEPENDENT": dependent,
-        "REGISTERS": 240 if c.consumers == 2 else 160,
+        "W_SLOTS": c.slots, "X_SLOTS": c.x_slots, "X_REGISTERS": c.x_registers, "HALVED": halved,
+        "DEPENDENT": dependent, "REGISTERS": 240 if c.consumers == 2 else 160,
     }  # fmt: skip
 
 

@@ -775,7 +775,7 @@ def test_a_wrong_delta_fails(monkeypatch):
 
 def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     def first(*call, fa4=False):
-        return contract.order((9, 0), *call, fa4)[0]
+        return contract.order((9, 0), *call, fa4 and contract.fa4_is_faster(*call))[0]
 
     assert first(64, 64, True, False, 16 * 1024 * 32, 1024) == "hopper"
     assert first(64, 64, True, False, 8 * 1024, 1024) == "hopper"
@@ -789,6 +789,10 @@ def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     assert first(*long, fa4=True) == "flash_attn"
     assert first(*long) == "hopper"
     assert first(*short, fa4=True) == "hopper"
+    assert not contract.fa4_is_faster(*long, 4)
+    for call in ((128, 128, True, False, 16 * 16 * 1024, 1024), (128, 128, True, True, 16 * 16 * 1024, 1024)):
+        assert first(*call) == ("hopper" if call[3] else "cudnn")
+    assert first(128, 128, True, True, 16 * 16 * 1024, 1024, fa4=True) == "flash_attn"
     assert first(128, 128, True, True, 16 * 16384, 16384, fa4=True) == "hopper"
     assert contract.order((8, 0), 64, 64, True, True, 8, 8) == ("flash_attn", "cudnn", "triton")
 

@@ -129,31 +129,34 @@ def order(
 ) -> tuple[str, ...]:
     """Which backends "auto" asks on a card, the fastest first; readings: docs/perf/attention.md.
 
-    ``rows``: queries of all heads; ``keys``: of one sequence; ``fa4``: whether FlashAttention 4 can run the call. Its calls cost
-    the host 0.1 to 0.2 ms, so it stands first only where the card needs longer.
+    ``rows``: queries of all heads; ``keys``: of one sequence; ``fa4``: whether FlashAttention 4 can run the call and is faster.
     """
     if capability[0] != 9:
         return "flash_attn", "cudnn", "triton"
-    if fa4 and fa4_is_faster(d, dv, causal, backward, rows, keys):
+    if fa4:
         return "flash_attn", "hopper", "cudnn", "triton"
     if backward:  # 0.63 against 0.85 ms at (1, 4096, 16, 192 and 128)
         cudnn_first = causal and 128 < d < 256
-    else:  # 0.63 against 0.67 ms at (2, 2048, 128, 192 and 128)
-        cudnn_first = causal and 128 < d <= 192 and dv <= 128 and keys <= 2048
+    else:  # 0.63 against 0.67 ms at (2, 2048, 128, 192 and 128); AS-128-1024-causal 0.164 and 0.169
+        cudnn_first = causal and (
+            (128 < d <= 192 and dv <= 128 and keys <= 2048) or (64 < d <= 128 and keys <= 1024 and rows >= 1 << 18)
+        )
     if cudnn_first:
         return "cudnn", "hopper", "flash_attn", "triton"
     return "hopper", "cudnn", "flash_attn", "triton"
 
 
-def fa4_is_faster(d: int, dv: int, causal: bool, backward: bool, rows: int, keys: int) -> bool:
-    """Where FlashAttention 4 was measured faster on Hopper than the kernels here, and the card needs longer than its calls."""
+def fa4_is_faster(d: int, dv: int, causal: bool, backward: bool, rows: int, keys: int, group: int = 1) -> bool:
+    """Where FlashAttention 4 was measured faster on Hopper than the kernels here, and the card needs longer than its calls: these
+    cost the host 0.1 to 0.2 ms. ``group``: heads of q to one of k."""
     scores = rows * keys // (2 if causal else 1)
-    if 128 < d <= 192 and dv <= 128:
-        # (1, 4096, 16, 192 and 128): forward 0.24 against 0.27 ms, backward 0.97 against 1.60
-        return scores >= (1 << 27 if backward else 1 << 28)
-    if d > 64 or not backward:  # backward at D = 128: 0.99 to 1.09
+    if 128 < d <= 192 and dv <= 128:  # (1, 4096, 16, 192 and 128): forward 0.24 against 0.26 ms, causal 0.14 and 0.16
+        return scores >= 1 << 27  # backward 0.98 and 1.60, causal 0.57 and 0.84
+    if not backward:
         return False
-    return scores >= 1 << 28  # AS-64-*: 0.92 to 0.97, AS-64-8192-full level
+    if d > 64:  # 0.99 to 1.16, but AS-128-1024-causal 0.543 against 0.588
+        return causal and d <= 128 and keys <= 1024 and scores >= 1 << 27
+    return scores >= 1 << 28 and group == 1  # AS-64-*: 0.85 to 0.97; AC-gqa-1-full 1.08
 
 
 def attention(
@@ -545,7 +548,7 @@ def _first(q, k, v, options, backward, rejected) -> str | None:
         and options.cu_seqlens_q is None
     )  # fmt: skip
     fa4 = (
-        card[0] == 9 and timed and fa4_is_faster(*call) and _missing("flash_attn") is None
+        card[0] == 9 and timed and fa4_is_faster(*call, q.shape[-2] // k.shape[-2]) and _missing("flash_attn") is None
         and _flash_attn().fa4_can_run(q, k, v, options, backward)
     )  # fmt: skip
     for name in order(card, *call, fa4):

@@ -51,12 +51,9 @@ def _store_rows(base, at, live, values, D: tl.constexpr, FIRST: tl.constexpr, WI
 @triton.jit
 def _scores(q0, q1, k0, k1, scale, softcap, TAIL: tl.constexpr, SOFTCAP: tl.constexpr):
     s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-    if TAIL and q0.dtype == tl.float32:  # scaled first: of a plain sum the compiler would make one chain
-        s = s * scale + tl.dot(q1, tl.trans(k1), input_precision="ieee") * scale
-    else:
-        if TAIL:
-            s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
-        s *= scale
+    if TAIL:
+        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
+    s *= scale
     if SOFTCAP:
         s = softcap * _tanh(s / softcap, 0.0, 0.0)
     return s
@@ -327,15 +324,9 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def channels(d: int, halves: bool = False) -> tuple[int, int]:
-    """(HEAD, TAIL): the two tiles of a key's channels, TAIL 0 where one is enough. A dot takes 16 and more.
-
-    ``halves``: of equal width where they can be. Float32 products are summed up one after the other, and in one chain of 128 the
-    roundings come to more than in PyTorch's.
-    """
+def channels(d: int) -> tuple[int, int]:
+    """(HEAD, TAIL): the two tiles of a key's channels, TAIL 0 where one is enough. A dot takes 16 and more."""
     head = max(16, 1 << (d.bit_length() - 1))
-    if halves and d == head and d >= 64:
-        return d // 2, d // 2
     return head, max(16, _power_of_two(d - head)) if d > head else 0
 
 
@@ -403,8 +394,8 @@ class Flags(NamedTuple):
 
 
 @functools.cache
-def attend_launch(d: int, dv: int, group: int, unit: int, flags: Flags, config: Config, itemsize: int):
-    head, tail = channels(d, itemsize == 4 and not flags.shared)
+def attend_launch(d: int, dv: int, group: int, unit: int, flags: Flags, config: Config):
+    head, tail = channels(d)
     width = head if flags.shared else max(16, _power_of_two(dv))
     return _ATTEND.bind(
         D=d, DV=dv, GROUP=group, UNIT=unit, PAGES=flags.pages, NEW=flags.new, SHARED=flags.shared, LEFT=flags.left,
@@ -480,7 +471,7 @@ def plan(
         seq, key_heads, capacity, page_size, new, splits, entries, tiles, window_left, window_right, table_row,
         slopes_row, *strides, scale, softcap,
     )  # fmt: skip
-    attend = attend_launch(d, dv, group, unit, flags, config, dtype.itemsize)
+    attend = attend_launch(d, dv, group, unit, flags, config)
     combine = combine_launch(dv, sink, dependent) if parts else None
     return Plan(
         attend, combine, key_heads * tiles * entries, counts, splits, entries, entries * heads * seq * (dv + 1), config
@@ -593,7 +584,7 @@ def compile_cases(lanes: int = LANES):
         t = POINTERS[suffix]
         for name, (d, dv, rows, flags) in forms.items():
             config = choose_config(rows, d, dv, flags.shared, dtype.itemsize, flags.pages == 2, flags.new, lanes)
-            launch = attend_launch(d, dv, rows, 16 // dtype.itemsize, flags, config, dtype.itemsize)
+            launch = attend_launch(d, dv, rows, 16 // dtype.itemsize, flags, config)
             out = "*fp32" if flags.parts else t
             tensors = (t, t, t, "*i32", "*i32", t, t, "*fp32", "*fp32", out, "*fp32")
             bits = 64 if name == "128-whole" else 128

@@ -286,12 +286,19 @@ def test_the_fewest_shares_that_fill_the_card():
     assert shares_of(4096, 32, 32768) == 1
 
 
+def test_of_pages_as_many_programs_as_fit():
+    for page_size, shares in ((64, 2), (16, 3)):
+        pages = kernels._pages((16, 1), page_size, 64)
+        config = kernels.choose_config(4, 128, 128, False, 2, pages, False)
+        assert kernels.choose_shares(16, 8, 16384, config, 512, 132, pages) == shares
+
+
 @pytest.mark.parametrize("lanes", [32, 64])
 def test_a_tile_of_every_head_dimension_fits_into_shared_memory(lanes):
     for itemsize in (2, 4):
         for d in (8, 16, 64, 96, 128, 192, 256):
             for rows in (1, 20, 1000):
-                for pages in (False, True):
+                for pages in (0, 1, 2):
                     c = kernels.choose_config(rows, d, d, False, itemsize, pages, False, lanes)
                     loads = c.keys * sum(kernels.channels(d)) * 2 * itemsize * max(1, c.num_stages - 1)
                     assert loads <= (64 if lanes == 64 else 160) * 1024

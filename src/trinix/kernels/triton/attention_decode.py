@@ -330,41 +330,55 @@ def channels(d: int) -> tuple[int, int]:
     return head, max(16, _power_of_two(d - head)) if d > head else 0
 
 
+def _pages(table_shape: tuple | None, page_size: int, keys: int) -> int:
+    """0: no pages, 1: a tile of ``keys`` keys lies in one page, 2: it does not."""
+    return 0 if not table_shape else 1 if page_size % keys == 0 else 2
+
+
 def choose_config(
-    rows: int, d: int, dv: int, shared: bool, itemsize: int, pages: bool, new: bool, lanes: int = LANES
+    rows: int, d: int, dv: int, shared: bool, itemsize: int, pages: int, new: bool, lanes: int = LANES
 ) -> Config:
-    """``rows``: queries times the heads of a group; ``pages``: a tile of 64 keys may lie in several; ``new``: keys to append."""
+    """``rows``: queries times the heads of a group; ``pages``: 0: none, 1: a tile of 64 keys lies in one, 2: it may not; ``new``:
+    keys to append."""
     tile = min(64, max(16, _power_of_two(rows)))
     head, tail = channels(d)
     wide = _power_of_two(dv)
     width = head + tail + (0 if shared else wide)  # channels of a key and its value
     if itemsize == 4:  # no tensor cores at full precision: small tiles, so that registers suffice
-        keys, warps = (64, 4) if width <= 256 and not pages and not new else (16, 8)
+        keys, warps = (64, 4) if width <= 256 and pages < 2 and not new else (16, 8)
         config = Config(16, keys, 4 if lanes == 64 else warps, 2)
     elif max(head, wide) > 256:
         config = Config(16, 32, 4, 3) if tile == 16 else Config(32, 64, 8, 2)
         if lanes == 64:
             config = Config(config.rows, 512 // config.rows, 8, 1)
-    elif pages and not new and width <= 256:
+    elif pages == 2 and not new and width <= 256:
         config = Config(tile, 128, 8 if tile == 64 else 4, 3)
     else:
         config = Config(tile, 64, 8 if tile == 64 and width > 256 else 4, 3 if width <= 256 else 2)
-    if pages and itemsize < 4 and config.keys < 128:  # looking the pages up takes a stage of its own
-        config = config._replace(num_stages=config.num_stages + 1)
+    if pages and itemsize < 4 and config.keys < 128:  # looking the pages up takes stages of its own
+        # two tiles on their way: 16 sequences of 16384 keys in pages of 64 read at a copy's rate, with two shares
+        more = 2 if pages == 1 and tile == 16 and width <= 256 and not new else 1
+        config = config._replace(num_stages=config.num_stages + more)
     return config._replace(num_stages=1) if lanes == 64 else config
 
 
-def choose_shares(batch: int, heads: int, keys: int, config: Config, bytes_of_key: int, sm_count: int) -> int:
+def choose_shares(
+    batch: int, heads: int, keys: int, config: Config, bytes_of_key: int, sm_count: int, pages: int = 0
+) -> int:
     """Into how many shares every sequence is cut.
 
     ``heads``: programs of one share of a sequence, which are key heads times tiles of rows; ``keys``: the most that one may have.
     A card reads as fast from one program on each multiprocessor as from several, where a program's tiles are large. The fewest
-    shares that leave few multiprocessors idle in the last wave, as docs/perf/attention_decode.md has it.
+    shares that leave few multiprocessors idle in the last wave, as docs/perf/attention_decode.md has it. With ``pages`` half of a
+    pipeline's stages wait for the table: one program on each multiprocessor reached 73% of a copy's rate.
     """
     programs = heads * batch
-    loading = max(1, config.num_stages - 1) * config.keys * bytes_of_key  # on its way into a program, bytes
-    wave = sm_count * (1 if loading >= 48 * 1024 else 2)
+    ahead = max(1, (config.num_stages - 1) // (2 if pages else 1))  # tiles on their way into a program
+    loading = ahead * config.keys * bytes_of_key
+    wave = sm_count * (1 if loading >= 48 * 1024 and not pages else 2)
     resident = max(wave, 200 * 1024 // loading * sm_count)
+    if pages and ahead == 1:
+        wave = resident
     most = max(1, min(-(-keys // config.keys), 4 * resident // programs))
 
     def busy(shares):
@@ -381,7 +395,7 @@ def choose_shares(batch: int, heads: int, keys: int, config: Config, bytes_of_ke
 class Flags(NamedTuple):
     """What changes the binary, besides shapes and configuration."""
 
-    pages: int  # 0: none, 1: a tile lies in one page, 2: it does not
+    pages: int  # as ``_pages``
     new: bool
     shared: bool
     left: bool
@@ -446,15 +460,15 @@ def plan(
     page_size = k_shape[1]
     capacity = page_size * (table_shape[1] if table_shape else 1)
     if not config:
-        pages = bool(table_shape) and page_size % 64 != 0
-        config = choose_config(seq * group, d, dv, shared, dtype.itemsize, pages, new > 0)
+        config = choose_config(seq * group, d, dv, shared, dtype.itemsize, _pages(table_shape, page_size, 64), new > 0)
     tiles = -(-seq * group // config.rows)
     seen = capacity if window_left < 0 else min(capacity, window_left + seq + config.keys)
     sm_count, dependent = _card(index)
     splits = num_splits
     if not splits:
         width = d if shared else d + dv
-        splits = choose_shares(batch, key_heads * tiles, seen, config, width * dtype.itemsize, sm_count)
+        pages = _pages(table_shape, page_size, config.keys)
+        splits = choose_shares(batch, key_heads * tiles, seen, config, width * dtype.itemsize, sm_count, pages)
     entries = splits * batch
     parts = splits > 1
     used = [q_strides[:3], k_strides[:3], v_strides[:3]]
@@ -463,7 +477,7 @@ def plan(
     unit = _unit(dtype, *used)
     dependent = dependent and parts
     flags = Flags(
-        0 if not table_shape else 1 if page_size % config.keys == 0 else 2, new > 0, shared,
+        _pages(table_shape, page_size, config.keys), new > 0, shared,
         window_left >= 0, window_right >= 0 and seq > 1, alibi, softcap > 0, sink, parts, dependent,
     )  # fmt: skip
     strides = [s // unit for one in (*used, (0,) * 3, (0,) * 3)[:5] for s in one]
@@ -573,6 +587,7 @@ def compile_cases(lanes: int = LANES):
         "128-whole": (128, 128, 4, plain._replace(parts=False)),
         "128-packed": (128, 128, 64, plain),
         "128-pages": (128, 128, 4, plain._replace(pages=2)),
+        "128-large-pages": (128, 128, 4, plain._replace(pages=1)),
         "128-append": (128, 128, 4, plain._replace(pages=1, new=True)),
         "256": (256, 256, 8, plain),
         "latent": (576, 512, 16, plain._replace(shared=True)),
@@ -583,7 +598,7 @@ def compile_cases(lanes: int = LANES):
         suffix = str(dtype).removeprefix("torch.")
         t = POINTERS[suffix]
         for name, (d, dv, rows, flags) in forms.items():
-            config = choose_config(rows, d, dv, flags.shared, dtype.itemsize, flags.pages == 2, flags.new, lanes)
+            config = choose_config(rows, d, dv, flags.shared, dtype.itemsize, flags.pages, flags.new, lanes)
             launch = attend_launch(d, dv, rows, 16 // dtype.itemsize, flags, config)
             out = "*fp32" if flags.parts else t
             tensors = (t, t, t, "*i32", "*i32", t, t, "*fp32", "*fp32", out, "*fp32")

@@ -307,8 +307,7 @@ def test_emulated_short_sequences(monkeypatch, d, rows, keys, key_heads, options
 
 
 def test_emulated_short_sequences_one_after_the_other(monkeypatch):
-    choose = hopper.choose_short
-    monkeypatch.setattr(hopper, "choose_short", lambda *call: choose(*call)._replace(batch_last=True))
+    one_after_the_other(monkeypatch)
     shapes = (3, 130, 4, 64), (3, 150, 2, 64), (3, 150, 2, 64)
     q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
     for multiprocessors in (132, 10):
@@ -456,6 +455,18 @@ def test_out_lse_and_gradients(monkeypatch, options, d, seq, dtype, short):
     forced(monkeypatch, short)
     q, k, v = made([(2, seq[0], 6, d), (2, seq[1], 3, d), (2, seq[1], 3, d)], dtype)
     check(q, k, v, Options(scale=d**-0.5, **options))
+
+
+def one_after_the_other(monkeypatch):
+    choose = hopper.choose_short
+    monkeypatch.setattr(hopper, "choose_short", lambda *call: choose(*call)._replace(batch_last=True))
+    monkeypatch.setattr(hopper, "_plans", {})
+
+
+@on_card
+def test_short_sequences_one_after_the_other(monkeypatch):
+    one_after_the_other(monkeypatch)
+    check(*made([(3, 700, 6, 64), (3, 900, 3, 64), (3, 900, 3, 64)], torch.bfloat16), Options(scale=0.125, **CAUSAL))
 
 
 @pytest.mark.parametrize("d", [64, 128])

@@ -87,7 +87,7 @@ def test_every_attention_kernel_and_dtype_is_listed():
 
 
 def test_every_decoding_kernel_and_dtype_is_listed():
-    forms = "64 128 128-whole 128-packed 128-pages 128-append 256 latent latent-packed 80-options"
+    forms = "64 128 128-whole 128-packed 128-pages 128-large-pages 128-append 256 latent latent-packed 80-options"
     dtypes = ("float16", "bfloat16", "float32")
     names = (*forms.split(), "combine-128", "combine-512")
     assert listed("attention_decode") == {f"attention_decode/{name}/{d}" for name in names for d in dtypes}

@@ -779,6 +779,7 @@ def plan(
     works = slabs * config.chunks
     split = config.chunks > 1
     even = view.n % (config.deep * config.rows) == 0 and view.c % (config.cols * config.panel) == 0 and not masked
+    even = even and vector == 1  # a row between two vectors has fewer whole ones
     constants |= {"EVEN": even, "SPLIT": split} | ({} if backward else {"PEEL": config.peel})
     constants |= {"PANEL": config.panel, "MERGE": MERGE}
     constants |= {"DEEP": config.deep, "ROWS": config.rows, "COLS": config.cols}

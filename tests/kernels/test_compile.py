@@ -171,7 +171,8 @@ def compile_cases(lanes):
     yield case("good", _copy, 2048)
     yield case("narrow", _masked_copy, 2048)
     yield case("unaligned", _copy, 2048, aligned=())
-    yield case("spilling", _center, 32768, maxnreg=64, waves_per_eu=8)  # options of NVIDIA and AMD: few registers
+    yield case("spilling", _center, 32768, **({"maxnreg": 64} if lanes == 32 else {"waves_per_eu": 8}))  # few registers
+    yield case("unknown", _copy, 2048, **({"waves_per_eu": 8} if lanes == 32 else {"maxnreg": 64}))
     yield case("greedy", _multiply, 128, num_stages=5)
     yield case("wrong", _odd, 2048)
     yield case("crash", _copy, 2048, aligned=(os._exit(3) for _ in "x"))  # as a compiler's segmentation fault would
@@ -189,6 +190,7 @@ def test_bad_kernels_are_rejected(monkeypatch):
         "narrow": "widest load is 16 bits, wanted 128; widest store is 16 bits, wanted 128",
         "unaligned": "widest load is 16 bits, wanted 128; widest store is 16 bits, wanted 128",
         "spilling": r"spills \d+ bytes a thread.*",
+        "unknown": "a launch refuses (maxnreg|waves_per_eu)",
         "greedy": r".*asks for \d+ bytes of shared memory, limit \d+.*",
         "wrong": "(?s)CompilationError: .*power of 2.*",
         "crash": "the compiling process ended with exit status 3",

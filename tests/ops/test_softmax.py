@@ -295,6 +295,17 @@ def test_rows_that_start_between_two_vectors(layout, n, kind, request):
     oracle(function, x, -1, new(*x.shape[:-1], n + 5)[..., 1:-4], new(n))
 
 
+@pytest.mark.parametrize("lanes", [32, 64])
+def test_registers_are_bounded_only_on_nvidia(lanes):
+    """AMD's launches refuse the option."""
+    for width in (2000, 4097, 8192, 16384):
+        view = kernels.view((16384, width), 1, ((width, 1),) * 2)
+        for masked in (False, None):
+            call = kernels.plan(view, 2, False, masked, 132 if lanes == 32 else 0, lanes=lanes)
+            threads = call.config.num_warps * lanes
+            assert call.launch.options.get("maxnreg") == (64 if (lanes, threads) == (32, 512) else None)
+
+
 def test_vectors_of_uneven_rows_are_taken_where_the_tensor_read_first_has_them():
     def vector(n, *strides, masked=False):
         launch = kernels.plan(kernels.view((264, n), 1, strides), 2, False, masked, 132).launch

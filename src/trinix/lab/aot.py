@@ -239,9 +239,12 @@ def _gpu(target: str):
 def compile_one(case, target: str) -> Report:
     """Compile a case of ``compile_cases`` for a target of ``device.LIMITS`` and look at the result."""
     import triton
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
     from triton.errors import TritonError
 
+    known = vars(make_backend(_gpu(target)).parse_options({}))  # triton.compile passes over others, a launch does not
+    if unknown := [name for name in case.options if name not in known]:
+        return Report(case.name, target, error=f"a launch refuses {', '.join(unknown)}")
     amd = target.startswith("gfx")
     names = case.kernel.arg_names
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}

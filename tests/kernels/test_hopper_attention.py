@@ -157,6 +157,17 @@ def test_short_calls_have_a_kernel_of_their_own():
     assert not short(4, 512, 8, 256, True)
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(1 << 16, 64), (1, 64 << 16)], ids=["sequences", "blocks of rows"])
+def test_short_calls_leave_to_the_other_kernel_what_no_grid_holds(monkeypatch, batch, rows):
+    """65535 of each along the grid's second and third axis."""
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    options = Options(scale=0.125, **CAUSAL)
+    for one_less, kind in ((0, hopper.ForwardConfig), (1, hopper.ShortConfig)):
+        most = (batch - one_less, rows) if batch > 1 else (batch, rows - 64 * one_less)
+        q, k = (torch.empty(most[0], n, 1, 64, device="meta") for n in (most[1], 64))
+        assert isinstance(hopper._chosen_forward(hopper._Shape(q, k, k, options), options), kind)
+
+
 @pytest.mark.parametrize("row_blocks", [4, 8, 9, 16, 24])
 @pytest.mark.parametrize("heads", [1, 32, 100, 200])
 def test_short_programs_that_share_a_multiprocessor_go_from_both_ends(heads, row_blocks):
@@ -308,11 +319,11 @@ def test_emulated_short_sequences(monkeypatch, d, rows, keys, key_heads, options
 
 def test_emulated_short_sequences_one_after_the_other(monkeypatch):
     one_after_the_other(monkeypatch)
-    shapes = (3, 130, 4, 64), (3, 150, 2, 64), (3, 150, 2, 64)
+    shapes = (2, 130, 4, 64), (2, 150, 2, 64), (2, 150, 2, 64)
     q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
     for multiprocessors in (132, 10):
         emulated(monkeypatch, q, k, v, Options(scale=0.125, **CAUSAL), multiprocessors)
-        assert any(getattr(plan, "grid", None) == (4, 3, 3) for plan in hopper._plans.values())
+        assert any(getattr(plan, "grid", None) == (4, 3, 2) for plan in hopper._plans.values())
 
 
 @pytest.mark.parametrize("short", [True, False], ids=["short", "any-length"])

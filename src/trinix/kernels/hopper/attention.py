@@ -196,8 +196,10 @@ def choose_backward(d: int, dv: int, causal: bool, plain: bool) -> BackwardConfi
 
 
 def _chosen_forward(shape: "_Shape", options) -> ShortConfig | ForwardConfig:
-    plain = not (shape.varlen or shape.softcap or shape.alibi or options.sink is not None)
-    programs = shape.batch * shape.heads * _cdiv(shape.seq_q, 64)
+    row_blocks = _cdiv(shape.seq_q, 64)
+    fits = max(shape.batch, row_blocks) < 1 << 16  # a grid's axes but the first
+    plain = fits and not (shape.varlen or shape.softcap or shape.alibi or options.sink is not None)
+    programs = shape.batch * shape.heads * row_blocks
     call = shape.d, shape.dv, options.window_right >= 0, shape.seq_k
     more = shape.key_heads, shape.batch, programs, _multiprocessors(shape.device)
     short = choose_short(*call, *more) if plain else None

@@ -19,10 +19,11 @@ Shapes: q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], H a multiple of Hk
 out [B, Sq, H, Dv], lse [B, H, Sq]. Variable lengths: q [T, H, D], k [Tk, Hk, D], v [Tk, Hk, Dv], sequence b being the rows
 cu_seqlens[b] to cu_seqlens[b + 1]; out [T, H, Dv], lse [H, T]; rows behind the last sequence give 0 and -inf.
 
-dtypes: q, k, v, out of one floating dtype, under ``torch.autocast`` its dtype, to which q, k and v are cast (not float64, and not
-the options: a bias as low as float32's least number would be -inf in bfloat16), as PyTorch casts them for its own attention; lse float32 (float64 for float64), the natural logarithm. Scores, softmax and sums
-are float32 inside the kernels, probabilities and dz are rounded to the inputs' dtype before they are multiplied; float32
-inputs are multiplied as float32, not as TF32. Differentiable in q, k, v, bias and sink, and through lse.
+dtypes: q, k, v, out of one floating dtype, under ``torch.autocast`` its dtype, to which q, k and v are cast as PyTorch casts
+them for its own attention (not float64, and not the options: a bias as low as float32's least number would be -inf in bfloat16);
+lse float32 (float64 for float64), the natural logarithm. Scores, softmax and sums are float32 inside the kernels, probabilities
+and dz are rounded to the inputs' dtype before they are multiplied; float32 inputs are multiplied as float32, not as TF32.
+Differentiable in q, k, v, bias and sink, and through lse.
 
 Backward saves q, k, v, out and lse, and makes z again: memory grows with S, not with S x S. The gradient of a bias has the
 bias's own shape. Dropout draws its mask again from a seed; the mask is a function of (seed, b, h, i, j), the same in every

@@ -1349,8 +1349,9 @@ def backward(
         dbias = total[0] if splits == 1 else total.sum(0).to(bias.dtype)
     if want_sink:
         logit = options.sink.to(torch.float32)[:, None]
-        share = torch.exp(logit - lse.masked_fill(lse == float("-inf"), float("inf")))
-        if options.bias is not None:
+        if options.bias is None:
+            share = torch.exp(logit - lse.masked_fill(lse == float("-inf"), float("inf")))
+        else:
             rest = stats[..., 2, :]
             share = torch.exp(logit - stats[..., 0, :]) * (torch.exp(-rest) if q.itemsize == 4 else torch.exp2(-rest))
         dsink = -(share * stats[..., 1, :]).sum(-1 if varlen else (0, 2)).to(options.sink.dtype)

@@ -296,14 +296,15 @@ def test_rows_that_start_between_two_vectors(layout, n, kind, request):
 
 
 @pytest.mark.parametrize("lanes", [32, 64])
-def test_registers_are_bounded_only_on_nvidia(lanes):
-    """AMD's launches refuse the option."""
+def test_registers_are_bounded_only_in_backward_on_nvidia(lanes):
+    """AMD's launches refuse the option; forward with it took 47 registers at 8192 float32 numbers, not 36."""
     for width in (2000, 4097, 8192, 16384):
         view = kernels.view((16384, width), 1, ((width, 1),) * 2)
         for masked in (False, None):
             call = kernels.plan(view, 2, False, masked, 132 if lanes == 32 else 0, lanes=lanes)
-            threads = call.config.num_warps * lanes
-            assert call.launch.options.get("maxnreg") == (64 if (lanes, threads) == (32, 512) else None)
+            bounded = masked is None and lanes == 32 and call.config.num_warps == 16
+            assert call.launch.options.get("maxnreg") == (64 if bounded else None)
+            assert bounded == (masked is None and lanes == 32 and width in (4097, 8192))
 
 
 def test_vectors_of_uneven_rows_are_taken_where_the_tensor_read_first_has_them():

@@ -768,9 +768,9 @@ def plan(
             "COLS": config.cols,
         }
         launcher = _BACKWARD_TILE if backward else _FORWARD_TILE
-        # half the threads of a multiprocessor: with 66 registers a second program waits (16384 x 4097 backward 254 us, 164 with
-        # 64). AMD's compiler refuses the option
-        resident = 2 if along == 0 and config.num_warps == 16 and lanes == 32 else 0
+        # half the threads of a multiprocessor: with 66 registers a second program waits (16384 x 4097: 254 us, 164 with 64).
+        # AMD's launches refuse the option; forward takes fewer registers by itself, down to 36 without a bound
+        resident = 2 if backward and along == 0 and config.num_warps == 16 and lanes == 32 else 0
         launch = _bound(launcher, config.num_warps, resident, False, *constants.items())
         return Call(launch, outer * blocks, (*lengths, blocks, *view.outer[1:], *order), config, 0, 0)
     vector = _vector(view, itemsize, backward) if config.cols == 1 else 1

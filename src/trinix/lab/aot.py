@@ -54,9 +54,8 @@ KNOWN_SPILLS |= {"head_mlp/silu-gated-256/bwd/bfloat16": 112, "head_mlp/silu-gat
 KNOWN_SPILLS |= {"head_mlp/gelu_tanh/bwd/bfloat16": 80, "head_mlp/squared_relu/bwd/bfloat16": 8}
 KNOWN_SPILLS |= {"head_mlp/silu-bias-mean/bwd/bfloat16": 64}
 KNOWN_SPILLS |= {"softmax/rows-32768/bwd/float16": 8}  # bfloat16 has the same loads in flight without
-KNOWN_SPILLS |= {
-    f"softmax/rows-50257/fwd/{t}": 8 for t in ("bfloat16", "float16")
-}  # on sm_100 only, four vectors in flight
+# four vectors in flight; on sm_100 only
+KNOWN_SPILLS |= {f"softmax/rows-50257/fwd/{t}": 8 for t in ("bfloat16", "float16")}
 # the tile is the smallest that two passes of a warp group fill
 KNOWN_SPILLS |= {"attention/d256/keys-causal/bfloat16": 16, "attention/d256/keys-causal/float16": 16}
 KNOWN_SPILLS |= {"attention/d128/queries-bias/float32": 16}

@@ -461,13 +461,13 @@ def plan(
     capacity = page_size * (table_shape[1] if table_shape else 1)
     if not config:
         config = choose_config(seq * group, d, dv, shared, dtype.itemsize, _pages(table_shape, page_size, 64), new > 0)
+    pages = _pages(table_shape, page_size, config.keys)
     tiles = -(-seq * group // config.rows)
     seen = capacity if window_left < 0 else min(capacity, window_left + seq + config.keys)
     sm_count, dependent = _card(index)
     splits = num_splits
     if not splits:
         width = d if shared else d + dv
-        pages = _pages(table_shape, page_size, config.keys)
         splits = choose_shares(batch, key_heads * tiles, seen, config, width * dtype.itemsize, sm_count, pages)
     entries = splits * batch
     parts = splits > 1
@@ -477,7 +477,7 @@ def plan(
     unit = _unit(dtype, *used)
     dependent = dependent and parts
     flags = Flags(
-        _pages(table_shape, page_size, config.keys), new > 0, shared,
+        pages, new > 0, shared,
         window_left >= 0, window_right >= 0 and seq > 1, alibi, softcap > 0, sink, parts, dependent,
     )  # fmt: skip
     strides = [s // unit for one in (*used, (0,) * 3, (0,) * 3)[:5] for s in one]

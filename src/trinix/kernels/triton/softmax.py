@@ -758,15 +758,8 @@ def plan(
     if isinstance(config, Tile):
         even = view.n == config.rows and view.c % config.cols == 0 and not masked
         half = view.n > config.rows // 2
-        constants |= {
-            "UNIT": unit,
-            "FLAT": flat,
-            "SAME": same,
-            "EVEN": even,
-            "HALF": half,
-            "ROWS": config.rows,
-            "COLS": config.cols,
-        }
+        constants |= {"UNIT": unit, "FLAT": flat, "SAME": same, "EVEN": even, "HALF": half}
+        constants |= {"ROWS": config.rows, "COLS": config.cols}
         launcher = _BACKWARD_TILE if backward else _FORWARD_TILE
         # half the threads of a multiprocessor: with 66 registers a second program waits (16384 x 4097: 254 us, 164 with 64).
         # AMD's launches refuse the option; forward takes fewer registers by itself, down to 36 without a bound

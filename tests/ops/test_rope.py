@@ -994,6 +994,16 @@ def test_the_modules_table_grows_keeps_float32_and_moves(device):
     same(module.to_empty(device=device).sin, lazy.sin)
 
 
+def test_a_table_that_grows_without_autograd_serves_with_it(device):
+    module = trinix.FastRoPEPositionEmbedding(8, 4).to(device)
+    q = torch.ones(1, 10, 1, 8, device=device)
+    with torch.inference_mode():
+        module(q)
+    q.requires_grad_()
+    (gradient,) = torch.autograd.grad(module(q).sum(), q)
+    same(gradient, torch.autograd.grad(rope(q, None, *table(8, device), backend="torch").sum(), q)[0])
+
+
 def test_a_module_leaves_what_is_no_query_to_the_op():
     module = trinix.FastRoPEPositionEmbedding(8)
     with pytest.raises(TypeError, match="rope: q must be floating-point, got list"):

@@ -100,6 +100,7 @@ class FastRoPEPositionEmbedding(nn.Module):
             return "torch"
         return "triton" if triton_can_rotate(*tensors) else "auto"
 
+    @torch.inference_mode(False)  # autograd refuses to save a table that an evaluation made
     def _fill(self, length: int) -> None:
         table = ops.rope_table(length, self.dim, base=self.base, scaling=self.scaling, device=self.cos.device)
         self.cos, self.sin = table

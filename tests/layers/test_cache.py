@@ -157,6 +157,10 @@ def test_pages_are_taken_as_needed_and_given_back():
     assert all(cache.page_table[b, : len(pages)].tolist() == pages for b, pages in enumerate(owned))
     with pytest.raises(ValueError, match=r"9 more tokens need 13 pages, 4 are free"):
         cache.reserve(9)
+    for tokens in (-1, 14):
+        with pytest.raises(ValueError, match=f"reserve wants from 0 to 13 tokens, got {tokens}; make a cache of a larger"):
+            cache.reserve(tokens)
+    assert len(cache._free) == 4
     cache.reset()
     assert len(cache._free) == 8
 
@@ -246,6 +250,15 @@ def test_a_prompt_is_neither_converted_nor_broadcast(cache):
         ValueError, match=r"made for torch.float\d\d on cpu with \[heads, channels\] .*, got torch.float32"
     ):
         layer(torch.zeros(BATCH, 2, 16), cache=cache)
+
+
+def test_a_dynamic_cache_keeps_nothing_of_a_call_that_it_refused():
+    layer, x = made("grouped", {})
+    cache = trinix.DynamicCache()
+    with pytest.raises(ValueError, match="a cache keeps no gradient"):
+        layer(x, cache=cache)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[:2], cache=cache), layer(x[:2]))
 
 
 def test_a_dynamic_cache_without_tokens_has_none_to_move():

@@ -198,9 +198,10 @@ class DynamicCache(StaticCache):
         self.capacity = self.leader = self.lengths = self.keys = self.values = None
         self.longest = 0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    def _admit(self, q: Tensor, k: Tensor, v: Tensor) -> int:
+        tokens = super()._admit(q, k, v)
         self._grow(k, v)
-        return super().attend(q, k, v, **options)
+        return tokens
 
     def _grow(self, k: Tensor, v: Tensor) -> None:
         batch, tokens = k.shape[:2]
@@ -272,8 +273,14 @@ class PagedCache(_Cache):
         """Take the pages that ``tokens`` more of every sequence will need.
 
         Raises:
-            ValueError: the pool has too few.
+            ValueError: the pool has too few, or a sequence would pass the capacity.
         """
+        most = max(self._counts, default=0)
+        if tokens < 0 or most + tokens > self.capacity:
+            raise ValueError(
+                f"PagedCache: reserve wants from 0 to {self.capacity - most} tokens, got {tokens}; make a cache of a larger "
+                "capacity, or reset() it"
+            )
         missing = [
             max(0, -(-(count + tokens) // self.page_size) - len(owned))
             for count, owned in zip(self._counts, self._owned, strict=True)

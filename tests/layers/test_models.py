@@ -153,9 +153,15 @@ def test_nothing_is_generated_for_nobody(kind):
     assert made("llama").generate(nobody, 2, kind=kind).shape == (0, 5)
 
 
-def test_an_unknown_cache_is_refused():
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_unknown_cache_is_refused(shape):
     with pytest.raises(ValueError, match="kind must be 'static', 'dynamic' or 'paged', got 'lazy'"):
-        made("gpt").caches(1, 8, "lazy")
+        made(shape).caches(1, 8, "lazy")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_without_memory_has_caches_without_memory(shape):
+    assert all(cache.lengths.is_meta for cache in made(shape, "meta").caches(1, 8))
 
 
 def test_what_generation_cannot_do_is_refused():

@@ -170,6 +170,8 @@ class Decoder(nn.Module):
     def caches(self, batch: int, capacity: int, kind: str = "static", page_size: int = 16) -> list:
         """An empty cache for every block: "static", "dynamic" or "paged"; latent attention has its own, which is static."""
         check_sizes("Decoder", page_size=page_size)
+        if kind not in ("static", "dynamic", "paged"):
+            raise ValueError(f"Decoder: kind must be 'static', 'dynamic' or 'paged', got {kind!r}")
         caches = [self._cache(block.attention, batch, capacity, kind, page_size) for block in self.blocks]
         if kind != "dynamic":
             for cache in caches[:-1]:
@@ -178,7 +180,7 @@ class Decoder(nn.Module):
 
     def _cache(self, layer, batch, capacity, kind, page_size):
         device, dtype = self.embedding.weight.device, self.embedding.weight.dtype
-        if torch.is_autocast_enabled(device.type):
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         place = {"device": device, "dtype": dtype}
         if self.config.latent_dim is not None:
@@ -188,10 +190,8 @@ class Decoder(nn.Module):
             return StaticCache(batch, capacity, *heads, **place)
         if kind == "dynamic":
             return DynamicCache()
-        if kind == "paged":
-            pages = batch * -(-capacity // page_size)
-            return PagedCache(batch, pages, page_size, *heads, capacity=capacity, **place)
-        raise ValueError(f"Decoder: kind must be 'static', 'dynamic' or 'paged', got {kind!r}")
+        pages = batch * -(-capacity // page_size)
+        return PagedCache(batch, pages, page_size, *heads, capacity=capacity, **place)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, steps: int, *, kind: str | None = "static", graph: bool = False) -> Tensor:

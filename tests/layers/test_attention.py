@@ -528,7 +528,12 @@ def _norm_offset(norm):
     return changed
 
 
-@pytest.mark.parametrize("change", [_norm_hook, _norm_offset, lambda norm: torch.nn.Identity()])
+def _norm_eps(norm):
+    norm.eps = 1.0
+    return norm
+
+
+@pytest.mark.parametrize("change", [_norm_hook, _norm_offset, _norm_eps, lambda norm: torch.nn.Identity()])
 @pytest.mark.parametrize("which", ["q_norm", "k_norm"])
 def test_a_norm_that_does_more_than_scale_is_called(which, change):
     layer, x, _ = made("grouped", {"position_method": "rope", "qk_norm": True})
@@ -539,6 +544,12 @@ def test_a_norm_that_does_more_than_scale_is_called(which, change):
         layer.position,
     )  # the same positions, never in one kernel with the norms
     torch.testing.assert_close(y, layer(x))
+
+
+def test_an_eps_of_none_is_that_of_the_norms():
+    options = {"position_method": "rope", "qk_norm": True}
+    (layer, x, _), (other, _, _) = (made("grouped", options | {"norm_eps": eps}) for eps in (None, 2.0**-23))
+    torch.testing.assert_close(layer(x), other(x))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -690,6 +701,9 @@ REFUSED = {
         lambda: trinix.FastMultiHeadLatentAttention(12, 3, q_latent_dim=-1),
         "q_latent_dim must be an int from 1 on, got -1",
     ),
+    "softcap": (lambda: trinix.FastMultiHeadAttention(12, 3, softcap=-1.0), "softcap must be .*, got -1.0"),
+    "softcap of a latent": (lambda: trinix.FastMultiHeadLatentAttention(12, 3, softcap=None), "softcap must be .*None"),
+    "scale": (lambda: trinix.FastMultiQueryAttention(12, 3, scale="0.1"), "scale must be a number or None, got '0.1'"),
     "odd rope of a latent": (
         lambda: trinix.FastMultiHeadLatentAttention(12, 3, rope_head_dim=7),
         "rope_head_dim must be an even int from 2 on, got 7",

@@ -16,6 +16,13 @@ def check_dropout(name: str, dropout: float) -> None:
         raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout!r}")
 
 
+def check_scores(name: str, softcap: float, scale: float | None) -> None:
+    if not isinstance(softcap, int | float) or not softcap >= 0:
+        raise ValueError(f"{name}: softcap must be a number from 0 (none) on, got {softcap!r}")
+    if scale is not None and not isinstance(scale, int | float):
+        raise ValueError(f"{name}: scale must be a number or None, got {scale!r}")
+
+
 def check_use_triton(name: str, use_triton: bool | None) -> None:
     if use_triton is not None and type(use_triton) is not bool:
         raise TypeError(f"{name}: use_triton must be None, True or False, got {use_triton!r}; None lets trinix choose")

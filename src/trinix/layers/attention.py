@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trinix import dispatch, ops
-from trinix.layers.arguments import check_dropout, check_sizes, refuse_unknown
+from trinix.layers.arguments import check_dropout, check_scores, check_sizes, refuse_unknown
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
 from trinix.layers.linear import FastLinear, unhooked
@@ -70,6 +70,7 @@ class _FastAttention(nn.Module):
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, max_seq_len=max_seq_len)
         check_heads(name, embed_dim, num_heads, head_dim)
         check_dropout(name, dropout)
+        check_scores(name, softcap, scale)
         dispatch.check_name(name, BACKENDS, backend)
         if num_heads % num_kv_heads:
             raise ValueError(f"{name}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
@@ -146,7 +147,7 @@ class _FastAttention(nn.Module):
         together = q.shape[1] == k.shape[1]
         if rotates and position_ids is None:
             self.position.grow(max(q.shape[1], k.shape[1]) if cache is None else reach(cache, q.shape[1]))
-        if rotates and together and all(_only_scales(norm) for norm in (self.q_norm, self.k_norm)):
+        if rotates and together and _only_scale(self.q_norm, self.k_norm):
             return ops.qk_norm_rope(
                 q, k, self.q_norm.weight, self.k_norm.weight, self.position.cos, self.position.sin, eps=self.q_norm.eps,
                 interleaved=self.position.interleaved, position_ids=position_ids, offset=offset,
@@ -483,9 +484,13 @@ def _take_torchs_names(layer: FastMultiHeadAttention, state: dict[str, Tensor], 
 # ---- shared with latent attention -----------------------------------------------------------------------------------------
 
 
-def _only_scales(norm: nn.Module | None) -> bool:
-    """Whether the weight and eps of ``norm`` say all that it does."""
-    return type(norm) is FastRMSNorm and norm.weight is not None and not norm.weight_offset and unhooked(norm)
+def _only_scale(*norms: nn.Module | None) -> bool:
+    """Whether their weights and one eps say all that ``norms`` do."""
+    return (
+        all(type(n) is FastRMSNorm and n.weight is not None and not n.weight_offset and unhooked(n) for n in norms)
+        and norms[0].eps is not None
+        and all(n.eps == norms[0].eps for n in norms)
+    )
 
 
 def check_heads(name: str, embed_dim: int, num_heads: int, head_dim: int | None) -> None:

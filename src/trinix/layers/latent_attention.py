@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trinix import dispatch, ops
-from trinix.layers.arguments import check_dropout, check_sizes
+from trinix.layers.arguments import check_dropout, check_scores, check_sizes
 from trinix.layers.attention import (
     check_cached_call,
     check_heads,
@@ -104,6 +104,7 @@ class FastMultiHeadLatentAttention(nn.Module):
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, max_seq_len=max_seq_len)
         check_heads(name, embed_dim, num_heads, head_dim)
         check_dropout(name, dropout)
+        check_scores(name, softcap, scale)
         dispatch.check_name(name, BACKENDS, backend)
         if position_method not in ("none", "rope", "alibi"):
             raise ValueError(f"{name}: position_method must be 'none', 'rope' or 'alibi', got {position_method!r}")

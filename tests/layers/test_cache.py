@@ -158,7 +158,9 @@ def test_pages_are_taken_as_needed_and_given_back():
     with pytest.raises(ValueError, match=r"9 more tokens need 13 pages, 4 are free"):
         cache.reserve(9)
     for tokens in (-1, 14):
-        with pytest.raises(ValueError, match=f"reserve wants from 0 to 13 tokens, got {tokens}; make a cache of a larger"):
+        with pytest.raises(
+            ValueError, match=f"reserve wants from 0 to 13 tokens, got {tokens}; make a cache of a larger"
+        ):
             cache.reserve(tokens)
     assert len(cache._free) == 4
     cache.reset()

@@ -63,6 +63,61 @@ def test_a_captured_step_generates_the_same(shape, kind):
         step(prompt[:, :1])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["llama", "deepseek"])
+@torch.no_grad()
+def test_a_captured_step_keeps_its_table_when_the_models_grows(shape):
+    model, tokens = made(shape, "cuda"), tokens_of("cuda", 2, 200)
+    caches = model.caches(2, 64)
+    model(tokens[:, :5], caches)
+    step = model.captured(caches)
+    model(tokens)
+    others = [torch.full((n,), 7.0, device="cuda") for n in (64, 128, 256, 512, 1024, 2048, 4096) for _ in range(20)]
+    torch.testing.assert_close(step(tokens[:, 5:6]), model(tokens[:, :6], last=True), atol=1e-4, rtol=1e-4)
+    assert len(others) == 140
+
+
+class Unrecorded:
+    """In the place of a CUDA graph: what is captured runs once, replays nothing."""
+
+    def __getattr__(self, _):
+        return lambda *_: self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+@torch.no_grad()
+def test_a_captured_step_looks_after_its_caches(monkeypatch):
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: Unrecorded())
+    tokens = tokens_of("cpu", 2, 5)
+    model = made("gpt", length=6)
+    caches = model.caches(2, 9)
+    with pytest.raises(ValueError, match="captured wants caches with their prompts, got an empty one"):
+        model.captured(caches)
+    model(tokens, caches)
+    step = model.captured(caches)
+    step(tokens[:, :1])
+    with pytest.raises(ValueError, match="7 tokens exceed the table of 6 learned positions"):
+        step(tokens[:, :1])
+    model = made("llama")
+    caches = model.caches(2, 48, "paged")
+    model(tokens, caches)
+    step = model.captured(caches)
+    for cache in caches:
+        cache.lengths.fill_(32)
+        cache.truncate(16)
+        assert len(cache._free) == 4
+    step(tokens[:, :1])
+    for cache in caches:
+        assert len(cache._free) == 2
+        assert cache.page_table[:, 1].tolist() == [pages[1] for pages in cache._owned]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_logits_of_a_prompt_and_steps_are_those_of_the_whole(shape, device):

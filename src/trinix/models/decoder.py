@@ -147,12 +147,7 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         h = torch.zeros_like(x)
         if self.positions is not None:
-            end = tokens.shape[1] + (0 if caches is None else caches[0].longest)
-            if end > self.config.length:
-                raise ValueError(
-                    f"Decoder: {end} tokens exceed the table of {self.config.length} learned positions; make a Config with a "
-                    "larger length"
-                )
+            self._check_positions(tokens.shape[1] + (0 if caches is None else caches[0].longest))
             at = torch.arange(tokens.shape[1], device=tokens.device)
             if caches is not None and caches[0].lengths is not None:
                 at = caches[0].lengths[:, None] + at
@@ -161,6 +156,13 @@ class Decoder(nn.Module):
             x, h = block(x, h, None if caches is None else caches[i])
         y, _ = self.norm(x, h)
         return self.output(y[:, -1:] if last else y)
+
+    def _check_positions(self, end: int) -> None:
+        if self.positions is not None and end > self.config.length:
+            raise ValueError(
+                f"Decoder: {end} tokens exceed the table of {self.config.length} learned positions; make a Config with a "
+                "larger length"
+            )
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of every token given those before it, in float32."""
@@ -231,6 +233,10 @@ class Decoder(nn.Module):
 
         The caches hold their prompts already, and have room for a token. The logits are overwritten by the next step.
         """
+        if not all(cache.longest for cache in caches):
+            raise ValueError(
+                "Decoder: captured wants caches with their prompts, got an empty one; call the model first"
+            )
         tokens = torch.zeros(caches[0].lengths.shape[0], 1, dtype=torch.int64, device=self.embedding.weight.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -249,13 +255,18 @@ class Decoder(nn.Module):
                 cache.reserve(cache.capacity - cache.longest)
 
         def step(new: Tensor) -> Tensor:
+            self._check_positions(caches[0].longest + 1)
             for cache in caches:
                 cache.check(len(new), 1)
+                if isinstance(cache, PagedCache):
+                    cache.reserve(1)  # truncate() gives pages back
                 cache.count(1)
             tokens.copy_(new)
             graph.replay()
             return logits
 
+        # the graph reads these, also when a longer prompt has put others in their place
+        step.tables = list(self.buffers())
         return step
 
 

@@ -720,7 +720,7 @@ def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, share
     """(launch, blocks, splits, scalars before the partials' length, scale) of a backward call."""
     layout, strides = layout_of(dtype.itemsize, e, strides)
     config = choose_backward(b, d, dtype.itemsize, gated, layout.unit > 1)
-    even = e % config.hidden == 0
+    even = e > 0 and e % config.hidden == 0  # a weights program runs for b2 without any column to read
     launch = backward_launch(kind, dtype, gated, has_b1, wanted, shared, mean, even, layout, d, config)
     programs = h * -(-max(e, 1) // config.hidden) if any(wanted) else 0
     elements = h * d * e * sum(wanted[:3]) + h * e * wanted[3] + h * d * wanted[4]

@@ -4,6 +4,7 @@ A kernel that leaves part of its output unwritten must not pass because the memo
 ``torch.empty`` of a test is filled, floats with NaN and integers with their largest value.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +23,10 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
     torch.use_deterministic_algorithms(True, warn_only=True)  # imports Triton, so not before; makes the next line work
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if interpreted() and importlib.util.find_spec("triton"):
+        import footprints
+
+        footprints.install()
 
 
 def interpreted() -> bool:

@@ -1,0 +1,34 @@
+"""The interpreter's check of addresses can fail: tests/footprints.py."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _copy(x, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def _add(x, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.atomic_add(y + i, tl.load(x + i, mask=i < n), mask=i < n)
+
+
+@pytest.mark.parametrize("kernel", [_copy, _add])
+def test_a_kernel_that_leaves_its_tensors_fails(kernel):
+    x, y = torch.arange(20.0), torch.zeros(40)
+    kernel[(1,)](x, y, 20, BLOCK=32)
+    kernel[(1,)](x[4:], y[::2], 1, BLOCK=32)
+    assert y.tolist() == [x[4].item() + (x[0].item() if kernel is _add else 0), *x.tolist()[1:], *[0.0] * 20]
+    for out_of_bounds, said in (
+        ((x, y, 21), "loads from what lies 0 bytes behind"),
+        ((x, y[:19], 20), "(stores|adds) to what lies between"),
+        ((x[:19], y, 20), "loads from what lies between"),
+        ((x[::2], y, 10), "loads from what lies between"),
+    ):
+        with pytest.raises(triton.runtime.errors.InterpreterError, match=f"footprint: a kernel {said}"):
+            kernel[(1,)](*out_of_bounds, BLOCK=32)

@@ -33,6 +33,7 @@ class Tensor:
         self.type = types.SimpleNamespace(layout=None)
 
     shape = property(lambda self: self.a.shape)
+    dtype = property(lambda self: types.SimpleNamespace(primitive_bitwidth=8 * self.a.itemsize))
 
     def to(self, dtype):
         return Tensor(self.a.astype(dtype))
@@ -105,7 +106,7 @@ class Pointer:
 _atomic = threading.Lock()
 
 
-def load(pointer, mask=None, other=0.0):
+def load(pointer, mask=None, other=0.0, cache_modifier=""):
     offset = np.asarray(pointer.offset)
     if mask is None:
         return Tensor(pointer.memory[offset])
@@ -318,7 +319,8 @@ def _inline_asm(asm, constraints, args, dtype=None, is_pure=False, pack=1):
         return args[0] * args[1]
     if asm.startswith("mov.b32"):
         return args[0]
-    assert asm.startswith("griddepcontrol"), asm
+    # the programs of a cluster run as one, each statement for all of them
+    assert asm.startswith(("griddepcontrol", "barrier.cluster")), asm
     return None
 
 
@@ -415,6 +417,8 @@ def language():
         arange=lambda a, b, layout=None: Tensor(np.arange(a, b)),
         expand_dims=lambda x, axis: Tensor(np.expand_dims(x.a, axis)), convert_layout=lambda x, layout: x,
         exp2=_unary(np.exp2), log2=_unary(np.log2), abs=_unary(np.abs),
+        fma=lambda a, b, c: Tensor((a.a.astype(np.float64) * b.a + c.a).astype(np.float32)),
+        full_like=lambda x, value: Tensor(np.full_like(x.a, raw(value))),
         sum=lambda x, axis: Tensor(x.a.sum(axis)), max=lambda x, axis: Tensor(x.a.max(axis)),
         reshape=lambda x, shape: Tensor(x.a.reshape(shape)), permute=lambda x, order: Tensor(x.a.transpose(order)),
         load=load, store=store, atomic_add=atomic_add, inline_asm_elementwise=_inline_asm,

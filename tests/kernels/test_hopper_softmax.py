@@ -1,13 +1,20 @@
-"""Softmax over columns on Hopper: the plan of every length, and what the compiler makes of the kernels, without a GPU."""
+"""Softmax on Hopper: the plan of every length, what the compiler makes of the kernels, and the rows' kernels in NumPy
+(gluon_on_cpu.py), without a GPU."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import gluon_on_cpu
 from trinix.kernels.hopper import softmax as hopper
+from trinix.kernels.hopper import softmax_rows as rows
+from trinix.kernels.torch import softmax as reference
+from trinix.testing import assert_within_budget, normal
 
 SHARED_LIMIT = 227 * 1024
 
@@ -75,3 +82,141 @@ def test_what_it_cannot_run_has_a_reason():
     assert "float64" in hopper.unsupported(x.double(), None, 1, 1.0)
     fake = torch.empty(4, 8, 16, device="meta")
     assert "GPU tensor" in hopper.unsupported(fake, None, 1, 1.0)
+    assert "16 bytes" in rows.unsupported(1001, 2, 132)
+    assert "too many" in rows.unsupported(1 << 20, 2, 132)
+    assert rows.unsupported(1 << 19, 2, 132) is None
+
+
+# ---- rows in clusters -----------------------------------------------------------------------------------------------------
+
+COMPILE_ROWS = """
+import json, os, re, subprocess, tempfile
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from trinix.kernels.hopper import softmax_rows as rows
+
+PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+for letters, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+    for count, n, log in ((1, 65544, True), (4096, 65536, False), (4096, 100000, False), (4096, 131072, True), (4096, 262144, False)):
+        for kernel in (rows._forward, rows._backward):
+            backward = kernel is rows._backward
+            config = rows.choose_config(count, n, itemsize, backward, 132)
+            constants = rows.constants(config, n, itemsize, log)
+            names = kernel.arg_names
+            annotated = {p.name: p.annotation_type for p in kernel.params}
+            given = {"partial": "*fp32"}
+            signature = {k: "constexpr" if k in constants else given.get(k) or annotated[k] or "*" + letters for k in names}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names) if signature[k].startswith("*")}
+            source = GluonASTSource(fn=kernel, signature=signature, attrs=aligned,
+                                    constexprs={(names.index(k),): v for k, v in constants.items()})
+            most = rows.registers(constants["VECTORS"], 1 + backward, itemsize)
+            binary = triton.compile(source, target=GPUTarget("cuda", 90, 32),
+                                    options={"num_warps": config.num_warps, "num_ctas": config.ctas, "maxnreg": most})
+            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+                ptx.write(binary.asm["ptx"])
+                ptx.flush()
+                command = [PTXAS, "-v", "--gpu-name=sm_90a", ptx.name, "-o", "/dev/null"]
+                log_text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            count_of = lambda word: len(re.findall(word + r"\\.global\\S*\\.v4\\.b32", binary.asm["ptx"]))
+            print(json.dumps({"name": f"{letters}/{count}/{n}/{log}/{backward}", "vectors": constants["VECTORS"],
+                              "loads": count_of("ld"), "stores": count_of("st"), "inputs": 1 + backward,
+                              "barriers": binary.asm["ptx"].count("barrier.cluster.arrive.release"),
+                              "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log_text)))}))
+"""
+
+
+def test_every_binary_of_rows_keeps_its_piece_in_registers_and_moves_16_bytes_at_a_time(fresh_process):
+    lines = [json.loads(line) for line in fresh_process(COMPILE_ROWS).splitlines()]
+    assert len(lines) == 30
+    for one in lines:
+        assert one["spills"] == 0, one
+        assert (one["loads"], one["stores"]) == (one["inputs"] * one["vectors"], one["vectors"]), one
+        assert one["barriers"] == 1, one
+
+
+@pytest.mark.parametrize("multiprocessors", [78, 132])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_pieces_cover_every_row(itemsize, multiprocessors):
+    unit = 16 // itemsize
+    lengths = [unit * k for k in (1, 2, 15, 16, 17, 255, 256, 4097, 8191, 8192, 12345, 16384, 18992, 32768, 65536)]
+    for n in lengths:
+        if multiprocessors < 132 and n * itemsize > 512 << 10:
+            assert "too many" in rows.unsupported(n, itemsize, multiprocessors)
+            continue
+        for count in (1, 16, 17, 5000):
+            for backward in (False, True):
+                config = rows.choose_config(count, n, itemsize, backward, multiprocessors)
+                assert config.ctas <= (16 if multiprocessors == 132 else 8)
+                c = rows.constants(config, n, itemsize, False)
+                piece = -(-n // (unit * config.ctas)) * unit
+                assert (c["VECTORS"] - 1) * c["SPAN"] < piece <= c["VECTORS"] * c["SPAN"]
+                assert piece * config.ctas >= n
+                for line in range(config.ctas):  # what is read without a mask is all within the piece
+                    assert c["FULL"] * c["SPAN"] <= max(0, min(piece, n - line * piece))
+                assert c["VECTORS"] * (1 + backward) <= 16
+
+
+def test_rows_that_clusters_win():
+    assert rows.wins(4096, 131_072, 2, False)
+    assert not rows.wins(4096, 65_536, 2, False)
+    assert rows.wins(4096, 65_536, 2, True)
+    assert rows.wins(64, 32_768, 2, False)
+    assert not rows.wins(65, 32_768, 2, True)
+    assert rows.choose_config(4096, 131_072, 2, True, 132) == (8, 8)  # K-softmax-4096x131072
+    assert rows.choose_config(1, 131_072, 2, True, 132) == (16, 8)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The launches of rows run here, on float16 and float32 tensors, each cluster as one program."""
+    names = {"gl": gluon_on_cpu.language()}
+    names["gluon"] = names["gl"]
+    tree = ast.parse(Path(rows.__file__).read_text())
+    tree.body = [
+        n
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, n.decorator_list))
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None  # Triton's
+    exec(compile(ast.fix_missing_locations(tree), rows.__file__, "exec"), names)
+    monkeypatch.setattr(
+        rows, "Binary", lambda kernel, device, examples, constants, **_: gluon_on_cpu.Binary(names, kernel, examples, constants)
+    )  # fmt: skip
+    monkeypatch.setattr(rows, "raw_stream", lambda device: 0)
+    monkeypatch.setattr(rows, "_launch", rows._Launch)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, **more))
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((2, 8), 1.0), ((1, 3, 1000), 0.3), ((18, 264), 1.0), ((1, 65544), 1.0), ((1, 200_000), 2.0)]
+)
+def test_rows_hold_the_budget_at_odd_sizes(shape, scale, dtype, log):
+    n = shape[-1]
+    x, dy = normal(shape, dtype, seed=1), normal(shape, dtype, seed=2)
+    y = rows.forward(x, n, scale, log, 132)
+    dx = rows.backward(y, dy, n, scale, log, 132)
+    low = reference.forward(x, None, len(shape) - 1, scale, log)
+    true = reference.forward(x.double(), None, len(shape) - 1, scale, log)
+    assert_within_budget((y,), (low,), (true,))
+    low, true = (reference.backward(y.to(t), dy.to(t), len(shape) - 1, scale, log) for t in (dtype, torch.float64))
+    assert_within_budget((dx,), (low,), (true,))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_rows_of_infinities_and_nan_end_as_in_pytorch():
+    x = torch.full((5, 3000), float("-inf"))
+    x[1, 2500] = 1.0
+    x[2, 7] = float("inf")
+    x[3, 2999] = float("nan")
+    x[4] = 1e30
+    for log, function in ((False, torch.softmax), (True, torch.log_softmax)):
+        got, wanted = rows.forward(x, 3000, 1.0, log, 132), function(x, 1)
+        assert torch.equal(got.isnan(), wanted.isnan())
+        torch.testing.assert_close(got, wanted, equal_nan=True)

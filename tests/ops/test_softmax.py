@@ -1068,6 +1068,45 @@ def test_hopper_holds_the_float64_budget(function, dtype, shape):
     oracle(function, new(*shape), dim, new(*shape).transpose(0, 1).contiguous().transpose(0, 1), ours="hopper")
 
 
+HOPPER_ROWS = [
+    (3, 131_072), (140, 65_544), (17, 100_000), (16, 151_936), (2, 2, 33_000), (5, 8), (300, 1000), (2, 202_048, 1), (40, 262_144),
+]  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("shape", HOPPER_ROWS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", OPS)
+def test_hopper_holds_the_float64_budget_in_long_rows(function, dtype, shape):
+    new, dim = Numbers(dtype, "cuda"), 1 if shape[-1] == 1 else len(shape) - 1
+    for scale in (1.0, 0.3):
+        oracle(function, new(*shape), dim, new(*shape), ours="hopper", scale=scale)
+    oracle(function, new(*shape), dim, new(*shape[:-1], 1).expand(shape), ours="hopper")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", OPS)
+def test_hopper_infinite_and_nan_rows_end_as_in_pytorch(function, dtype):
+    for n in (8, 1000, 70_000):
+        x = torch.full((EDGES.shape[0], n), -INF)
+        x[:, n // 3 : n // 3 + EDGES.shape[1]] = EDGES[:, : n - n // 3]
+        edges_end_as_in_pytorch(function, x.to("cuda", dtype), 1, "hopper")
+
+
+@gpu
+@pytest.mark.parametrize("rows", [3, 600])
+def test_hopper_rows_give_the_same_bits_every_time_and_in_a_cuda_graph(rows):
+    new = Numbers(torch.bfloat16, "cuda")
+    x, dy = new(rows, 128_256), new(rows, 128_256)
+    first = vjp(call(softmax, 1, "hopper"), [x], dy)
+    for _ in range(50):
+        same(vjp(call(softmax, 1, "hopper"), [x], dy), first)
+    graph, results = captured(lambda: vjp(call(softmax, 1, "hopper"), [x], dy))
+    graph.replay()
+    same(results, first)
+
+
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", OPS)
@@ -1115,9 +1154,12 @@ def test_auto_reaches_hopper_on_the_card(hopper):
     if not hopper._is_hopper(0):
         pytest.skip("needs a GPU of compute capability 9.0")
     x = torch.ones(144, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    for dim in (1, 2, 0):
-        assert backend_that_ran(softmax(x, dim)) == ("hopper" if dim == 1 else "triton")
-        assert trinix.explain("softmax", x, dim).backend == backend_that_ran(softmax(x, dim))
+    long = torch.ones(2, 131_072, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    other = torch.ones(2, 131_071, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    calls = ((x, 1, "hopper"), (x, 2, "triton"), (x, 0, "triton"), (long, 1, "hopper"), (other, 1, "triton"))
+    for tensor, dim, wanted in calls:
+        assert backend_that_ran(softmax(tensor, dim)) == wanted
+        assert trinix.explain("softmax", tensor, dim).backend == wanted
 
 
 @gpu

@@ -1,6 +1,6 @@
-"""Softmax and log_softmax on Hopper (sm_90) in Gluon, along a dimension that is not the contiguous one.
+"""Softmax and log_softmax on Hopper (sm_90) in Gluon: columns here, long rows in ``softmax_rows``.
 
-A tensor is seen as [outer, N, C], C contiguous, N reduced. A work item is a part of the N rows of a panel of columns: small
+Along a dimension that is not the contiguous one, a tensor is seen as [outer, N, C], C contiguous, N reduced. A work item is a part of the N rows of a panel of columns: small
 enough that several lie in a multiprocessor's shared memory at once. One warp keeps the copy engine busy, chunk by chunk
 through a ring; groups of consumer warps take turns at the items: statistics of the whole item first, then the result,
 stored straight from registers, so that one group computes while another loads and a third stores. Every element crosses
@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from trinix.kernels.hopper import softmax_rows
 from trinix.kernels.hopper._compat import block_barrier, tma_load
 from trinix.kernels.hopper._launch import Binary, Box, raw_stream
 
@@ -343,10 +344,15 @@ def unsupported(x: Tensor, mask: Tensor | None, dim: int, scale: float) -> str |
         return f"takes a scale above 0, got {scale}"
     if not x.is_contiguous():
         return "needs a contiguous tensor"
+    if not x.numel():
+        return "needs elements, got none"
     n, c = x.shape[dim], math.prod(x.shape[dim + 1 :])
-    if not x.numel() or c * x.element_size() % 16 or c == 1:
+    multiprocessors = _multiprocessors(x.device.index)
+    if c == 1:
+        return softmax_rows.unsupported(n, x.element_size(), multiprocessors)
+    if c * x.element_size() % 16:
         return "needs rows of a multiple of 16 bytes behind the dimension"
-    return _too_large(x.numel() // (n * c), n, c, x.element_size(), _multiprocessors(x.device.index))
+    return _too_large(x.numel() // (n * c), n, c, x.element_size(), multiprocessors)
 
 
 @functools.lru_cache(4096)
@@ -366,11 +372,17 @@ _BYTES_FROM = 144 * 512 * 128 * 2
 
 def wins(x: Tensor, dim: int) -> bool:
     """Whether a call that these kernels support is faster here than in the portable kernels."""
+    if _is_row(x, dim):
+        n, grad = x.shape[dim], x.requires_grad and torch.is_grad_enabled()
+        return softmax_rows.wins(x.numel() // n, n, x.element_size(), grad) and not x.data_ptr() % 16
     return x.shape[dim] >= _ROWS_FROM and x.numel() * x.element_size() >= _BYTES_FROM and not x.data_ptr() % 16
 
 
 def describe(x: Tensor, mask: None, dim: int, log: bool) -> str:
-    p = plan(x.shape[dim], math.prod(x.shape[dim + 1 :]), x.element_size(), False)
+    n, c, itemsize = x.shape[dim], math.prod(x.shape[dim + 1 :]), x.element_size()
+    if c == 1:
+        return softmax_rows.describe(x.numel() // n, n, itemsize, _multiprocessors(x.get_device()))
+    p = plan(n, c, itemsize, False)
     return f"forward: columns of {p.config.columns_bytes} bytes in {p.parts} parts of {p.rows} rows, {p.config.groups} x {p.config.num_warps} warps"
 
 
@@ -384,8 +396,14 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def _is_row(x: Tensor, dim: int) -> bool:
+    return all(size == 1 for size in x.shape[dim + 1 :])
+
+
 def forward(x: Tensor, mask: None, dim: int, scale: float, log: bool) -> Tensor:
     x = _aligned(x)
+    if _is_row(x, dim):
+        return softmax_rows.forward(x, x.shape[dim], scale, log, _multiprocessors(x.get_device()))
     y = torch.empty_like(x)
     _run(x, x, y, dim, scale, log, False)
     return y
@@ -393,6 +411,8 @@ def forward(x: Tensor, mask: None, dim: int, scale: float, log: bool) -> Tensor:
 
 def backward(y: Tensor, dy: Tensor, dim: int, scale: float, log: bool) -> Tensor:
     y, dy = _aligned(y), _aligned(dy.contiguous())
+    if _is_row(y, dim):
+        return softmax_rows.backward(y, dy, y.shape[dim], scale, log, _multiprocessors(y.get_device()))
     dx = torch.empty_like(y)
     _run(y, dy, dx, dim, scale, log, True)
     return dx

@@ -205,6 +205,20 @@ def test_unknown_names_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--select", "no-such-case"], "--select 'no-such-case' leaves no case; --list has their names"),
+        (["--select", "alibi", "--targets", "sm_9,sm_90"], "got ['sm_9']"),
+    ],
+)
+def test_a_command_that_would_compile_nothing_is_refused(flags, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["aot", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        aot.main()
+    assert re.search(re.escape(said).replace(r"\.\*", ".*"), capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
     ("text", "load", "store"),
     [
         ("ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];\n@%p1 st.global.b16 [ %rd2 + 0 ], { %rs1 };", 128, 16),

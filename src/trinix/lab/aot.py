@@ -340,7 +340,12 @@ def main() -> int:
         print(*load_cases(modules, TARGETS[0]), sep="\n")
         return 0
     cases = [c for c in case_names(modules) if asked.select in c and (quick(c) or not asked.quick)]
-    reports = report(cases, asked.targets.split(","), modules=modules)
+    if not cases:
+        parser.error(f"--select {asked.select!r} leaves no case; --list has their names")
+    targets = asked.targets.split(",")
+    if unknown := set(targets) - set(LIMITS):
+        parser.error(f"--targets must be among {list(LIMITS)}, got {sorted(unknown)}")
+    reports = report(cases, targets, modules=modules)
     for one in reports:
         print(json.dumps(dataclasses.asdict(one)) if asked.json else _line(one))
     return int(not all(one.ok for one in reports))

@@ -215,7 +215,7 @@ def test_a_command_that_would_compile_nothing_is_refused(flags, said, monkeypatc
     monkeypatch.setattr("sys.argv", ["aot", *flags])
     with pytest.raises(SystemExit, match="2"):
         aot.main()
-    assert re.search(re.escape(said).replace(r"\.\*", ".*"), capsys.readouterr().err)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

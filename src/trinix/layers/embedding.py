@@ -14,7 +14,8 @@ class FastRoPEPositionEmbedding(nn.Module):
 
     The table (cos, sin) is float32 whatever the model's dtype, lies where the module lies, and is no part of the state_dict.
     It grows when ``offset + S`` asks for it. Positions given as a tensor are on the device, where nobody looks: they have to
-    be below ``max_position_embeddings``, or call ``grow(length)`` first.
+    be below ``max_position_embeddings``, or call ``grow(length)`` first. A CUDA graph goes on reading the table of its capture:
+    let it be long enough then for all that will run beside the graph, since a longer one takes its place and frees it.
 
     Args:
         dim: R, the rotated channels of a head (all of them for R = D), even.

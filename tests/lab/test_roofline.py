@@ -335,8 +335,9 @@ class Clock:
     def host_us(self, calls):
         return dict.fromkeys(calls, 12.346)
 
-    def graph_ms(self, call):
+    def graph_ms(self, calls):
         self.graphs += 1
+        self.captured = calls
         return 0.375
 
     def peak_mib(self, call, *, before=None):
@@ -631,9 +632,10 @@ class Once(torch.autograd.Function):
 class Fake(Clock):
     """Raises for a call that raises, as a clock would, without naming it."""
 
-    def graph_ms(self, call):
-        call()
-        return super().graph_ms(call)
+    def graph_ms(self, calls):
+        for call in calls:
+            call()
+        return super().graph_ms(calls)
 
 
 def failing_from(at, error):
@@ -684,9 +686,22 @@ def test_a_failure_that_shows_only_when_all_run_together_fails_all_that_ran(gpu)
     assert [one["reason"] for one in lines] == ["OutOfMemoryError: CUDA out of memory."] * 2
 
 
+def test_a_graph_holds_calls_on_inputs_of_their_own_where_these_are_small(gpu, monkeypatch):
+    seen = []
+    monkeypatch.setitem(peers.PREPARE, "liger", lambda case: lambda x: (seen.append(x.data_ptr()), F.silu(x))[1])
+    for limit, count in ((64, 8), (0, 1)):
+        monkeypatch.setattr(gate.Inputs, "nbytes", property(lambda self, limit=limit: (65 - limit) << 20))
+        clock = Clock()
+        run.run_gpu(case_of("silu", passes=("fwd",)), ["liger"], clock)
+        seen.clear()
+        for call in clock.captured:
+            call()
+        assert len(clock.captured) == len(set(seen)) == count
+
+
 def test_what_cannot_be_captured_has_no_graph_time_and_keeps_the_rest(gpu):
     class NoGraphs(Clock):
-        def graph_ms(self, call):
+        def graph_ms(self, calls):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     (one,) = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix"], NoGraphs())

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import triton
-import triton.language as tl
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
 
 
 @triton.jit

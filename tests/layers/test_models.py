@@ -209,6 +209,30 @@ def test_nothing_is_generated_for_nobody(kind):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_tensors_are_where_the_model_is_whatever_the_default_device(shape):
+    tokens, index = tokens_of("cpu", 2, 5), torch.tensor([1, 0])
+
+    def everything(model):
+        results = models.train(model, models.tiny_text(), 2, length=16)
+        results += [model.generate(tokens, 3, kind=kind) for kind in ("static", "dynamic", "paged", None)]
+        for kind in ("static", "dynamic", "paged"):
+            caches = model.caches(2, 9, kind)
+            with torch.no_grad():
+                model(tokens, caches)
+                for cache in caches:
+                    cache.truncate(4)
+                    cache.reorder(index)
+                results.append(model(tokens[:, :1], caches))
+        return results
+
+    here, there = made(shape), made(shape)
+    wanted = everything(here)
+    with torch.device("meta"):
+        got = everything(there)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_an_unknown_cache_is_refused(shape):
     with pytest.raises(ValueError, match="kind must be 'static', 'dynamic' or 'paged', got 'lazy'"):
         made(shape).caches(1, 8, "lazy")

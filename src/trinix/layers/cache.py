@@ -48,7 +48,9 @@ class _Cache:
 
     def truncate(self, lengths: Tensor | int) -> None:
         """Forget the tokens of every sequence from ``lengths`` (int, or int tensor [B]) on."""
-        lengths = self._integers("truncate", "lengths", torch.as_tensor(lengths)).to(self.lengths)
+        lengths = self._integers("truncate", "lengths", torch.as_tensor(lengths, device=self.lengths.device)).to(
+            self.lengths
+        )
         if lengths.shape not in ((), self.lengths.shape) or bool((lengths < 0).any()):
             raise ValueError(
                 f"{type(self).__name__}: truncate wants an int or a tensor [B] = {list(self.lengths.shape)}, from 0 on, got "
@@ -336,7 +338,7 @@ class PagedCache(_Cache):
     def _write_table(self) -> None:
         width = self.page_table.shape[1]
         rows = [owned + [0] * (width - len(owned)) for owned in self._owned]
-        self.page_table.copy_(torch.tensor(rows, dtype=torch.int32))
+        self.page_table.copy_(torch.tensor(rows, dtype=torch.int32, device="cpu"))
 
     def _places(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """(page [B, tokens], row in it) of the tokens at ``at``."""

@@ -284,16 +284,16 @@ def train(
     model: Decoder, text: str, steps: int, *, length: int = 64, batch: int = 16, rate: float = 3e-3, seed: int = 0
 ) -> list[float]:
     """AdamW on random pieces of ``text``, a token a byte; the loss of every step."""
-    data = torch.tensor(list(text.encode()), dtype=torch.int64)
+    data = torch.tensor(list(text.encode()), dtype=torch.int64, device="cpu")
     if len(data) <= length:
         raise ValueError(f"train: text must have more than length = {length} bytes, got {len(data)}; give a longer one")
     device = model.embedding.weight.device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     losses = []
     for _ in range(steps):
-        starts = torch.randint(len(data) - length, (batch, 1), generator=generator)
-        loss = model.loss(data[starts + torch.arange(length + 1)].to(device))
+        starts = torch.randint(len(data) - length, (batch, 1), generator=generator, device="cpu")
+        loss = model.loss(data[starts + torch.arange(length + 1, device="cpu")].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -110,6 +110,7 @@ def test_a_captured_step_looks_after_its_caches(monkeypatch):
     step = model.captured(caches)
     for cache in caches:
         cache.lengths.fill_(32)
+        cache.count(32 - cache.longest)
         cache.truncate(16)
         assert len(cache._free) == 4
     step(tokens[:, :1])
@@ -159,6 +160,40 @@ def test_the_caches_of_a_model_are_cut_and_reordered_as_one(shape, kind, device)
     for b, origin in enumerate(index.tolist()):
         alone = torch.cat((tokens[origin, : lengths[origin]], tokens[b, 5:7]))[None]
         torch.testing.assert_close(got[b], model(alone)[0, -2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "what", [("reorder", "truncate"), ("rewind", "truncate"), ("truncate", "reorder"), ("rewind", "reorder")]
+)
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_models_caches_may_be_changed_one_by_one(shape, kind, what, device):
+    model, tokens = made(shape, device, layers=3), tokens_of(device, 2, 9)
+    arguments = {
+        "reorder": torch.tensor([1, 0], device=device),
+        "truncate": torch.tensor([4, 5], device=device),
+        "rewind": 1,
+    }
+    seen = {
+        "reorder": lambda rows: rows[::-1],
+        "truncate": lambda rows: [row[:n] for row, n in zip(rows, (4, 5), strict=True)],
+        "rewind": lambda rows: [row[:-1] for row in rows],
+    }
+    caches = model.caches(2, 9, kind)
+    model(tokens[:, :6], caches)
+    for cache in caches:
+        cache.truncate(torch.tensor([6, 4], device=device))
+    rows = [tokens[0, :6], tokens[1, :4]]
+    for cache in caches:
+        for one in what:
+            getattr(cache, one)(arguments[one])
+    for one in what:
+        rows = seen[one](rows)
+    got = model(tokens[:, 6:7], caches)
+    for b, row in enumerate(rows):
+        alone = torch.cat((row, tokens[b, 6:7]))[None]
+        torch.testing.assert_close(got[b], model(alone)[0, -1:], atol=1e-4, rtol=1e-4)
 
 
 def test_a_causal_model_does_not_look_ahead():

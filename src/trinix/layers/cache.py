@@ -56,8 +56,15 @@ class _Cache:
                 f"{type(self).__name__}: truncate wants an int or a tensor [B] = {list(self.lengths.shape)}, from 0 on, got "
                 f"{lengths.tolist()}; give the tokens to keep, not those to drop (rewind drops)"
             )
-        self.lengths.copy_(torch.minimum(self.lengths, lengths))
-        self.sync()
+        if self.leader is None:
+            self.lengths.copy_(torch.minimum(self.lengths, lengths))
+            self.sync()
+        else:  # the leader, whose turn comes later, may have more to do before it shortens them
+            self._shorten(lengths)
+
+    def _shorten(self, lengths: Tensor) -> None:
+        """``truncate`` of the host's own count: the longest sequence is at most as long as that."""
+        self.longest = min(self.longest, int(lengths.max())) if lengths.numel() else 0
 
     def count(self, tokens: int) -> None:
         """Note on the host that every sequence has ``tokens`` more, or fewer below 0; ``lengths`` say so already."""
@@ -324,6 +331,10 @@ class PagedCache(_Cache):
     def truncate(self, lengths: Tensor | int) -> None:
         super().truncate(lengths)
         self._release()
+
+    def _shorten(self, lengths: Tensor) -> None:
+        self._counts = list(map(min, self._counts, lengths.expand_as(self.lengths).tolist()))
+        self.longest = max(self._counts, default=0)
 
     def reset(self) -> None:
         self.truncate(0)

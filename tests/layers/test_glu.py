@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import trinix
 from trinix.testing import assert_within_budget, normal, vjp
@@ -110,6 +111,22 @@ def test_a_checkpoint_comes_in_and_goes_out_under_its_own_names(names, keys, who
     )
     back = nn.ModuleDict({k: nn.Linear(*s, bias=bias) for k, s in zip(keys, sizes, strict=False)})
     back.load_state_dict(module.checkpoint(names))
+
+
+def test_a_checkpoint_is_not_written_into_a_weight_that_is_made_of_others():
+    layer = trinix.FastSwiGLU(8, 6, 8)
+    state = layer.checkpoint()
+    for change in (
+        torch.nn.utils.parametrizations.weight_norm,
+        lambda proj: prune.random_unstructured(proj, "weight", 0.5),
+    ):
+        for name in ("gate_up_proj", "down_proj"):
+            changed = trinix.FastSwiGLU(8, 6, 8)
+            change(getattr(changed, name))
+            with pytest.raises(
+                ValueError, match="FastSwiGLU: load_checkpoint writes parameters, and a .* makes its weight"
+            ):
+                changed.load_checkpoint(state)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name():

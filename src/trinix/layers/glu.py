@@ -100,8 +100,15 @@ class _FastGLU(nn.Module):
             prefix: what stands before the names, such as "model.layers.0.mlp.".
 
         Raises:
-            ValueError: an entry is missing, is of another shape, or has no place in this module.
+            ValueError: an entry is missing, is of another shape, or has no place in this module; a projection's weight is
+                no parameter of its own (parametrized, pruned, wrapped).
         """
+        for proj in (self.gate_up_proj, self.down_proj):
+            if proj is not None and "weight" not in proj._parameters:
+                raise ValueError(
+                    f"{type(self).__name__}: load_checkpoint writes parameters, and a {type(proj).__name__} makes its weight of "
+                    "others; load before it is parametrized, pruned or wrapped"
+                )
         found = _entries(type(self).__name__, state, names, prefix)
         wanted = self.checkpoint(names, prefix)
         if found.keys() != wanted.keys():

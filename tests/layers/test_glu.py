@@ -124,7 +124,7 @@ def test_a_checkpoint_is_not_written_into_a_weight_that_is_made_of_others():
             changed = trinix.FastSwiGLU(8, 6, 8)
             change(getattr(changed, name))
             with pytest.raises(
-                ValueError, match="FastSwiGLU: load_checkpoint writes parameters, and a .* makes its weight"
+                ValueError, match=r"FastSwiGLU: load_checkpoint writes parameters, and a \w+ makes its weight"
             ):
                 changed.load_checkpoint(state)
 

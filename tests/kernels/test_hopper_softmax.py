@@ -82,9 +82,10 @@ def test_what_it_cannot_run_has_a_reason():
     assert "float64" in hopper.unsupported(x.double(), None, 1, 1.0)
     fake = torch.empty(4, 8, 16, device="meta")
     assert "GPU tensor" in hopper.unsupported(fake, None, 1, 1.0)
-    assert "16 bytes" in rows.unsupported(1001, 2, 132)
-    assert "too many" in rows.unsupported(1 << 20, 2, 132)
-    assert rows.unsupported(1 << 19, 2, 132) is None
+    assert "16 bytes" in rows.unsupported(17, 1001, 2, 132)
+    assert "too many" in rows.unsupported(17, 1 << 20, 2, 132)
+    assert rows.unsupported(17, 1 << 19, 2, 132) is None
+    assert "31 bits" in rows.unsupported(1 << 28, 8, 2, 132)
 
 
 # ---- rows in clusters -----------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_pieces_cover_every_row(itemsize, multiprocessors):
     lengths = [unit * k for k in (1, 2, 15, 16, 17, 255, 256, 4097, 8191, 8192, 12345, 16384, 18992, 32768, 65536)]
     for n in lengths:
         if multiprocessors < 132 and n * itemsize > 512 << 10:
-            assert "too many" in rows.unsupported(n, itemsize, multiprocessors)
+            assert "too many" in rows.unsupported(17, n, itemsize, multiprocessors)
             continue
         for count in (1, 16, 17, 5000):
             for backward in (False, True):
@@ -186,7 +187,8 @@ def on_cpu(monkeypatch):
         rows, "Binary", lambda kernel, device, examples, constants, **_: gluon_on_cpu.Binary(names, kernel, examples, constants)
     )  # fmt: skip
     monkeypatch.setattr(rows, "raw_stream", lambda device: 0)
-    monkeypatch.setattr(rows, "_launch", rows._Launch)
+    for cached in ("_launch", "_binary"):
+        monkeypatch.setattr(rows, cached, getattr(rows, cached).__wrapped__)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, **more))
 

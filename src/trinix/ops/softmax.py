@@ -67,8 +67,9 @@ BACKENDS = {"hopper": _hopper, "triton": _triton, "torch": _torch}
 # and composes scale and mask of several kernels.
 _TRITON_FROM = 1 << 20
 
-# Rows from this length on go to the kernels however few they are: PyTorch walks one row of 131072 for 30 us, a cluster for 4.
-_LONG_FROM = 1 << 15
+# Rows from the second length on go to the kernels however few they are: PyTorch walks one of 65536 for 16 us, a cluster for 3. Clusters are
+# asked from the first on.
+_CLUSTER_FROM, _LONG_FROM = 1 << 15, 1 << 16
 
 
 def softmax(
@@ -127,7 +128,7 @@ def _softmax(x, dim, scale, mask, backend, log):
 
 
 def _hopper_wins(x, mask, dim, scale) -> bool:
-    if not x.ndim or (x.stride(dim) == 1 and x.shape[dim] < _LONG_FROM) or _hopper_missing():
+    if not x.ndim or (x.stride(dim) == 1 and x.shape[dim] < _CLUSTER_FROM) or _hopper_missing():
         return False
     return not _hopper().unsupported(x, mask, dim, scale) and _hopper().wins(x, dim)
 

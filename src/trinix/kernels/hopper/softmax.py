@@ -349,7 +349,7 @@ def unsupported(x: Tensor, mask: Tensor | None, dim: int, scale: float) -> str |
     n, c = x.shape[dim], math.prod(x.shape[dim + 1 :])
     multiprocessors = _multiprocessors(x.device.index)
     if c == 1:
-        return softmax_rows.unsupported(n, x.element_size(), multiprocessors)
+        return softmax_rows.unsupported(x.numel() // n, n, x.element_size(), multiprocessors)
     if c * x.element_size() % 16:
         return "needs rows of a multiple of 16 bytes behind the dimension"
     return _too_large(x.numel() // (n * c), n, c, x.element_size(), multiprocessors)
@@ -397,7 +397,7 @@ def _multiprocessors(index: int) -> int:
 
 
 def _is_row(x: Tensor, dim: int) -> bool:
-    return all(size == 1 for size in x.shape[dim + 1 :])
+    return dim == x.ndim - 1 or math.prod(x.shape[dim + 1 :]) == 1
 
 
 def forward(x: Tensor, mask: None, dim: int, scale: float, log: bool) -> Tensor:

@@ -177,11 +177,15 @@ def wins(rows: int, n: int, itemsize: int, grad: bool) -> bool:
     return n * itemsize > _ROW_BYTES - grad or (rows <= _FEW_ROWS and n >= _FEW_ROWS_FROM)
 
 
-def unsupported(n: int, itemsize: int, multiprocessors: int) -> str | None:
+@functools.lru_cache(4096)
+def unsupported(rows: int, n: int, itemsize: int, multiprocessors: int) -> str | None:
     if n * itemsize % 16:
         return "needs rows of a multiple of 16 bytes"
-    if choose_config(17, n, itemsize, True, multiprocessors) is None:
+    config = choose_config(rows, n, itemsize, True, multiprocessors)
+    if config is None:
         return f"keeps a row in a cluster's registers, {n} elements are too many"
+    if rows * config.ctas >= 2**31:
+        return "numbers its programs in 31 bits"
     return None
 
 
@@ -193,41 +197,49 @@ def describe(rows: int, n: int, itemsize: int, multiprocessors: int) -> str:
 def forward(x: Tensor, n: int, scale: float, log: bool, multiprocessors: int) -> Tensor:
     """Over rows of ``n`` elements, one behind the other."""
     y = torch.empty_like(x)
-    _run(_forward, (x, y), n, scale, log, multiprocessors)
+    device = x.get_device()
+    launch = _launch(x.numel() // n, n, x.dtype, device, log, False, multiprocessors)
+    partial = torch.empty(launch.partials, dtype=torch.float32, device=x.device)
+    addresses = x.data_ptr(), y.data_ptr(), partial.data_ptr()
+    launch.binary(launch.rows, raw_stream(device), (*addresses, *launch.lengths, scale))
     return y
 
 
 def backward(y: Tensor, dy: Tensor, n: int, scale: float, log: bool, multiprocessors: int) -> Tensor:
     dx = torch.empty_like(y)
-    _run(_backward, (y, dy, dx), n, scale, log, multiprocessors)
+    device = y.get_device()
+    launch = _launch(y.numel() // n, n, y.dtype, device, log, True, multiprocessors)
+    partial = torch.empty(launch.partials, dtype=torch.float32, device=y.device)
+    addresses = y.data_ptr(), dy.data_ptr(), dx.data_ptr(), partial.data_ptr()
+    launch.binary(launch.rows, raw_stream(device), (*addresses, *launch.lengths, scale))
     return dx
 
 
-def _run(kernel, tensors: tuple, n: int, scale: float, log: bool, multiprocessors: int) -> None:
-    like = tensors[0]
-    device, rows = like.get_device(), like.numel() // n
-    config = choose_config(rows, n, like.itemsize, kernel is _backward, multiprocessors)
-    launch = _launch(kernel, config, n, like.dtype, device, log)
-    partial = torch.empty(rows * launch.statistics, dtype=torch.float32, device=like.device)
-    addresses = [t.data_ptr() for t in tensors]
-    launch.binary(rows, raw_stream(device), (*addresses, partial.data_ptr(), *launch.lengths, scale))
+class _Launch(NamedTuple):
+    rows: int
+    partials: int
+    lengths: tuple[int, int]
+    binary: Binary
 
 
-class _Launch:
-    def __init__(self, kernel, config: Config, n: int, dtype, device: int, log: bool):
-        unit = 16 // dtype.itemsize
-        self.statistics = config.ctas * (1 if kernel is _backward else 2)  # of a row
-        self.lengths = (n // unit, -(-n // (unit * config.ctas)))
-        like = torch.empty(256, dtype=dtype, device=device)
-        tensors = (like,) * (3 if kernel is _backward else 2)
-        given = constants(config, n, dtype.itemsize, log)
-        self.binary = Binary(
-            kernel, device, (*tensors, like.view(torch.float32), *self.lengths, 1.0), given,
-            num_warps=config.num_warps, num_ctas=config.ctas, maxnreg=registers(given["VECTORS"], len(tensors) - 1, dtype.itemsize),
-        )  # fmt: skip
+@functools.lru_cache(4096)
+def _launch(rows: int, n: int, dtype, device: int, log: bool, backward: bool, multiprocessors: int) -> _Launch:
+    config = choose_config(rows, n, dtype.itemsize, backward, multiprocessors)
+    unit = 16 // dtype.itemsize
+    lengths = n // unit, -(-n // (unit * config.ctas))
+    return _Launch(
+        rows, rows * config.ctas * (1 if backward else 2), lengths, _binary(config, n, dtype, device, log, backward)
+    )
 
 
-_launch = functools.lru_cache(4096)(_Launch)
+@functools.lru_cache(4096)
+def _binary(config: Config, n: int, dtype, device: int, log: bool, backward: bool) -> Binary:
+    like = torch.empty(256, dtype=dtype, device=device)
+    given = constants(config, n, dtype.itemsize, log)
+    return Binary(
+        _backward if backward else _forward, device, (*(like,) * (2 + backward), like.view(torch.float32), 16, 16, 1.0), given,
+        num_warps=config.num_warps, num_ctas=config.ctas, maxnreg=registers(given["VECTORS"], 1 + backward, dtype.itemsize),
+    )  # fmt: skip
 
 
 def registers(vectors: int, inputs: int, itemsize: int) -> int:

@@ -144,6 +144,24 @@ def test_the_last_tokens_are_taken_back(name, kind, device):
     torch.testing.assert_close(in_parts(layer, x[:, 6:], cache, 1, 2), wanted[:, 6:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
+def test_there_is_room_again_where_the_longest_sequence_is_gone(name, kind, device):
+    layer, x = made(name, {}, device)
+    cache = cache_of(layer, kind, device=device)
+    layer(x[:, :8], cache=cache)
+    cache.truncate(torch.tensor([2, 8, 3], device=device))
+    cache.reorder(torch.tensor([0, 2, 0], device=device))
+    if kind != "paged":
+        assert cache.longest == 8
+        cache.sync()
+    assert cache.longest == 3
+    steps = layer(x[:, :6], cache=cache)
+    for b, (origin, n) in enumerate([(0, 2), (2, 3), (0, 2)]):
+        alone = torch.cat((x[origin : origin + 1, :n], x[b : b + 1, :6]), 1)
+        torch.testing.assert_close(steps[b], layer(alone)[0, n:], atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_pages_are_taken_as_needed_and_given_back():
     layer, x = made("grouped", {})

@@ -87,7 +87,9 @@ class _Cache:
         self.longest = 0
 
     def reorder(self, index: Tensor) -> None:
-        """Sequence b becomes what sequence ``index[b]`` ([B], integers) was: the step of a beam search. Copies."""
+        """Sequence b becomes what sequence ``index[b]`` ([B], integers) was: the step of a beam search. Copies.
+
+        Where the longest one goes, ``longest`` stays what it was until ``sync`` (not with pages, which the host counts)."""
         index = self._integers("reorder", "index", index).to(self.lengths.device, torch.int64)
         if index.shape != self.lengths.shape:
             raise ValueError(
@@ -371,6 +373,7 @@ class PagedCache(_Cache):
         mine = torch.arange(self.longest, device=index.device) < torch.tensor(counts, device=index.device)[:, None]
         for pool, rows in zip((self.keys, self.values), kept, strict=True):
             pool[page[mine], row.expand_as(page)[mine]] = rows[mine]
+        self.longest = max(counts, default=0)
 
 
 class LatentCache(_Cache):

@@ -190,6 +190,24 @@ def test_the_kernels_hold_the_budget_at_odd_sizes(sizes, kind):
     assert_within_budget(got, low[: len(got)], true[: len(got)])
 
 
+def test_the_copy_engine_is_given_no_gradient_at_an_odd_address(monkeypatch):
+    given = []
+    monkeypatch.setattr(hopper, "_planned", lambda key, make: lambda *tensors: given.append(tensors[1]))
+    x, w1, w2 = (torch.zeros(s, dtype=torch.float16) for s in ((2, 3, 64), (2, 64, 8), (2, 8, 64)))
+    wanted = True, True, True, False, False, False
+    for dy in (
+        torch.arange(1 + x.numel()).half()[1:].view(x.shape),
+        torch.arange(2 * x.numel()).half().view(2, 3, 64, 2)[..., 1],
+        torch.arange(8 + x.numel()).half()[8:].view(x.shape),
+    ):
+        hopper.backward(x, w1, w2, None, None, None, dy, "silu", False, wanted)
+        rows, weights = given.pop(), given.pop()
+        assert rows is weights
+        assert not rows.data_ptr() % 16
+        assert rows.stride(-1) == 1
+        assert torch.equal(rows, dy)
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_three_warpgroups_hold_the_budget_too(monkeypatch):
     monkeypatch.setattr(hopper, "choose_forward", lambda *_: hopper.ForwardConfig(64, 3, 6, True))

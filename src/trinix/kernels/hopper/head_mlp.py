@@ -871,7 +871,8 @@ def _weights_plan(kind, x, w1, w2, dy, dw1, dw2):
 def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple) -> list[torch.Tensor | None]:
     """The gradients of (x, w1, w2, b1, b2, w_gate), None where ``wanted`` says so."""
     dx = dw1 = dw2 = None
-    dy = dy if _fits(dy) else dy.contiguous()
+    # clone: a dense gradient at an odd address, as of torch.cat, is contiguous
+    dy = dy if _fits(dy) else dy.clone(memory_format=torch.contiguous_format)
     key = _key(kind, x, w1, w2, dy.stride())
     weights = wanted[1] or wanted[2]
     if weights:

@@ -147,6 +147,18 @@ def test_every_parameter_learns_and_the_whole_compiles(shape, fresh_dynamo, devi
 @pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
+def test_a_prompt_and_steps_compile_whole_with_every_cache(shape, kind, fresh_dynamo):
+    model, tokens = made(shape), tokens_of("cpu", 2, 7)
+    caches, compiled = model.caches(2, 8, kind), torch.compile(model, fullgraph=True, backend="eager")
+    got = torch.cat([compiled(part, caches) for part in tokens.split((4, 1, 2), 1)], 1)
+    torch.testing.assert_close(got, model(tokens), atol=1e-4, rtol=1e-4)
+    assert caches[0].longest == 7
+    assert caches[-1].lengths.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
 def test_the_caches_of_a_model_are_cut_and_reordered_as_one(shape, kind, device):
     model, tokens = made(shape, device, layers=3), tokens_of(device, 3, 9)
     caches = model.caches(3, 9, kind)

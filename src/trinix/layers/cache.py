@@ -286,7 +286,7 @@ class PagedCache(_Cache):
         Raises:
             ValueError: the pool has too few, or a sequence would pass the capacity.
         """
-        most = max(self._counts, default=0)
+        most = max([0, *self._counts])  # torch.compile knows no default=
         if tokens < 0 or most + tokens > self.capacity:
             raise ValueError(
                 f"PagedCache: reserve wants from 0 to {self.capacity - most} tokens, got {tokens}; make a cache of a larger "

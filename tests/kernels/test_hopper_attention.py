@@ -123,12 +123,12 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
             assert short.d >= max(d, dv)
             assert 2 * short.d * (64 + 2 * short.stages * short.n) + 2048 <= SHARED_LIMIT
         for plain in (False, True):
-            b = hopper.choose_backward(d, dv, causal, plain)
+            b = hopper.choose_backward(d, dv, plain)
             assert b.d >= d
             assert max(b.d, b.dv) >= dv
     assert hopper.choose_forward(264, 64, causal, keys) is None
     assert hopper.choose_forward(20, 64, causal, keys) is None
-    assert hopper.choose_backward(64, 264, causal, True) is None
+    assert hopper.choose_backward(64, 264, True) is None
 
 
 def test_short_calls_have_a_kernel_of_their_own():

@@ -125,6 +125,7 @@ class BackwardConfig(NamedTuple):
     k_held: int = 0  # columns of K that stay in registers
     v_held: int = 0
     dv: int = 0  # the width of the tiles of V where it is not Q's
+    kv_slots: int = 0  # for K and V of programs that draw several key blocks; 0: a program has one
 
 
 def padded(d: int) -> int | None:
@@ -182,7 +183,7 @@ def choose_falling(c: ShortConfig, heads: int, row_blocks: int, multiprocessors:
     return row_blocks
 
 
-def choose_backward(d: int, dv: int, causal: bool, plain: bool) -> BackwardConfig | None:
+def choose_backward(d: int, dv: int, plain: bool) -> BackwardConfig | None:
     """``plain``: neither softcap nor ALiBi, which take registers, nor ``deterministic``."""
     width, out = padded(d), padded(dv)
     if width is None or out is None:
@@ -190,8 +191,7 @@ def choose_backward(d: int, dv: int, causal: bool, plain: bool) -> BackwardConfi
     if max(width, out) > 128:
         return BackwardConfig(64, 64, 256, 2, backward_kernels.WIDE.value, dv=max(out, 128))
     if width == out == 64:
-        way = backward_kernels.OWN if causal else backward_kernels.TURNS
-        return BackwardConfig(64, 128, 64, 3, way.value, k_held=64, v_held=64)
+        return BackwardConfig(64, 128, 64, 4, backward_kernels.TURNS.value, k_held=64, v_held=64, kv_slots=2)
     return BackwardConfig(64, 128, 128, 2, backward_kernels.COLUMNS.value, copy_sums=True, v_held=64 if plain else 0)
 
 
@@ -208,7 +208,7 @@ def _chosen_forward(shape: "_Shape", options) -> ShortConfig | ForwardConfig:
 
 def _chosen_backward(d, dv, options):
     plain = not (options.softcap or options.alibi_slopes is not None or options.deterministic)
-    return choose_backward(d, dv, options.window_right >= 0, plain)
+    return choose_backward(d, dv, plain)
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
@@ -243,7 +243,10 @@ def backward_constants(
 ) -> dict:  # fmt: skip
     """The constants of the backward kernel, in its order."""
     wide = c.dq_way == backward_kernels.WIDE.value
-    narrow = {"COPY_SUMS": c.copy_sums and not deterministic, "K_HELD": c.k_held, "V_HELD": c.v_held}
+    narrow = {
+        "COPY_SUMS": c.copy_sums and not deterministic, "K_HELD": c.k_held, "V_HELD": c.v_held,
+        "KV_SLOTS": 0 if deterministic else c.kv_slots,
+    }  # fmt: skip
     return {
         "M": c.m, "N": c.n, "D": c.d, **({"DV": c.dv} if wide else {}), "STAGES": c.stages,
         **({} if wide else {"DQ_WAY": c.dq_way}), "BLOCK": backward_kernels.BLOCK, "LEFT": left, "RIGHT": right,
@@ -507,6 +510,9 @@ class _BackwardPlan:
         blocks = _cdiv(s.seq_q, block)
         out_heads = s.batch * s.key_heads * parts
         self.grid = key_blocks * out_heads
+        drawn = c.kv_slots > 0 and not self.deterministic
+        if drawn:  # not deterministic programs: those wait for one another, and all of these need not be there at once
+            self.grid = min(self.grid, _multiprocessors(s.device))
         # a head that fills the card alone goes alone (AS-64-16384-causal, AS-128-16384-causal)
         several = bounded and 4 * key_blocks < 3 * _multiprocessors(s.device)
         section = choose_section(out_heads, s.seq_q * c.d * 8 * (group // parts), 34 << 20) if several else 1
@@ -538,6 +544,7 @@ class _BackwardPlan:
             {
                 "D": c.d, "DV_PADDED": padded(s.dv), "BLOCK": block, "VARLEN": s.varlen, "DLSE": needs_dlse,
                 "SINK": options.sink is not None, "DETERMINISTIC": self.deterministic,
+                "DRAWN": drawn,
             },
             num_warps=16 if max(c.d, dv_width) == 256 else 8,
         )  # fmt: skip
@@ -779,7 +786,7 @@ def compile_cases() -> list[CompileCase]:
     for d, ways in ((64, both), (128, both | {"deterministic": {"deterministic": True}}), (256, few)):
         for name, options in ways.items():
             plain = name in ("full", "causal", "window", "window-tail")
-            c = choose_backward(d, d, "right" in options, plain)
+            c = choose_backward(d, d, plain)
             wide = c.dq_way == backward_kernels.WIDE.value
             keys = c.n if wide else c.n // 2
             width = c.d // 2 if wide or c.dq_way == backward_kernels.COLUMNS.value else c.d

@@ -1,7 +1,7 @@
 """The kernels of Hopper attention's backward: ``before`` and ``after`` in Triton, the work between them in Gluon.
 
-``before`` makes delta = rowsum(dO * O) - dlse and the logsumexp in base 2, and clears dQ's sums. A program of the main kernel
-owns 128 keys of one key head, two consumer warpgroups 64 keys each, and walks over the query tiles of every query head of
+``before`` makes delta = rowsum(dO * O) - dlse and the logsumexp in base 2, and clears dQ's sums. An item of the main
+kernel is 128 keys of one key head, two consumer warpgroups 64 keys each, which walk over the query tiles of every query head of
 the group, so that grouped heads need no reduction of dK and dV, the last tile first: so all programs of a head that begin
 together under a causal mask read the same tiles. Per query tile, in each warpgroup::
 
@@ -20,6 +20,9 @@ Three ways to make dQ: TURNS (one warpgroup makes a whole tile, then the other: 
 COLUMNS (each makes half of the columns), OWN (a third warpgroup makes nothing else). Products of 64 queries read as many bytes of
 shared memory as it delivers: as many columns of K and V as there are registers for stay in them as left operands
 (K_HELD, V_HELD).
+
+With KV_SLOTS a program draws one item after the other from a counter, which ``before`` sets to zero: K, V and the first tiles of
+the next arrive while this one's last tiles are worked on. Otherwise it has one.
 
 The three kernels follow each other by programmatic launches: each lets the next in early, and waits for the one before it.
 """
@@ -64,8 +67,11 @@ def before(
     out, dout, lse, dlse, lse2, delta, sums, turns, sinks, d_sinks, cu_q, H, seq_q, padded, rows_all, blocks, out_b: "i64", out_s: "i64",
     out_h: "i64", dout_b: "i64", dout_s: "i64", dout_h: "i64", DV, D: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK: tl.constexpr, VARLEN: tl.constexpr, DLSE: tl.constexpr, SINK: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    DRAWN: tl.constexpr,
 ):  # fmt: skip
     tl.extra.cuda.gdc_launch_dependents()
+    if DRAWN:  # the counter of items
+        tl.store(turns, 0, mask=tl.program_id(0) == 0)
     bh = tl.program_id(0) // blocks
     m = tl.program_id(0) % blocks * BLOCK
     b = (bh // H).to(tl.int64)
@@ -162,10 +168,9 @@ def follow():
 
 
 @gluon.jit
-def _place(key_blocks, out_heads, section, Hk, parts):
-    """Program -> (key block, batch, head of dK). The first key blocks, which most queries see under a causal mask, go first,
+def _place(idx, key_blocks, out_heads, section, Hk, parts):
+    """Item -> (key block, batch, head of dK). The first key blocks, which most queries see under a causal mask, go first,
     within sections of heads that share the L2 cache."""
-    idx = gl.program_id(0)
     sec = idx // (section * key_blocks)
     r = idx - sec * section * key_blocks
     width = gl.minimum(section, out_heads - sec * section)
@@ -173,6 +178,25 @@ def _place(key_blocks, out_heads, section, Hk, parts):
     bh = sec * section + r % width
     b = bh // (Hk * parts)
     return n, b, bh - b * Hk * parts
+
+
+@gluon.jit
+def _publish(idx, t, work_s, work_full, work_empty):
+    """Tell the others the item behind their t-th."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(work_empty.index(t % 2), ((t // 2) & 1) ^ 1)
+    work_s.index(t % 2).store(gl.full([1], idx, gl.int32, one))
+    mbarrier.arrive(work_full.index(t % 2), count=1)
+
+
+@gluon.jit
+def _published(t, work_s, work_full, work_empty):
+    """The item behind the t-th."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(work_full.index(t % 2), (t // 2) & 1)
+    idx = gl.max(work_s.index(t % 2).load(one), 0)
+    mbarrier.arrive(work_empty.index(t % 2), count=1)
+    return idx
 
 
 @gluon.jit
@@ -225,21 +249,28 @@ def _padded_row(b, h, row0, H, padded, BLOCK: gl.constexpr, VARLEN: gl.constexpr
 
 
 @gluon.jit
-def _producer(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, q_full,
-    q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q,
-    seq_k, padded, left, right, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DQ_WAY: gl.constexpr,
-    BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr,
-    COPY_SUMS: gl.constexpr,
+def _load_item(
+    idx, t, it, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s,
+    kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads,
+    section, Hk, parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, VARLEN: gl.constexpr, COPY_SUMS: gl.constexpr, KV_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
+    n, b, out_head = _place(idx, key_blocks, out_heads, section, Hk, parts)
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
-    mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+    kv = 0
+    if KV_SLOTS:
+        kv = t % KV_SLOTS
+        mbarrier.wait(kv_empty.index(kv), ((t // KV_SLOTS) & 1) ^ 1)
+    mbarrier.expect(kv_full.index(kv), 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
     for g in gl.static_range(2):
-        tma_load(k_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full, k_s.index(g))
-        tma_load(v_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full, v_s.index(g))
-    it = 0
+        tma_load(
+            k_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full.index(kv), k_s.index(2 * kv + g)
+        )
+        tma_load(
+            v_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full.index(kv), v_s.index(2 * kv + g)
+        )
     row_1 = 0  # the sums' rows of the last tile, and of the one before it
     row_2 = 0
     for g in range(group):
@@ -268,6 +299,39 @@ def _producer(
             _add_copied(dq_desc, dq_s, dq_full, dq_empty, it - 2, row_2, D, DQ_WAY)
         if it > 0:
             _add_copied(dq_desc, dq_s, dq_full, dq_empty, it - 1, row_1, D, DQ_WAY)
+    return it
+
+
+@gluon.jit
+def _producer(
+    work, work_s, work_full, work_empty, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s,
+    k_s, v_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty,
+    key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr, COPY_SUMS: gl.constexpr,
+    KV_SLOTS: gl.constexpr,
+):  # fmt: skip
+    it = 0
+    t = 0
+    idx = gl.program_id(0)
+    if KV_SLOTS:
+        while idx < key_blocks * out_heads:
+            it = _load_item(
+                idx, t, it, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s,
+                lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full,
+                dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D,
+                STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS,
+            )  # fmt: skip
+            idx = gl.atomic_add(work, 1) + gl.num_programs(0)
+            _publish(idx, t, work_s, work_full, work_empty)
+            t += 1
+    else:  # without a loop around it: the compiler's schedule of the products is another
+        _load_item(
+            idx, t, it, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s,
+            delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty,
+            key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D, STAGES,
+            DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -361,14 +425,14 @@ def _dq_product(ds_s, buf, k0, k1, zero, ME: gl.constexpr, WIDTH: gl.constexpr, 
 
 
 @gluon.jit
-def _consumer(
-    ME: gl.constexpr, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s,
-    dq_s, lse_s, delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads,
-    section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale,
-    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr,
+def _consume_item(
+    idx, t, it, ME: gl.constexpr, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s,
+    v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full,
+    dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K,
+    D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = N // 2  # keys of this warpgroup
     PARTS: gl.constexpr = 3 if LEFT else (2 if RIGHT or TAIL else 1)
@@ -380,7 +444,7 @@ def _consumer(
     key_axis: gl.constexpr = gl.SliceLayout(1, s_layout)
     query_axis: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
-    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
+    n, b, out_head = _place(idx, key_blocks, out_heads, section, Hk, parts)
     H = Hk * parts * group
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, whole_from, whole_to, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
@@ -391,18 +455,27 @@ def _consumer(
     keys = n * N + ME * HALF + gl.arange(0, HALF, key_axis)
     from_query, to_query = _queries_that_see(keys, sk, left, right, RIGHT)
     keys = gl.expand_dims(keys, 1)
-    mbarrier.wait(kv_full, 0)
-    k0 = k_s.index(0).reshape([HALF, D])
-    k1 = k_s.index(1).reshape([HALF, D])
-    k_my = k_s.index(ME).reshape([HALF, D])
-    v_my = v_s.index(ME).reshape([HALF, D])
+    kv = 0
+    kv_phase = 0
+    if KV_SLOTS:
+        kv = t % KV_SLOTS
+        kv_phase = (t // KV_SLOTS) & 1
+    mbarrier.wait(kv_full.index(kv), kv_phase)
+    k0 = k_s.index(2 * kv).reshape([HALF, D])
+    k1 = k_s.index(2 * kv + 1).reshape([HALF, D])
+    k_my = k_s.index(2 * kv + ME).reshape([HALF, D])
+    v_my = v_s.index(2 * kv + ME).reshape([HALF, D])
     k_left = k_my
     v_left = v_my
     if K_HELD:
         k_left = k_my.slice(0, K_HELD, dim=1).load(gl.DotOperandLayout(0, s_layout, 2))
     if V_HELD:
         v_left = v_my.slice(0, V_HELD, dim=1).load(gl.DotOperandLayout(0, s_layout, 2))
-    it = 0
+    start = it
+    if KV_SLOTS:  # noqa: SIM102  (a constant and a value at run time)
+        if t > 0:  # the last item's dK and dV have left the buffers of its K and V by now
+            tma.store_wait(0)
+            mbarrier.arrive(kv_empty.index(1 - kv), count=1)
     for g in range(group):
         h = out_head * group + g
         padded_row = _padded_row(b, h, row0, H, padded, BLOCK, VARLEN)
@@ -498,7 +571,7 @@ def _consumer(
                                 DETERMINISTIC, COPY_SUMS,
                             )  # fmt: skip
     if DQ_WAY == OWN:  # noqa: SIM102  (a constant and a value at run time)
-        if it > 0:
+        if it > start:
             mbarrier.wait(ds_empty.index((it - 1) % 2), ((it - 1) // 2) & 1)
     _both()  # nobody reads K or V any more: their buffers carry dK and dV out
     dk_out = (dk * k_scale).to(dtype)
@@ -515,33 +588,73 @@ def _consumer(
             k_my.store(dk_out)
             v_my.store(dv_out)
             fence_async_shared()
-            tma_store(dk_desc, [batch, key0 + key, out_head, 0], k_s.index(ME))
-            tma_store(dv_desc, [batch, key0 + key, out_head, 0], v_s.index(ME))
+            tma_store(dk_desc, [batch, key0 + key, out_head, 0], k_s.index(2 * kv + ME))
+            tma_store(dv_desc, [batch, key0 + key, out_head, 0], v_s.index(2 * kv + ME))
     else:
         k_my.store(dk_out)
         v_my.store(dv_out)
         fence_async_shared()
-        tma_store(dk_desc, [batch, key, out_head, 0], k_s.index(ME))
-        tma_store(dv_desc, [batch, key, out_head, 0], v_s.index(ME))
+        tma_store(dk_desc, [batch, key, out_head, 0], k_s.index(2 * kv + ME))
+        tma_store(dv_desc, [batch, key, out_head, 0], v_s.index(2 * kv + ME))
+    return it
+
+
+@gluon.jit
+def _consumer(
+    work_s, work_full, work_empty, ME: gl.constexpr, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes,
+    q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, ds_full,
+    ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
+    slopes_batch, D_K, D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr,
+):  # fmt: skip
+    it = 0
+    t = 0
+    idx = gl.program_id(0)
+    if KV_SLOTS:
+        while idx < key_blocks * out_heads:
+            it = _consume_item(
+                idx, t, it, ME, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s,
+                ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, ds_full, ds_empty,
+                dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
+                slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL,
+                SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
+            )  # fmt: skip
+            idx = _published(t, work_s, work_full, work_empty)
+            t += 1
+    else:  # without a loop around it: the compiler's schedule of the products is another
+        _consume_item(
+            idx, t, it, ME, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s,
+            ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, ds_full, ds_empty,
+            dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
+            slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
+            ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
+        )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
-def _adder(
-    sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
-    padded, left, right, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+def _add_item(
+    idx, t, it, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk,
+    parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr,
+    DETERMINISTIC: gl.constexpr, KV_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup that makes dQ and nothing else."""
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
+    n, b, out_head = _place(idx, key_blocks, out_heads, section, Hk, parts)
     _, row0, _, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
     zero = gl.zeros([64, D], gl.float32, q_layout)
-    mbarrier.wait(kv_full, 0)
-    k0 = k_s.index(0).reshape([N // 2, D])
-    k1 = k_s.index(1).reshape([N // 2, D])
-    it = 0
+    kv = 0
+    kv_phase = 0
+    if KV_SLOTS:
+        kv = t % KV_SLOTS
+        kv_phase = (t // KV_SLOTS) & 1
+    mbarrier.wait(kv_full.index(kv), kv_phase)
+    k0 = k_s.index(2 * kv).reshape([N // 2, D])
+    k1 = k_s.index(2 * kv + 1).reshape([N // 2, D])
     for g in range(group):
         padded_row = _padded_row(b, out_head * group + g, row0, Hk * parts * group, padded, BLOCK, VARLEN)
         for at in range(first, end):
@@ -556,6 +669,34 @@ def _adder(
             if LEFT:
                 turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
             add_from_registers(sums, padded_row + m * M, 0, dq, turns, turn, D, D, DETERMINISTIC)
+    return it
+
+
+@gluon.jit
+def _adder(
+    work_s, work_full, work_empty, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks,
+    out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr, N: gl.constexpr,
+    D: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
+    VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr, KV_SLOTS: gl.constexpr,
+):  # fmt: skip
+    it = 0
+    t = 0
+    idx = gl.program_id(0)
+    if KV_SLOTS:
+        while idx < key_blocks * out_heads:
+            it = _add_item(
+                idx, t, it, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads,
+                section, Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL,
+                VARLEN, DETERMINISTIC, KV_SLOTS,
+            )  # fmt: skip
+            idx = _published(t, work_s, work_full, work_empty)
+            t += 1
+    else:  # without a loop around it: the compiler's schedule of the products is another
+        _add_item(
+            idx, t, it, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section,
+            Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+            DETERMINISTIC, KV_SLOTS,
+        )  # fmt: skip
 
 
 _RUNTIME = (
@@ -571,22 +712,37 @@ def attention_backward(
     scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr,
+    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr,
 ):  # fmt: skip
+    SLOTS: gl.constexpr = KV_SLOTS if KV_SLOTS else 1
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
-    k_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, N // 2, 1, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, N // 2, 1, D], k_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [2 * SLOTS, 1, N // 2, 1, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [2 * SLOTS, 1, N // 2, 1, D], k_desc.layout)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ds_s = gl.allocate_shared_memory(q_desc.dtype, [4, N // 2, M], ds_layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], delta_desc.layout)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    kv_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], bar)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    kv_empty = kv_full
+    work_s = kv_full
+    work_full = kv_full
+    work_empty = kv_full
+    if KV_SLOTS:
+        kv_empty = gl.allocate_shared_memory(gl.int64, [KV_SLOTS, 1], bar)
+        for i in gl.static_range(KV_SLOTS):
+            mbarrier.init(kv_empty.index(i), count=2)
+        work_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        work_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+        work_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+        for i in gl.static_range(2):
+            mbarrier.init(work_full.index(i), count=1)
+            mbarrier.init(work_empty.index(i), count=3 if DQ_WAY == OWN else 2)
     dq_s = lse_s
     if COPY_SUMS:
         dq_s = gl.allocate_shared_memory(
@@ -608,7 +764,8 @@ def attention_backward(
         for i in gl.static_range(2):
             mbarrier.init(ds_full.index(i), count=2)
             mbarrier.init(ds_empty.index(i), count=1)
-    mbarrier.init(kv_full, count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(kv_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
@@ -620,21 +777,22 @@ def attention_backward(
     PARTS: gl.constexpr = 4 if DQ_WAY == OWN else 3
     gl.warp_specialize([
         (_producer, (
-            q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
-            q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads, section, Hk,
-            parts, group, seq_q, seq_k, padded, left, right, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
-            COPY_SUMS,
+            turns, work_s, work_full, work_empty, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k,
+            q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s,
+            dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M,
+            N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS,
         )) if part == 0 else
         (_adder, (
-            sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk, parts, group,
-            seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL, VARLEN, DETERMINISTIC,
+            work_s, work_full, work_empty, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks,
+            out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL,
+            VARLEN, DETERMINISTIC, KV_SLOTS,
         )) if part == 3 else
         (_consumer, (
-            part - 1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, ds_s, dq_s,
-            lse_s, delta_s, kv_full, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty, key_blocks,
-            out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V, scale, cap,
-            k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS,
-            K_HELD, V_HELD,
+            work_s, work_full, work_empty, part - 1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes,
+            q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+            ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
+            padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT,
+            RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
         ))
         for part in (0, 1, 2, 3)[:PARTS]
     ], [4] * (PARTS - 1), [208, 208, 72] if DQ_WAY == OWN else [240, 240])  # fmt: skip

@@ -40,7 +40,7 @@ def _producer(
     N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, VARLEN: gl.constexpr,
 ):  # fmt: skip
-    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
+    n, b, out_head = _place(gl.program_id(0), key_blocks, out_heads, section, Hk, parts)
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -91,7 +91,7 @@ def _consumer(
     key_axis: gl.constexpr = gl.SliceLayout(1, s_layout)
     query_axis: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
-    n, b, out_head = _place(key_blocks, out_heads, section, Hk, parts)
+    n, b, out_head = _place(gl.program_id(0), key_blocks, out_heads, section, Hk, parts)
     H = Hk * parts * group
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, whole_from, whole_to, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)

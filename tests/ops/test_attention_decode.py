@@ -3,6 +3,7 @@ and how the op behaves as a citizen of PyTorch. Backend "triton" runs in Triton'
 ``gpu`` run it on the card."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -286,11 +287,36 @@ def test_the_fewest_shares_that_fill_the_card():
     assert shares_of(4096, 32, 32768) == 1
 
 
+def test_large_tiles_go_through_whole_caches():
+    """Where there are programs enough without shares, as the card's reading has it (docs/perf/attention_decode.md)."""
+
+    def chosen(batch, heads, keys, d, new=False):
+        config = kernels.choose_config(4, d, d, False, 2, 0, new, load=batch * heads / 132)
+        return tuple(config)[1:], kernels.choose_shares(batch, heads, keys, config, 4 * d, 132, 0, new)
+
+    assert chosen(64, 8, 1024, 128) == ((128, 4, 3), 1)
+    assert chosen(64, 8, 8192, 128) == ((128, 4, 3), 1)
+    assert chosen(40, 8, 2048, 128) == ((128, 4, 3), 1)
+    assert chosen(8, 32, 8192, 128) == ((128, 4, 3), 1)
+    assert chosen(16, 8, 32768, 128) == ((64, 4, 3), 1)
+    assert chosen(8, 8, 8192, 128) == ((64, 4, 3), 2)
+    assert chosen(64, 8, 1024, 128, new=True) == ((64, 4, 3), 1)
+    assert chosen(64, 8, 8192, 128, new=True) == ((64, 4, 3), 1)
+    assert chosen(16, 8, 4096, 128, new=True) == ((64, 4, 3), 1)
+    for new in (False, True):
+        assert chosen(16, 8, 8192, 256, new) == ((64, 8, 3), 1)
+        assert chosen(2, 8, 8192, 256, new) == ((64, 8, 3), 8)
+        assert chosen(16, 8, 16384, 64, new) == ((128, 4, 3), 1)
+        assert chosen(64, 8, 2048, 64, new) == ((128, 4, 3), 1)
+        assert chosen(1, 8, 8192, 64, new)[0] == (64, 4, 3)
+
+
 def test_of_pages_as_many_programs_as_fit():
-    for page_size, shares in ((64, 2), (16, 3)):
+    for page_size, shares in ((64, 2), (16, 2)):
         pages = kernels._pages((16, 1), page_size, 64)
         config = kernels.choose_config(4, 128, 128, False, 2, pages, False)
         assert kernels.choose_shares(16, 8, 16384, config, 512, 132, pages) == shares
+    assert kernels.choose_shares(64, 8, 2048, config, 512, 132, 2) == 1
 
 
 @pytest.mark.parametrize("lanes", [32, 64])
@@ -298,8 +324,8 @@ def test_a_tile_of_every_head_dimension_fits_into_shared_memory(lanes):
     for itemsize in (2, 4):
         for d in (8, 16, 64, 96, 128, 192, 256):
             for rows in (1, 20, 1000):
-                for pages in (0, 1, 2):
-                    c = kernels.choose_config(rows, d, d, False, itemsize, pages, False, lanes)
+                for pages, load in itertools.product((0, 1, 2), (0.0, 1.0, 2.0)):
+                    c = kernels.choose_config(rows, d, d, False, itemsize, pages, False, lanes, load)
                     loads = c.keys * sum(kernels.channels(d)) * 2 * itemsize * max(1, c.num_stages - 1)
                     assert loads <= (64 if lanes == 64 else 160) * 1024
                     assert c.rows * c.keys >= 256

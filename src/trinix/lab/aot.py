@@ -64,6 +64,7 @@ KNOWN_SPILLS |= {"attention/d64/keys-bias/bfloat16": 24, "attention/d64/keys-bia
 KNOWN_SPILLS |= {f"attention/d64/queries-bias/{t}": 8 for t in ("bfloat16", "float16")}
 KNOWN_SPILLS |= {"attention/d128/queries-bias/float16": 8}
 KNOWN_SPILLS |= {"attention/d256/queries/bfloat16": 16}
+KNOWN_SPILLS |= {f"attention_decode/256-large-tiles/{t}": 8 for t in ("bfloat16", "float16")}
 
 
 @dataclass(frozen=True)

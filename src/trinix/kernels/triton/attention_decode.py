@@ -336,10 +336,11 @@ def _pages(table_shape: tuple | None, page_size: int, keys: int) -> int:
 
 
 def choose_config(
-    rows: int, d: int, dv: int, shared: bool, itemsize: int, pages: int, new: bool, lanes: int = LANES
-) -> Config:
+    rows: int, d: int, dv: int, shared: bool, itemsize: int, pages: int, new: bool, lanes: int = LANES,
+    load: float = 0.0,
+) -> Config:  # fmt: skip
     """``rows``: queries times the heads of a group; ``pages``: 0: none, 1: a tile of 64 keys lies in one, 2: it may not; ``new``:
-    keys to append."""
+    keys to append; ``load``: programs of one share to a multiprocessor, 0 where one may not have 160 KiB of shared memory."""
     tile = min(64, max(16, _power_of_two(rows)))
     head, tail = channels(d)
     wide = _power_of_two(dv)
@@ -351,6 +352,15 @@ def choose_config(
         config = Config(16, 32, 4, 3) if tile == 16 else Config(32, 64, 8, 2)
         if lanes == 64:
             config = Config(config.rows, 512 // config.rows, 8, 1)
+    elif (
+        not pages
+        and tile == 16
+        and lanes == 32
+        and load > {128: 0.9, 256: math.inf if new else 1, 512: 0}.get(width, math.inf)
+    ):
+        # programs enough without shares: larger tiles, so that few programs on each multiprocessor, or one, read at the card's rate.
+        # Appending to 128 channels they spill with four warps, and are slower with eight
+        config = Config(16, 64, 8, 3) if width == 512 else Config(16, 128, 4, 3)
     elif pages == 2 and not new and width <= 256:
         config = Config(tile, 128, 8 if tile == 64 else 4, 3)
     else:
@@ -363,20 +373,29 @@ def choose_config(
 
 
 def choose_shares(
-    batch: int, heads: int, keys: int, config: Config, bytes_of_key: int, sm_count: int, pages: int = 0
+    batch: int,
+    heads: int,
+    keys: int,
+    config: Config,
+    bytes_of_key: int,
+    sm_count: int,
+    pages: int = 0,
+    new: bool = False,
 ) -> int:
     """Into how many shares every sequence is cut.
 
     ``heads``: programs of one share of a sequence, which are key heads times tiles of rows; ``keys``: the most that one may have.
     A card reads as fast from one program on each multiprocessor as from several, where a program's tiles are large. The fewest
     shares that leave few multiprocessors idle in the last wave, as docs/perf/attention_decode.md has it. With ``pages`` half of a
-    pipeline's stages wait for the table: one program on each multiprocessor reached 73% of a copy's rate.
+    pipeline's stages wait for the table: one program on each multiprocessor reached 73% of a copy's rate. Where a tile lies in
+    several pages (2), or keys are appended (``new``), there are registers for two programs.
     """
     programs = heads * batch
     ahead = max(1, (config.num_stages - 1) // (2 if pages else 1))  # tiles on their way into a program
     loading = ahead * config.keys * bytes_of_key
     wave = sm_count * (1 if loading >= 48 * 1024 and not pages else 2)
-    resident = max(wave, 200 * 1024 // loading * sm_count)
+    fit = 200 * 1024 // loading
+    resident = max(wave, (min(fit, 2) if pages == 2 or new else fit) * sm_count)
     if pages and ahead == 1:
         wave = resident
     most = max(1, min(-(-keys // config.keys), 4 * resident // programs))
@@ -385,7 +404,8 @@ def choose_shares(
         full = wave if shares * programs <= resident else resident
         return shares * programs / (-(-shares * programs // full) * full)
 
-    enough = 0.92 * max(map(busy, range(1, most + 1)))
+    # large tiles, several waves: the programs that are left for the last one read faster, and one share has no second kernel
+    enough = (0.6 if programs > wave and config.keys > 64 and not pages else 0.92) * max(map(busy, range(1, most + 1)))
     return next(n for n in range(1, most + 1) if busy(n) >= enough)
 
 
@@ -459,16 +479,20 @@ def plan(
     new = new_shape[1] if new_shape else 0
     page_size = k_shape[1]
     capacity = page_size * (table_shape[1] if table_shape else 1)
+    sm_count, dependent, roomy = _card(index)
+    visible = capacity if window_left < 0 else min(capacity, window_left + seq)
     if not config:
-        config = choose_config(seq * group, d, dv, shared, dtype.itemsize, _pages(table_shape, page_size, 64), new > 0)
+        config = choose_config(
+            seq * group, d, dv, shared, dtype.itemsize, _pages(table_shape, page_size, 64), new > 0,
+            load=batch * key_heads / sm_count if roomy and visible >= 512 else 0.0,
+        )  # fmt: skip
     pages = _pages(table_shape, page_size, config.keys)
     tiles = -(-seq * group // config.rows)
-    seen = capacity if window_left < 0 else min(capacity, window_left + seq + config.keys)
-    sm_count, dependent = _card(index)
+    seen = min(capacity, visible + config.keys)
     splits = num_splits
     if not splits:
         width = d if shared else d + dv
-        splits = choose_shares(batch, key_heads * tiles, seen, config, width * dtype.itemsize, sm_count, pages)
+        splits = choose_shares(batch, key_heads * tiles, seen, config, width * dtype.itemsize, sm_count, pages, new > 0)
     entries = splits * batch
     parts = splits > 1
     used = [q_strides[:3], k_strides[:3], v_strides[:3]]
@@ -493,12 +517,14 @@ def plan(
 
 
 @functools.cache
-def _card(index: int) -> tuple[int, bool]:
-    """(multiprocessors, whether a kernel may start before the one it depends on has ended)."""
+def _card(index: int) -> tuple[int, bool, bool]:
+    """(multiprocessors, whether a kernel may start before the one it depends on has ended, whether a program may have 160 KiB of
+    shared memory)."""
     if index < 0:
-        return 1, False
+        return 1, False, False
     facts = torch.cuda.get_device_properties(index)
-    return facts.multi_processor_count, torch.version.hip is None and facts.major >= 9
+    shared = getattr(facts, "shared_memory_per_block_optin", 0)
+    return facts.multi_processor_count, torch.version.hip is None and facts.major >= 9, shared >= 160 * 1024
 
 
 def unsupported(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options) -> str | None:
@@ -590,6 +616,11 @@ def compile_cases(lanes: int = LANES):
         "128-large-pages": (128, 128, 4, plain._replace(pages=1)),
         "128-append": (128, 128, 4, plain._replace(pages=1, new=True)),
         "256": (256, 256, 8, plain),
+        "64-large-tiles": (64, 64, 4, plain._replace(parts=False)),
+        "128-large-tiles": (128, 128, 4, plain._replace(parts=False)),
+        "64-large-tiles-append": (64, 64, 4, plain._replace(new=True)),
+        "256-large-tiles": (256, 256, 4, plain),
+        "256-large-tiles-append": (256, 256, 4, plain._replace(new=True)),
         "latent": (576, 512, 16, plain._replace(shared=True)),
         "latent-packed": (576, 512, 128, plain._replace(shared=True)),
         "80-options": (80, 80, 5, Flags(2, True, False, True, True, True, True, True, False, False)),
@@ -598,7 +629,11 @@ def compile_cases(lanes: int = LANES):
         suffix = str(dtype).removeprefix("torch.")
         t = POINTERS[suffix]
         for name, (d, dv, rows, flags) in forms.items():
-            config = choose_config(rows, d, dv, flags.shared, dtype.itemsize, flags.pages, flags.new, lanes)
+            large = "large-tiles" in name
+            if large and dtype.itemsize == 4:
+                continue
+            load = 2.0 if large else 0.0
+            config = choose_config(rows, d, dv, flags.shared, dtype.itemsize, flags.pages, flags.new, lanes, load)
             launch = attend_launch(d, dv, rows, 16 // dtype.itemsize, flags, config)
             out = "*fp32" if flags.parts else t
             tensors = (t, t, t, "*i32", "*i32", t, t, "*fp32", "*fp32", out, "*fp32")

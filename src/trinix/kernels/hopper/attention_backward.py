@@ -16,13 +16,13 @@ the threads of a warpgroup hold them (``_in_thread_order``), so that every reduc
 ``after`` puts them in order, scales and rounds. With COPY_SUMS the threads leave them in shared memory and go on, and the
 producer has the copy engine add them.
 
-Three ways to make dQ: TURNS (one warpgroup makes a whole tile, then the other: wide products, and the other one runs ahead),
-COLUMNS (each makes half of the columns), OWN (a third warpgroup makes nothing else). Products of 64 queries read as many bytes of
+Two ways to make dQ: TURNS (one warpgroup makes a whole tile, then the other: wide products, and the other one runs ahead),
+COLUMNS (each makes half of the columns). Products of 64 queries read as many bytes of
 shared memory as it delivers: as many columns of K and V as there are registers for stay in them as left operands
 (K_HELD, V_HELD).
 
-With KV_SLOTS a program draws one item after the other from a counter, which ``before`` sets to zero: K, V and the first tiles of
-the next arrive while this one's last tiles are worked on. Otherwise it has one.
+With KV_SLOTS a program draws one item after the other from a counter, which ``before`` sets to zero: K, V and the first
+tiles of the next arrive while this one's last tiles are worked on. Otherwise it has one.
 
 The three kernels follow each other by programmatic launches: each lets the next in early, and waits for the one before it.
 """
@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from trinix.kernels.hopper._compat import tma_load, tma_reduce_add, tma_store
 from trinix.kernels.hopper.attention_scores import keep_columns, named_arrive, named_wait, sequence, tanh_over_2
 
-TURNS, COLUMNS, OWN, WIDE = (gl.constexpr(i) for i in range(4))
+TURNS, COLUMNS, WIDE = (gl.constexpr(i) for i in range(3))
 BLOCK = 128  # rows of a program of ``before``; every sequence's padded rows start and end at multiples of it
 
 _BEFORE = (
@@ -427,7 +427,7 @@ def _dq_product(ds_s, buf, k0, k1, zero, ME: gl.constexpr, WIDTH: gl.constexpr, 
 @gluon.jit
 def _consume_item(
     idx, t, it, ME: gl.constexpr, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s,
-    v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full,
+    v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full,
     dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K,
     D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
@@ -471,7 +471,6 @@ def _consume_item(
         k_left = k_my.slice(0, K_HELD, dim=1).load(gl.DotOperandLayout(0, s_layout, 2))
     if V_HELD:
         v_left = v_my.slice(0, V_HELD, dim=1).load(gl.DotOperandLayout(0, s_layout, 2))
-    start = it
     if KV_SLOTS:  # noqa: SIM102  (a constant and a value at run time)
         if t > 0:  # the last item's dK and dV have left the buffers of its K and V by now
             tma.store_wait(0)
@@ -535,10 +534,8 @@ def _consume_item(
                 turn = n
                 if LEFT:
                     turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
-                if DQ_WAY != COLUMNS:
+                if DQ_WAY == TURNS:
                     dk_tok = warpgroup_mma(dsb, q, dk, is_async=True)
-                if DQ_WAY == OWN:
-                    mbarrier.wait(ds_empty.index(buf), (((it - 1) // 2) & 1) ^ 1)
                 ds_s.index(buf * 2 + ME).store(ds)
                 fence_async_shared()
                 if DQ_WAY == COLUMNS:
@@ -554,25 +551,19 @@ def _consume_item(
                     dk = warpgroup_mma_wait(0, deps=(dk_tok,))
                     mbarrier.arrive(q_empty.index(slot), count=1)
                 else:
-                    if DQ_WAY == OWN:
-                        mbarrier.arrive(ds_full.index(buf), count=1)
-                    elif buf != ME:
+                    if buf != ME:
                         _tell_other(ME)
                     dv, dk = warpgroup_mma_wait(0, deps=(dv_tok, dk_tok))
                     mbarrier.arrive(do_empty.index(slot), count=1)
                     mbarrier.arrive(q_empty.index(slot), count=1)
-                    if DQ_WAY == TURNS:  # noqa: SIM102  (a constant and a value at run time)
-                        if buf == ME:  # this tile's dQ is mine
-                            _wait_for_other(ME)
-                            dq = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
-                            dq = warpgroup_mma_wait(0, deps=(dq,))
-                            _add(
-                                sums, dq_s, dq_full, dq_empty, it - 1, row, 0, dq, turns, turn, ME, D, WIDTH, DQ_WAY,
-                                DETERMINISTIC, COPY_SUMS,
-                            )  # fmt: skip
-    if DQ_WAY == OWN:  # noqa: SIM102  (a constant and a value at run time)
-        if it > start:
-            mbarrier.wait(ds_empty.index((it - 1) % 2), ((it - 1) // 2) & 1)
+                    if buf == ME:  # this tile's dQ is mine
+                        _wait_for_other(ME)
+                        dq = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
+                        dq = warpgroup_mma_wait(0, deps=(dq,))
+                        _add(
+                            sums, dq_s, dq_full, dq_empty, it - 1, row, 0, dq, turns, turn, ME, D, WIDTH, DQ_WAY,
+                            DETERMINISTIC, COPY_SUMS,
+                        )  # fmt: skip
     _both()  # nobody reads K or V any more: their buffers carry dK and dV out
     dk_out = (dk * k_scale).to(dtype)
     dv_out = dv.to(dtype)
@@ -602,8 +593,8 @@ def _consume_item(
 @gluon.jit
 def _consumer(
     work_s, work_full, work_empty, ME: gl.constexpr, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes,
-    q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, ds_full,
-    ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
+    q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full,
+    dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
     slopes_batch, D_K, D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
@@ -616,8 +607,8 @@ def _consumer(
         while idx < key_blocks * out_heads:
             it = _consume_item(
                 idx, t, it, ME, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s,
-                ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, ds_full, ds_empty,
-                dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
+                ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+                key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
                 slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL,
                 SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
             )  # fmt: skip
@@ -626,77 +617,12 @@ def _consumer(
     else:  # without a loop around it: the compiler's schedule of the products is another
         _consume_item(
             idx, t, it, ME, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s,
-            ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, ds_full, ds_empty,
-            dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
+            ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+            key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
             slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
             ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
         )  # fmt: skip
     tma.store_wait(0)
-
-
-@gluon.jit
-def _add_item(
-    idx, t, it, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section, Hk,
-    parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr,
-    DETERMINISTIC: gl.constexpr, KV_SLOTS: gl.constexpr,
-):  # fmt: skip
-    """The warpgroup that makes dQ and nothing else."""
-    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    n, b, out_head = _place(idx, key_blocks, out_heads, section, Hk, parts)
-    _, row0, _, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
-    first, _, _, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
-    zero = gl.zeros([64, D], gl.float32, q_layout)
-    kv = 0
-    kv_phase = 0
-    if KV_SLOTS:
-        kv = t % KV_SLOTS
-        kv_phase = (t // KV_SLOTS) & 1
-    mbarrier.wait(kv_full.index(kv), kv_phase)
-    k0 = k_s.index(2 * kv).reshape([N // 2, D])
-    k1 = k_s.index(2 * kv + 1).reshape([N // 2, D])
-    for g in range(group):
-        padded_row = _padded_row(b, out_head * group + g, row0, Hk * parts * group, padded, BLOCK, VARLEN)
-        for at in range(first, end):
-            m = first + end - 1 - at
-            buf = it % 2
-            mbarrier.wait(ds_full.index(buf), (it // 2) & 1)
-            it += 1
-            dq = _dq_product(ds_s, buf, k0, k1, zero, 0, D, OWN)
-            dq = warpgroup_mma_wait(0, deps=(dq,))
-            mbarrier.arrive(ds_empty.index(buf), count=1)
-            turn = n
-            if LEFT:
-                turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
-            add_from_registers(sums, padded_row + m * M, 0, dq, turns, turn, D, D, DETERMINISTIC)
-    return it
-
-
-@gluon.jit
-def _adder(
-    work_s, work_full, work_empty, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks,
-    out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr, N: gl.constexpr,
-    D: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
-    VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr, KV_SLOTS: gl.constexpr,
-):  # fmt: skip
-    it = 0
-    t = 0
-    idx = gl.program_id(0)
-    if KV_SLOTS:
-        while idx < key_blocks * out_heads:
-            it = _add_item(
-                idx, t, it, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads,
-                section, Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL,
-                VARLEN, DETERMINISTIC, KV_SLOTS,
-            )  # fmt: skip
-            idx = _published(t, work_s, work_full, work_empty)
-            t += 1
-    else:  # without a loop around it: the compiler's schedule of the products is another
-        _add_item(
-            idx, t, it, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks, out_heads, section,
-            Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
-            DETERMINISTIC, KV_SLOTS,
-        )  # fmt: skip
 
 
 _RUNTIME = (
@@ -742,7 +668,7 @@ def attention_backward(
         work_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
         for i in gl.static_range(2):
             mbarrier.init(work_full.index(i), count=1)
-            mbarrier.init(work_empty.index(i), count=3 if DQ_WAY == OWN else 2)
+            mbarrier.init(work_empty.index(i), count=2)
     dq_s = lse_s
     if COPY_SUMS:
         dq_s = gl.allocate_shared_memory(
@@ -756,14 +682,6 @@ def attention_backward(
         for i in gl.static_range(2):
             mbarrier.init(dq_full.index(i), count=2 if DQ_WAY == COLUMNS else 1)
             mbarrier.init(dq_empty.index(i), count=1)
-    ds_full = kv_full
-    ds_empty = kv_full
-    if DQ_WAY == OWN:
-        ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-        ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-        for i in gl.static_range(2):
-            mbarrier.init(ds_full.index(i), count=2)
-            mbarrier.init(ds_empty.index(i), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(kv_full.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -774,7 +692,6 @@ def attention_backward(
     fence_async_shared()
     follow()
     # Part 0 is the producer, 1 and 2 are consumers. The argument tuples must be written out here (attention_forward.py).
-    PARTS: gl.constexpr = 4 if DQ_WAY == OWN else 3
     gl.warp_specialize([
         (_producer, (
             turns, work_s, work_full, work_empty, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k,
@@ -782,17 +699,12 @@ def attention_backward(
             dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M,
             N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS,
         )) if part == 0 else
-        (_adder, (
-            work_s, work_full, work_empty, sums, turns, cu_q, cu_k, k_s, ds_s, kv_full, ds_full, ds_empty, key_blocks,
-            out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D, BLOCK, LEFT, RIGHT, TAIL,
-            VARLEN, DETERMINISTIC, KV_SLOTS,
-        )) if part == 3 else
         (_consumer, (
             work_s, work_full, work_empty, part - 1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes,
             q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-            ds_full, ds_empty, dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
+            dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
             padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT,
             RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
         ))
-        for part in (0, 1, 2, 3)[:PARTS]
-    ], [4] * (PARTS - 1), [208, 208, 72] if DQ_WAY == OWN else [240, 240])  # fmt: skip
+        for part in (0, 1, 2)
+    ], [4, 4], [240, 240])  # fmt: skip

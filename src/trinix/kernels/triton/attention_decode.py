@@ -637,7 +637,7 @@ def compile_cases(lanes: int = LANES):
             launch = attend_launch(d, dv, rows, 16 // dtype.itemsize, flags, config)
             out = "*fp32" if flags.parts else t
             tensors = (t, t, t, "*i32", "*i32", t, t, "*fp32", "*fp32", out, "*fp32")
-            bits = 64 if name == "128-whole" else 128
+            bits = 64 if name in ("128-whole", "64-large-tiles", "128-large-tiles") else 128
             yield compile_case(f"attention_decode/{name}/{suffix}", launch, 2 * dtype.itemsize, tensors, (), bits)
         for dv in (128, 512):
             launch = combine_launch(dv, True, False)

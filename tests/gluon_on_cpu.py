@@ -35,8 +35,8 @@ class Tensor:
     shape = property(lambda self: self.a.shape)
     dtype = property(lambda self: types.SimpleNamespace(primitive_bitwidth=8 * self.a.itemsize))
 
-    def to(self, dtype):
-        return Tensor(self.a.astype(dtype))
+    def to(self, dtype, bitcast=False):
+        return Tensor(self.a.view(dtype) if bitcast else self.a.astype(dtype))
 
     def __getitem__(self, at):
         return Tensor(self.a[at])
@@ -59,9 +59,6 @@ class Tensor:
     def __mod__(self, other):
         return self - (self // other) * other
 
-    def __xor__(self, other):
-        return Tensor(self.a ^ raw(other))
-
 
 def raw(x):
     return x.a if isinstance(x, Tensor) else x
@@ -78,7 +75,8 @@ def _operator(function, swapped=False):
     return apply
 
 
-for _name in ("add", "sub", "mul", "truediv", "and_", "or_", "lt", "le", "gt", "ge", "eq", "ne"):
+_names = ("add", "sub", "mul", "truediv", "and_", "or_", "xor", "lshift", "rshift", "lt", "le", "gt", "ge", "eq", "ne")
+for _name in _names:
     _plain = _name.rstrip("_")
     setattr(Tensor, f"__{_plain}__", _operator(getattr(operator, _name)))
     setattr(Tensor, f"__r{_plain}__", _operator(getattr(operator, _name), swapped=True))
@@ -106,7 +104,11 @@ class Pointer:
 _atomic = threading.Lock()
 
 
-def load(pointer, mask=None, other=0.0, cache_modifier=""):
+def load(pointer, mask=None, other=0.0, cache_modifier="", volatile=False):
+    if volatile:  # read again and again until another program has written
+        if time.monotonic() > _here.program.began + WAIT_SECONDS:
+            raise TimeoutError("a word that nobody writes")
+        time.sleep(0)
     offset = np.asarray(pointer.offset)
     if mask is None:
         return Tensor(pointer.memory[offset])
@@ -313,6 +315,9 @@ def _inline_asm(asm, constraints, args, dtype=None, is_pure=False, pack=1):
     if found := re.match(r"bar\.(sync|arrive) (\d+), 256", asm):
         _here.program.named(int(found[2])).arrive(found[1] == "sync")
         return None
+    if asm.startswith("ex2.approx"):
+        with np.errstate(all="ignore"):
+            return Tensor(np.exp2(args[0].a))
     if "rcp.approx" in asm:
         return Tensor(np.float32(1) / args[0].a)
     if "vote.sync" in asm:
@@ -380,6 +385,7 @@ class Program:
     def __init__(self, place, programs):
         self.place, self.programs = place, programs
         self.names, self.errors, self.failed, self.lock = {}, [], False, threading.Lock()
+        self.began = time.monotonic()
 
     def named(self, i):
         with self.lock:
@@ -409,15 +415,17 @@ def _mbarrier_wait(barrier, phase, pred=True):
 def language():
     return _namespace(
         jit=_jit, constexpr=lambda x: x, float32=np.float32, int32=np.int32, int64=np.int64, static_range=range,
+        static_assert=lambda condition: None,
         program_id=lambda axis: Tensor(np.int64(_here.program.place[axis])), num_programs=lambda axis: _here.program.programs,
         cdiv=lambda a, b: (a + (b - 1)) // b, maximum=_binary(np.maximum), minimum=_binary(np.minimum), where=_where,
         full=lambda shape, value, dtype, layout=None: Tensor(np.full(shape, raw(value), dtype)),
         zeros=lambda shape, dtype, layout=None: Tensor(np.zeros(shape, dtype)),
         zeros_like=lambda x: Tensor(np.zeros_like(x.a)),
         arange=lambda a, b, layout=None: Tensor(np.arange(a, b)),
-        expand_dims=lambda x, axis: Tensor(np.expand_dims(x.a, axis)), convert_layout=lambda x, layout: x,
-        exp2=_unary(np.exp2), log2=_unary(np.log2), abs=_unary(np.abs),
+        expand_dims=lambda x, axis: Tensor(np.expand_dims(x.a, axis)), convert_layout=lambda x, layout, assert_trivial=False: x,
+        exp2=_unary(np.exp2), log=_unary(np.log), log2=_unary(np.log2), abs=_unary(np.abs),
         fma=lambda a, b, c: Tensor((a.a.astype(np.float64) * b.a + c.a).astype(np.float32)),
+        div_rn=_binary(np.divide), broadcast=lambda a, b: tuple(map(Tensor, np.broadcast_arrays(a.a, b.a))),
         full_like=lambda x, value: Tensor(np.full_like(x.a, raw(value))),
         sum=lambda x, axis: Tensor(x.a.sum(axis)), max=lambda x, axis: Tensor(x.a.max(axis)),
         reshape=lambda x, shape: Tensor(x.a.reshape(shape)), permute=lambda x, order: Tensor(x.a.transpose(order)),
@@ -427,17 +435,27 @@ def language():
     )  # fmt: skip
 
 
-def kernels(folder: Path, names) -> dict:
-    """Everything in the named modules of kernels, each of which may use those before it; their functions are plain Python."""
-    g = language()
-    hopper = _namespace(
-        fence_async_shared=lambda: None, warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
-        tma=_namespace(store_wait=lambda n: None),
-        mbarrier=_namespace(
+def hopper() -> dict:
+    """What kernels import of Gluon's Hopper module."""
+    return {
+        "fence_async_shared": lambda: None, "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
+        "tma": _namespace(store_wait=lambda n: None),
+        "mbarrier": _namespace(
             MBarrierLayout=lambda: "barriers", init=lambda b, count: b.set_up(count), wait=_mbarrier_wait,
             arrive=lambda b, count: b.change(arrivals=count), expect=lambda b, n: b.change(arrivals=1, more_bytes=n),
         ),
-    )  # fmt: skip
+    }  # fmt: skip
+
+
+def range_of_tensors(*bounds):
+    """A loop of a kernel: its counter is a value of the kernel."""
+    return (Tensor(np.int64(i)) for i in range(*map(int, bounds)))
+
+
+def kernels(folder: Path, names) -> dict:
+    """Everything in the named modules of kernels, each of which may use those before it; their functions are plain Python."""
+    g = language()
+    own = hopper()
     compat = _namespace(
         tma_load=tma_load, tma_store=tma_store, tma_reduce_add=tma_reduce_add, block_barrier=lambda: None
     )  # fmt: skip
@@ -453,12 +471,35 @@ def kernels(folder: Path, names) -> dict:
         for node in ast.walk(tree):
             if isinstance(node, ast.arg):
                 node.annotation = None
-        space = vars(hopper) | vars(compat) | {"triton": g, "tl": tl, "gluon": g, "gl": g, "__name__": name}
+        space = own | vars(compat) | {"triton": g, "tl": tl, "gluon": g, "gl": g, "__name__": name}
         for other in done.values():
             space = {k: v for k, v in other.items() if not k.startswith("__")} | space
         exec(compile(ast.fix_missing_locations(tree), name, "exec"), space)
         done[name] = space
     return {k: v for space in done.values() for k, v in space.items()}
+
+
+def launch_together(function, programs: int, arguments: tuple, constants: dict):
+    """All programs at once, as in a cooperative launch."""
+    all_errors = []
+
+    def run(place):
+        program = Program((place, 0, 0), programs)
+        _here.program, _here.products = program, []
+        try:
+            function(*arguments, **constants)
+        except BaseException as error:
+            program.errors.append(error)
+        all_errors.extend(program.errors)
+
+    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(programs)]
+    random.shuffle(threads)
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    if all_errors:
+        raise all_errors[0]
 
 
 def launch(function, programs: int, arguments: tuple, constants: dict, y: int = 1, z: int = 1):
@@ -473,7 +514,8 @@ def launch(function, programs: int, arguments: tuple, constants: dict, y: int = 
 class Binary:
     """Takes the place of ``trinix.kernels.hopper._launch.Binary``."""
 
-    def __init__(self, functions, kernel, examples, constants):
+    def __init__(self, functions, kernel, examples, constants, launch_cooperative_grid=False):
+        self.together = launch_cooperative_grid
         self.function = functions[kernel.__name__]
         self.constants = constants
         self.boxes = tuple(a[0] for a in examples if isinstance(a, tuple))
@@ -489,7 +531,10 @@ class Binary:
 
     def __call__(self, blocks, stream, arguments, y=1, z=1):
         given = [kind(value) for kind, value in zip(self.kinds, arguments, strict=True)]
-        launch(self.function, blocks, tuple(given), self.constants, y, z)
+        if self.together:
+            launch_together(self.function, blocks, tuple(given), self.constants)
+        else:
+            launch(self.function, blocks, tuple(given), self.constants, y, z)
 
 
 def attention_on_cpu(monkeypatch, hopper, multiprocessors):

@@ -1,4 +1,4 @@
-"""Softmax on Hopper: the plan of every length, what the compiler makes of the kernels, and the rows' kernels in NumPy
+"""Softmax on Hopper: the plan of every length, what the compiler makes of the kernels, and the kernels in NumPy
 (gluon_on_cpu.py), without a GPU."""
 
 import ast
@@ -31,6 +31,7 @@ names = _columns.arg_names
 annotated = {p.name: p.annotation_type for p in _columns.params}
 for dtype, letters in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
     for n, c, log, backward in ((1024, 128, False, False), (4096, 128, False, False), (1000, 120, True, False),
+                                (8192, 128, False, False), (40000, 120, True, False),
                                 (512, 128, False, True), (4096, 128, False, True), (40000, 120, True, True)):
         p = plan(n, c, dtype.itemsize, backward)
         constants = _constants(p, log, backward, 16 // dtype.itemsize, n % p.rows == 0 and c % p.cols == 0)
@@ -55,7 +56,7 @@ for dtype, letters in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch
 
 def test_every_binary_keeps_its_values_in_registers_and_stores_16_bytes_at_a_time(fresh_process):
     lines = [json.loads(line) for line in fresh_process(COMPILE).splitlines()]
-    assert len(lines) == 18
+    assert len(lines) == 24
     for one in lines:
         assert one["spills"] == 0, one
         assert one["shared"] <= SHARED_LIMIT, one
@@ -86,6 +87,93 @@ def test_what_it_cannot_run_has_a_reason():
     assert "too many" in rows.unsupported(17, 1 << 20, 2, 132)
     assert rows.unsupported(17, 1 << 19, 2, 132) is None
     assert "31 bits" in rows.unsupported(1 << 28, 8, 2, 132)
+
+
+def functions_of(module, **names):
+    """The module's kernels as plain Python, beside what they use."""
+    language = gluon_on_cpu.language()
+    names = {"gl": language, "gluon": language} | names
+    tree = ast.parse(Path(module.__file__).read_text())
+    tree.body = [
+        n
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, n.decorator_list))
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None  # Triton's
+    exec(compile(ast.fix_missing_locations(tree), module.__file__, "exec"), names)
+    return names
+
+
+# ---- columns --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def columns_on_cpu(monkeypatch):
+    """The launches of columns run here, all programs of a cooperative one at once."""
+    names = functions_of(
+        hopper,
+        **gluon_on_cpu.hopper(),
+        tma_load=gluon_on_cpu.tma_load,
+        block_barrier=lambda: None,
+        range=gluon_on_cpu.range_of_tensors,
+    )
+    monkeypatch.setattr(
+        hopper, "Binary", lambda kernel, device, examples, constants, launch_cooperative_grid, **_:
+        gluon_on_cpu.Binary(names, kernel, examples, constants, launch_cooperative_grid),
+    )  # fmt: skip
+    monkeypatch.setattr(hopper.Box, "at", lambda self, address: ((self, address),))
+    monkeypatch.setattr(hopper, "raw_stream", lambda device: 0)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 13)
+    monkeypatch.setattr(hopper, "_launch", hopper._Launch)
+    for name in ("empty", "zeros"):
+        function = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, device=None, of=function, **more: of(*size, **more))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+
+
+SMALL = hopper.Config(64, 64, 4 << 10, 4, 3), hopper.Config(64, 64, 8 << 10, 4, 2)
+WIDE = hopper.Config(128, 64, 8 << 10, 4, 3), hopper.Config(128, 64, 16 << 10, 8, 1)
+
+
+def both_passes(x, dy, scale, log, configs, y=None):
+    """(y, dx) by the kernels; dx from ``y``, if given."""
+    out, dx = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    hopper._run(x, x, out, 1, scale, log, False, configs[0])
+    hopper._run(out if y is None else y, dy, dx, 1, scale, log, True, configs[1])
+    return out, dx
+
+
+@pytest.mark.usefixtures("columns_on_cpu")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "configs", "scale", "log"),
+    [((2, 50, 40), SMALL, 1.0, False), ((9, 200, 72), SMALL, 0.5, False), ((23, 192, 64), WIDE, 1.0, True),
+     ((2, 640, 40), WIDE, 1.0, False)],
+)  # fmt: skip
+def test_columns_hold_the_budget_at_odd_sizes(shape, configs, scale, log, dtype):
+    x, dy = normal(shape, dtype, seed=1), normal(shape, dtype, seed=9)
+    y, dx = both_passes(x, dy, scale, log, configs)
+    low, true = (reference.forward(x.to(t), None, 1, scale, log) for t in (dtype, torch.float64))
+    assert_within_budget((y,), (low,), (true,))
+    low, true = (reference.backward(y.to(t), dy.to(t), 1, scale, log) for t in (dtype, torch.float64))
+    assert_within_budget((dx,), (low,), (true,))
+
+
+@pytest.mark.usefixtures("columns_on_cpu")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_columns_of_infinities_and_nan_end_as_in_pytorch(dtype):
+    x = normal((3, 200, 64), dtype, seed=1)
+    x[0, :, 3] = float("-inf")
+    x[0, :150, 4] = float("-inf")
+    x[0, 7, 5] = float("inf")
+    x[1, 199, 6] = float("nan")
+    x[2, :, :] = torch.finfo(dtype).max
+    for log, function in ((False, torch.softmax), (True, torch.log_softmax)):
+        got, wanted = both_passes(x, x, 1.0, log, SMALL)[0], function(x.float(), 1)
+        assert torch.equal(got.isnan(), wanted.isnan())
+        torch.testing.assert_close(got, wanted.to(dtype), equal_nan=True)
 
 
 # ---- rows in clusters -----------------------------------------------------------------------------------------------------
@@ -171,18 +259,7 @@ def test_rows_that_clusters_win():
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The launches of rows run here, on float16 and float32 tensors, each cluster as one program."""
-    names = {"gl": gluon_on_cpu.language()}
-    names["gluon"] = names["gl"]
-    tree = ast.parse(Path(rows.__file__).read_text())
-    tree.body = [
-        n
-        for n in tree.body
-        if isinstance(n, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, n.decorator_list))
-    ]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None  # Triton's
-    exec(compile(ast.fix_missing_locations(tree), rows.__file__, "exec"), names)
+    names = functions_of(rows)
     monkeypatch.setattr(
         rows, "Binary", lambda kernel, device, examples, constants, **_: gluon_on_cpu.Binary(names, kernel, examples, constants)
     )  # fmt: skip

@@ -89,10 +89,9 @@ def _consume_forward(
     LOG: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr, COLS: gl.constexpr, SLOTS: gl.constexpr,
     WARPS: gl.constexpr, GROUPS: gl.constexpr, UNIT: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    V: gl.constexpr = 128 // y.dtype.element_ty.primitive_bitwidth
-    SPAN: gl.constexpr = WARPS * 32 * V // COLS
+    SPAN: gl.constexpr = WARPS * 32 * UNIT // COLS
     TILES: gl.constexpr = CHUNK // SPAN
-    layout: gl.constexpr = gl.BlockedLayout([1, V], [32 * V // COLS, COLS // V], [WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, UNIT], [32 * UNIT // COLS, COLS // UNIT], [WARPS, 1], [1, 0])
     i = gl.arange(0, SPAN, gl.SliceLayout(1, layout))
     j = gl.arange(0, COLS, gl.SliceLayout(0, layout))
     c *= UNIT
@@ -176,10 +175,9 @@ def _consume_backward(
     LOG: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr, COLS: gl.constexpr, SLOTS: gl.constexpr,
     WARPS: gl.constexpr, GROUPS: gl.constexpr, UNIT: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    V: gl.constexpr = 128 // dx.dtype.element_ty.primitive_bitwidth
-    SPAN: gl.constexpr = WARPS * 32 * V // COLS
+    SPAN: gl.constexpr = WARPS * 32 * UNIT // COLS
     TILES: gl.constexpr = CHUNK // SPAN
-    layout: gl.constexpr = gl.BlockedLayout([1, V], [32 * V // COLS, COLS // V], [WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, UNIT], [32 * UNIT // COLS, COLS // UNIT], [WARPS, 1], [1, 0])
     i = gl.arange(0, SPAN, gl.SliceLayout(1, layout))
     j = gl.arange(0, COLS, gl.SliceLayout(0, layout))
     c *= UNIT

@@ -86,7 +86,8 @@ def test_what_it_cannot_run_has_a_reason():
     assert "16 bytes" in rows.unsupported(17, 1001, 2, 132)
     assert "too many" in rows.unsupported(17, 1 << 20, 2, 132)
     assert rows.unsupported(17, 1 << 19, 2, 132) is None
-    assert "31 bits" in rows.unsupported(1 << 28, 8, 2, 132)
+    assert "65536 bytes" in rows.unsupported(17, 32760, 2, 132)
+    assert "16777216 programs" in rows.unsupported(1 << 22, 32768, 2, 132)
 
 
 def functions_of(module, **names):

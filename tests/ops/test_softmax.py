@@ -1069,7 +1069,7 @@ def test_hopper_holds_the_float64_budget(function, dtype, shape):
 
 
 HOPPER_ROWS = [
-    (3, 131_072), (140, 65_544), (17, 100_000), (16, 151_936), (2, 2, 33_000), (5, 8), (300, 1000), (2, 202_048, 1), (40, 262_144),
+    (3, 131_072), (140, 65_544), (17, 100_000), (16, 151_936), (2, 2, 33_000), (3, 32_768), (2, 202_048, 1), (40, 262_144),
 ]  # fmt: skip
 
 
@@ -1088,9 +1088,9 @@ def test_hopper_holds_the_float64_budget_in_long_rows(function, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", OPS)
 def test_hopper_infinite_and_nan_rows_end_as_in_pytorch(function, dtype):
-    for n in (8, 1000, 70_000):
+    for n in (33_000, 70_000):
         x = torch.full((EDGES.shape[0], n), -INF)
-        x[:, n // 3 : n // 3 + EDGES.shape[1]] = EDGES[:, : n - n // 3]
+        x[:, n // 3 : n // 3 + EDGES.shape[1]] = EDGES
         edges_end_as_in_pytorch(function, x.to("cuda", dtype), 1, "hopper")
 
 

@@ -171,6 +171,8 @@ def choose_config(rows: int, n: int, itemsize: int, backward: bool, multiprocess
 # from 32768 elements on.
 _ROW_BYTES = 128 << 10
 _FEW_ROWS, _FEW_ROWS_FROM = 64, 1 << 15
+_SHORTEST = 64 << 10  # bytes; shorter rows are the portable kernels'
+_MOST_PROGRAMS = 1 << 24  # 37.7 million of 8 a cluster ended in an illegal access, 18.9 million did not
 
 
 def wins(rows: int, n: int, itemsize: int, grad: bool) -> bool:
@@ -181,11 +183,13 @@ def wins(rows: int, n: int, itemsize: int, grad: bool) -> bool:
 def unsupported(rows: int, n: int, itemsize: int, multiprocessors: int) -> str | None:
     if n * itemsize % 16:
         return "needs rows of a multiple of 16 bytes"
+    if n * itemsize < _SHORTEST:
+        return f"takes rows of {_SHORTEST} bytes and more, got {n * itemsize}"
     config = choose_config(rows, n, itemsize, True, multiprocessors)
     if config is None:
         return f"keeps a row in a cluster's registers, {n} elements are too many"
-    if rows * config.ctas >= 2**31:
-        return "numbers its programs in 31 bits"
+    if rows * config.ctas > _MOST_PROGRAMS:
+        return f"launches up to {_MOST_PROGRAMS} programs, got {rows} rows of {config.ctas}"
     return None
 
 

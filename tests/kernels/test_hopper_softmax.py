@@ -2,7 +2,9 @@
 (gluon_on_cpu.py), without a GPU."""
 
 import ast
+import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -72,9 +74,10 @@ def test_parts_cover_every_length_and_fit_into_the_ring(itemsize, backward):
             assert (p.parts - 1) * p.rows < n <= p.parts * p.rows
             assert p.rows % p.config.chunk == 0
             assert p.rows // p.config.chunk <= p.slots  # all of an item lies in the ring at once
+            assert p.rows // p.config.chunk * p.config.groups <= p.slots  # and one of every group
             assert p.slots * p.config.chunk * p.config.columns_bytes * (1 + backward) <= hopper.SHARED_BYTES
             assert (p.panels - 1) * p.cols < c <= p.panels * p.cols
-            assert p.parts <= 132
+            assert p.parts <= 132 or hopper._too_large(1, n, c, itemsize, 132)
 
 
 def test_what_it_cannot_run_has_a_reason():
@@ -116,7 +119,7 @@ def columns_on_cpu(monkeypatch):
     names = functions_of(
         hopper,
         **gluon_on_cpu.hopper(),
-        tma_load=gluon_on_cpu.tma_load,
+        tma_load=lambda *arguments: gluon_on_cpu.tma_load(*arguments),
         block_barrier=lambda: None,
         range=gluon_on_cpu.range_of_tensors,
     )
@@ -175,6 +178,30 @@ def test_columns_of_infinities_and_nan_end_as_in_pytorch(dtype):
         got, wanted = both_passes(x, x, 1.0, log, SMALL)[0], function(x.float(), 1)
         assert torch.equal(got.isnan(), wanted.isnan())
         torch.testing.assert_close(got, wanted.to(dtype), equal_nan=True)
+
+
+@pytest.mark.usefixtures("columns_on_cpu")
+def test_columns_are_right_in_whatever_order_the_copies_end(monkeypatch):
+    """A group that is done with its item waits for one whose slots another group's has not even filled."""
+    copy, count = gluon_on_cpu.tma_load, itertools.count()
+
+    def late(*arguments):
+        seconds = 0.3 if next(count) == 0 else 0.001
+        threading.Timer(seconds, copy, arguments).start()
+
+    monkeypatch.setattr(gluon_on_cpu, "tma_load", late)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(
+        hopper, "SHARED_BYTES", 3 * 8192
+    )  # three items of backward: two groups take turns, as on the card
+    x, dy = normal((4, 64, 64), torch.float16, seed=1), normal((4, 64, 64), torch.float16, seed=2)
+    config = hopper.Config(64, 64, 8 << 10, 4, 2)
+    y = reference.forward(x, None, 1, 1.0, True)
+    dx = torch.full_like(x, float("nan"))
+    assert hopper.plan(64, 64, 2, True, config).slots == 3
+    hopper._run(y, dy, dx, 1, 1.0, True, True, config)
+    low, true = (reference.backward(y.to(t), dy.to(t), 1, 1.0, True) for t in (torch.float16, torch.float64))
+    assert_within_budget((dx,), (low,), (true,))
 
 
 # ---- rows in clusters -----------------------------------------------------------------------------------------------------

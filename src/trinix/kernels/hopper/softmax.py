@@ -67,6 +67,14 @@ def _produce(a_desc, b_desc, a_ring, b_ring, full, empty, n, panels, parts, work
 
 
 @gluon.jit
+def _await(full, empty, slot, use):
+    """The ``use``-th filling of a slot. Its last one was another group's: until that is emptied, ``full`` may be two phases behind,
+    which its parity does not tell from done."""
+    mbarrier.wait(empty.index(slot), (use & 1) ^ 1)
+    mbarrier.wait(full.index(slot), use & 1)
+
+
+@gluon.jit
 def _meet(arrived, parts):
     block_barrier()  # the stores of all threads come before the one thread's atomic
     seen = gl.atomic_add(arrived, 1, sem="acq_rel") + 1
@@ -106,7 +114,7 @@ def _consume_forward(
             total = gl.zeros([SPAN, COLS], gl.float32, layout)
             for k in range(chunks):
                 slot = (step + k) % SLOTS
-                mbarrier.wait(full.index(slot), ((step + k) // SLOTS) & 1)
+                _await(full, empty, slot, (step + k) // SLOTS)
                 chunk = ring.index(slot).reshape([CHUNK, COLS])
                 new = top
                 for u in gl.static_range(TILES):
@@ -190,7 +198,7 @@ def _consume_backward(
             total = gl.zeros([SPAN, COLS], gl.float32, layout)
             for k in range(chunks):
                 slot = (step + k) % SLOTS
-                mbarrier.wait(full.index(slot), ((step + k) // SLOTS) & 1)
+                _await(full, empty, slot, (step + k) // SLOTS)
                 ys = y_ring.index(slot).reshape([CHUNK, COLS])
                 dys = dy_ring.index(slot).reshape([CHUNK, COLS])
                 for u in gl.static_range(TILES):
@@ -310,7 +318,7 @@ def choose_config(n: int, backward: bool) -> Config:
     return Config(64, 256, 64 << 10, 4, 3) if n <= 1024 else Config(128, 128, 64 << 10, 4, 3)
 
 
-_MOST_PARTS = 64  # with more, items grow to what the ring holds
+_MOST_PARTS = 64  # with more, items grow to what the ring holds of one for every group
 
 
 def plan(n: int, c: int, itemsize: int, backward: bool, config: Config | None = None) -> Plan:
@@ -320,7 +328,8 @@ def plan(n: int, c: int, itemsize: int, backward: bool, config: Config | None = 
     slots = SHARED_BYTES // chunk_bytes
     per_part = config.part_bytes // chunk_bytes
     if -(-chunks // per_part) > _MOST_PARTS:
-        per_part = min(slots, -(-chunks // _MOST_PARTS))
+        # an item for every group: behind a shorter ring a group would wait for a barrier's phase after the next, and not be held
+        per_part = max(per_part, min(slots // config.groups, -(-chunks // _MOST_PARTS)))
     rows = -(-chunks // -(-chunks // per_part)) * config.chunk
     cols = config.columns_bytes // itemsize
     return Plan(config, cols, -(-c // cols), -(-n // rows), rows, slots)

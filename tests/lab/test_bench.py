@@ -169,6 +169,20 @@ def test_ctrl_c_ends_with_130_and_keeps_the_finished_lines_beside_the_last_resul
     assert "activation.jsonl.partial" in said
 
 
+@pytest.mark.parametrize("impls", [["trinix"], ["trinix", "eager"]])
+def test_a_smaller_run_does_not_replace_a_result_that_has_more(impls, tmp_path, screen):
+    bench_cases(CASES, tmp_path, screen, impls=["trinix", "eager"])
+    path = tmp_path / "cpu" / "activation.jsonl"
+    before = path.read_bytes()
+    cases = CASES if len(impls) == 1 else CASES[:1]
+    code, said = bench_cases(cases, tmp_path, screen, impls=impls)
+    assert code == 0
+    assert path.read_bytes() == before
+    assert {one["impl"] for one in record.read(path.with_suffix(".jsonl.partial"))} == set(impls)
+    assert "Kept " in said
+    assert "Use another --out" in said
+
+
 def test_ctrl_c_in_the_first_case_leaves_no_result(tmp_path, screen, monkeypatch):
     stopping(monkeypatch, KeyboardInterrupt(), at=0)
     code, _ = bench_cases(CASES, tmp_path, screen)

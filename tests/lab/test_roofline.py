@@ -545,12 +545,17 @@ def test_no_calls_have_no_times():
     assert measure._interleave({}, 3, lambda call: 1.0) == {}
 
 
-def test_calls_are_interleaved_and_the_first_one_rotates():
+def test_calls_are_interleaved_in_an_order_drawn_anew():
     order = []
     calls = {name: name for name in "abc"}
-    sample = measure._interleave(calls, 4, lambda call: order.append(call) or len(order))
-    assert "".join(order) == "abcbcacababc"
-    assert sample == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+    sample = measure._interleave(calls, 40, lambda call: order.append(call) or len(order))
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 120, 3)]
+    assert len(set(rounds)) == 6, "every order, each of all three"
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert {name: [i + 1 for i, n in enumerate(order) if n == name] for name in "abc"} == sample
+    again = []
+    measure._interleave(calls, 40, again.append)
+    assert again == order, "the same in every run"
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,11 @@ def _collect(
                 console.print(
                     f"{len(missing)} of {len(wanted)} cases are still to run with --resume: {file.interrupt()}"
                 )
+            elif lacks := file.lacks():
+                console.print(
+                    f"Kept {file.path}: it has {len(lacks)} rows that this run lacks, {' '.join(min(lacks))} the first; "
+                    f"this run is in {file.interrupt()}. Use another --out, or --suite full and every --impl"
+                )
             else:
                 console.print(f"Wrote {file.finish()}")
     return lines, False

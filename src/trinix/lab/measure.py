@@ -9,6 +9,7 @@ and memory, measured as the allocator's peak over what was there before the call
 """
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,7 @@ class Gpu:
     def device_ms(
         self, calls: Mapping[str, Callable], *, rounds: int = 10, budget_s: float = 0.45
     ) -> dict[str, Spread]:
-        """Time several calls interleaved: round by round, each in turn, the starting one rotating.
+        """Time several calls interleaved: round by round, each in turn, in an order drawn anew.
 
         A call that launches nothing shows the events' own distance (about 1.5 us); it is reported as 0.
         """
@@ -164,11 +165,13 @@ def cpu_ms(calls: Mapping[str, Callable], *, budget_s: float = 0.4) -> dict[str,
 
 
 def _interleave(calls: Mapping, rounds: int, measure: Callable) -> dict[str, list]:
-    """Measure each in turn, round by round; the one that starts rotates, so that none always follows the same."""
+    """Measure each in turn, round by round, in an order drawn anew each time (the same in every run): a kernel behind one that
+    heats the card is slower, and none always follows the same."""
     names = list(calls)
     sample = {n: [] for n in names}
-    for r in range(rounds if names else 0):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
+    draw = random.Random(0)
+    for _ in range(rounds):
+        for name in draw.sample(names, len(names)):
             sample[name].append(measure(calls[name]))
     return sample
 

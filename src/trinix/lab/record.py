@@ -85,6 +85,13 @@ class ResultFile:
         self._file.flush()
         self.lines += lines
 
+    def lacks(self) -> set[tuple[str, str]]:
+        """(case, implementation) that the last result has and this run does not: finishing would lose them."""
+        if not self.path.exists():
+            return set()
+        last = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines())
+        return {(one["case"], one["impl"]) for one in last} - {(one["case"], one["impl"]) for one in self.lines}
+
     def finish(self) -> Path:
         self._file.flush()
         os.fsync(self._file.fileno())

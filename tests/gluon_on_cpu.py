@@ -452,6 +452,23 @@ def range_of_tensors(*bounds):
     return (Tensor(np.int64(i)) for i in range(*map(int, bounds)))
 
 
+def functions_of(module, **names):
+    """A module's kernels as plain Python, among the names that they use."""
+    g = language()
+    names = {"gl": g, "gluon": g} | names
+    tree = ast.parse(Path(module.__file__).read_text())
+    tree.body = [
+        n
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, n.decorator_list))
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None  # Triton's
+    exec(compile(ast.fix_missing_locations(tree), module.__file__, "exec"), names)
+    return names
+
+
 def kernels(folder: Path, names) -> dict:
     """Everything in the named modules of kernels, each of which may use those before it; their functions are plain Python."""
     g = language()

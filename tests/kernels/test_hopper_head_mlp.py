@@ -1,10 +1,8 @@
 """Per-head MLPs on Hopper: what the compiler makes of every binary, without a GPU, the pure choices, and the kernels in NumPy
 (gluon_on_cpu.py). On the card: the tests of the op."""
 
-import ast
 import json
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,17 +118,7 @@ def _functions() -> dict:
     }
     names |= {"gl": language, "gluon": language, "mbarrier": mbarrier, "fence_async_shared": lambda: None}
     names["tma"] = types.SimpleNamespace(store_wait=lambda n: None)
-    tree = ast.parse(Path(hopper.__file__).read_text())
-    tree.body = [
-        n
-        for n in tree.body
-        if isinstance(n, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, n.decorator_list))
-    ]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None  # Triton's
-    exec(compile(ast.fix_missing_locations(tree), hopper.__file__, "exec"), names)
-    return names
+    return gluon_on_cpu.functions_of(hopper, **names)
 
 
 @pytest.fixture

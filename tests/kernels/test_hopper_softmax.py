@@ -1,11 +1,9 @@
 """Softmax on Hopper: the plan of every length, what the compiler makes of the kernels, and the kernels in NumPy
 (gluon_on_cpu.py), without a GPU."""
 
-import ast
 import itertools
 import json
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -93,30 +91,13 @@ def test_what_it_cannot_run_has_a_reason():
     assert "16777216 programs" in rows.unsupported(1 << 22, 32768, 2, 132)
 
 
-def functions_of(module, **names):
-    """The module's kernels as plain Python, beside what they use."""
-    language = gluon_on_cpu.language()
-    names = {"gl": language, "gluon": language} | names
-    tree = ast.parse(Path(module.__file__).read_text())
-    tree.body = [
-        n
-        for n in tree.body
-        if isinstance(n, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, n.decorator_list))
-    ]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None  # Triton's
-    exec(compile(ast.fix_missing_locations(tree), module.__file__, "exec"), names)
-    return names
-
-
 # ---- columns --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def columns_on_cpu(monkeypatch):
     """The launches of columns run here, all programs of a cooperative one at once."""
-    names = functions_of(
+    names = gluon_on_cpu.functions_of(
         hopper,
         **gluon_on_cpu.hopper(),
         tma_load=lambda *arguments: gluon_on_cpu.tma_load(*arguments),
@@ -287,7 +268,7 @@ def test_rows_that_clusters_win():
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The launches of rows run here, on float16 and float32 tensors, each cluster as one program."""
-    names = functions_of(rows)
+    names = gluon_on_cpu.functions_of(rows)
     monkeypatch.setattr(
         rows, "Binary", lambda kernel, device, examples, constants, **_: gluon_on_cpu.Binary(names, kernel, examples, constants)
     )  # fmt: skip

@@ -221,9 +221,8 @@ def _fault(impl: str, call: Callable) -> str | None:
     return None
 
 
-_GRAPH_CALLS = (
-    8  # of one graph, of at most 64 MiB of inputs each: launching it is then a small share of a short call's time
-)
+# Of one graph, on at most 64 MiB of inputs each: launching it is then a small share of a short call's time.
+_GRAPH_CALLS = 8
 
 
 def _graph_ms(clock, pass_: str, subject: Subject, inputs: Inputs, inputs_mib: float) -> float | None:

@@ -1,10 +1,10 @@
 """Softmax and log_softmax on Hopper (sm_90) in Gluon: columns here, long rows in ``softmax_rows``.
 
-Along a dimension that is not the contiguous one, a tensor is seen as [outer, N, C], C contiguous, N reduced. A work item is a part of the N rows of a panel of columns: small
-enough that several lie in a multiprocessor's shared memory at once. One warp keeps the copy engine busy, chunk by chunk
-through a ring; groups of consumer warps take turns at the items: statistics of the whole item first, then the result,
-stored straight from registers, so that one group computes while another loads and a third stores. Every element crosses
-DRAM once in each direction, whatever N is.
+Along a dimension that is not the contiguous one, a tensor is seen as [outer, N, C], C contiguous, N reduced. A work
+item is a part of the N rows of a panel of columns: small enough that several lie in a multiprocessor's shared memory at
+once. One warp keeps the copy engine busy, chunk by chunk through a ring; groups of consumer warps take turns at the
+items: statistics of the whole item first, then the result, stored straight from registers, so that one group computes
+while another loads and a third stores. Every element crosses DRAM once in each direction, whatever N is.
 
 Where a panel has several parts, each leaves its statistics in global memory and waits until all parts of the panel have.
 The launch is cooperative: all programs are resident, or it fails. Programs take their items in order, so the first

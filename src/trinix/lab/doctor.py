@@ -18,6 +18,7 @@ PAIRS = {"2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.
 PEERS = {
     "liger_kernel": "liger-kernel",
     "quack": "quack-kernels",
+    "flashmlp": "flashmlp",
     "flash_attn": "flash-attn",
     "fla": "flash-linear-attention",
 }

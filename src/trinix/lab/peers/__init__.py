@@ -5,7 +5,7 @@ case, or None where the implementation has no such op (and then no line).
 from collections.abc import Callable
 
 from trinix.lab.case import Case
-from trinix.lab.peers import compile, cudnn, eager, fa2, fa4, flex, liger, quack, seed_formula, trinix
+from trinix.lab.peers import compile, cudnn, eager, fa2, fa4, flashmlp, flex, liger, quack, seed_formula, trinix
 
 # the order of tables and of the interleaved timing
 PREPARE: dict[str, Callable[[Case], Callable | str | None]] = {
@@ -16,6 +16,7 @@ PREPARE: dict[str, Callable[[Case], Callable | str | None]] = {
     "compile": compile.prepare,
     "liger": liger.prepare,
     "quack": quack.prepare,
+    "flashmlp": flashmlp.prepare,
     "cudnn": cudnn.prepare,
     "fa2": fa2.prepare,
     "fa4": fa4.prepare,
@@ -23,9 +24,9 @@ PREPARE: dict[str, Callable[[Case], Callable | str | None]] = {
     "seed_formula": seed_formula.prepare,
 }
 # "the best rival" is one of these; seed_formula is reported, never the bar
-RIVALS = ("eager", "compile", "liger", "quack", "cudnn", "fa2", "fa4", "flex")
+RIVALS = ("eager", "compile", "liger", "quack", "flashmlp", "cudnn", "fa2", "fa4", "flex")
 # other people's code: whatever it raises is a failed row, not a mistake of ours
-FOREIGN = ("compile", "liger", "quack", "cudnn", "fa2", "fa4", "flex")
+FOREIGN = ("compile", "liger", "quack", "flashmlp", "cudnn", "fa2", "fa4", "flex")
 
 
 def overwrites(impl: str, case: Case) -> bool:

@@ -228,10 +228,10 @@ def test_it_is_the_last_rows_of_one_long_pass(device):
 @pytest.mark.parametrize("options", [{}, {"new": 1}, {"new": 1, "page": 16}, {"new": 1, "num_splits": 3}], ids=str)
 def test_a_length_that_cannot_be_is_nan_and_nothing_outside_is_touched(options, device):
     room = 96
-    case = Case(device, capacity=room, batch=4, lengths=(-1, room, room + 1, 20), **options)
+    case = Case(device, capacity=room, batch=5, lengths=(-1, room, room + 1, 20, 2**31 - 1), **options)
     out, lse, k, _ = case.run("triton")
     new = options.get("new", 0)
-    bad = [True, room + new > room, True, False]
+    bad = [True, room + new > room, True, False, True]
     assert out.isnan().all((1, 2, 3)).tolist() == out.isnan().any((1, 2, 3)).tolist() == bad
     assert lse.isnan().all((1, 2)).tolist() == bad
     if new and case.table is None:

@@ -143,7 +143,7 @@ def _attend(
     b = (entry // splits).to(tl.int64)
     split = entry % splits
     length = tl.load(lengths + b)
-    outside = (length < 0) | (length + new > capacity)
+    outside = (length < 0) | (length > capacity - new)  # length + new may pass 2^31
     length = tl.minimum(tl.maximum(length, 0), capacity)
     # 0, which the compiler does not know: it would keep addresses of every row in registers, and spill in float32
     zero = (length == -2147483648).to(tl.int32)

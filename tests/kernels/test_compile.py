@@ -38,6 +38,17 @@ def test_every_binary_compiles_well(target):
     assert not [f"{one.case}: {fault(one)}" for one in reports if fault(one)]
 
 
+def test_a_card_with_99_kib_of_shared_memory_has_binaries_that_fit():
+    """sm_86, sm_89 and sm_120 have what sm_80 has of tensor cores, and less of this: what is over it has a smaller form."""
+    reports = aot.report(aot.quick_cases(), ["sm_80"])
+    large = {one.case for one in reports if one.shared_bytes > 99 * 1024}
+    tiles = {one for one in large if "-large-tiles" in one}  # never chosen there
+    forms = ("head_mlp/silu-256{}/fwd", "head_mlp/silu-256{}/bwd", "head_mlp/silu-gated-128{}/fwd")
+    forms += ("head_mlp/silu-gated-256{}/fwd", "attention_decode/latent-packed{}")
+    assert large - tiles == {form.format("") + "/bfloat16" for form in forms}
+    assert {form.format("-99k") + "/bfloat16" for form in forms} <= {one.case for one in reports}
+
+
 def test_every_kind_pass_and_dtype_is_listed():
     dtypes = ("float16", "bfloat16", "float32")
     flat = {f"activation/{k}/{p}/{d}" for k in ops.KINDS if k != "none" for p in ("fwd", "bwd") for d in dtypes}
@@ -87,7 +98,8 @@ def test_every_attention_kernel_and_dtype_is_listed():
 
 
 def test_every_decoding_kernel_and_dtype_is_listed():
-    forms = "64 128 128-whole 128-packed 128-pages 128-large-pages 128-append 256 latent latent-packed 80-options"
+    forms = "64 128 128-whole 128-packed 128-pages 128-large-pages 128-append 256 latent latent-packed"
+    forms += " latent-packed-99k 80-options"
     large = "64-large-tiles 64-large-tiles-append 128-large-tiles 256-large-tiles 256-large-tiles-append"
     dtypes = ("float16", "bfloat16", "float32")
     names = (*forms.split(), "combine-128", "combine-512")
@@ -122,6 +134,7 @@ def test_no_kernel_has_a_text_as_a_default():
 
 def test_every_head_mlp_kernel_is_listed():
     forms = (*ops.KINDS, "silu-16", "silu-128", "silu-256", "silu-gated-64", "silu-gated-128", "silu-gated-256")
+    forms += ("silu-256-99k", "silu-gated-128-99k", "silu-gated-256-99k")
     cases = [f"{form}/bfloat16" for form in (*forms, "silu-bias-mean", "silu-transposed", "silu-odd")]
     cases += ["silu/float16", *(f"silu-{d}/float32" for d in (64, 128, 256))]
     wanted = {

@@ -126,7 +126,7 @@ def test_a_gated_units_name_is_its_activation(kind):
 
 
 def test_few_heads_split_the_rows_and_sum_the_same_on_every_run(monkeypatch):
-    monkeypatch.setattr(kernels, "_processors", lambda index: 8)
+    monkeypatch.setattr(kernels, "_card", lambda index: (8, True))
     kernels._backward_plan.cache_clear()
     splits = []
     chosen = kernels.choose_splits
@@ -137,6 +137,28 @@ def test_few_heads_split_the_rows_and_sum_the_same_on_every_run(monkeypatch):
         same(problem.oracle("silu"), first)
     kernels._backward_plan.cache_clear()
     assert all(n > 2 for n in splits)
+
+
+def test_a_card_with_99_kib_of_shared_memory_has_tiles_of_its_own(monkeypatch):
+    def clear():
+        kernels._forward_plan.cache_clear()
+        kernels._backward_plan.cache_clear()
+
+    clear()
+    seen, small, roomy = [], [], []
+    for name in ("choose_forward", "choose_backward"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, real=real, **more: seen.append(real(*a, **more)) or seen[-1])
+        for d, gated in ((256, False), (256, True), (128, True)):
+            small.append(real(70, d, 2, gated, roomy=False))
+            roomy.append(real(70, d, 2, gated))
+    monkeypatch.setattr(kernels, "_card", lambda index: (80, False))
+    for d, gated in ((256, False), (256, True), (128, True)):
+        Numbers(1, 70, d, 40, dtype=torch.bfloat16, gated=gated).oracle("silu")
+    clear()
+    assert set(seen) == set(small)
+    assert small[:3] != roomy[:3]
+    assert small[3] != roomy[3]
 
 
 def test_splits_need_no_more_memory_than_dy():

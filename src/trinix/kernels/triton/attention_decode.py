@@ -337,10 +337,11 @@ def _pages(table_shape: tuple | None, page_size: int, keys: int) -> int:
 
 def choose_config(
     rows: int, d: int, dv: int, shared: bool, itemsize: int, pages: int, new: bool, lanes: int = LANES,
-    load: float = 0.0,
+    load: float = 0.0, roomy: bool = True,
 ) -> Config:  # fmt: skip
     """``rows``: queries times the heads of a group; ``pages``: 0: none, 1: a tile of 64 keys lies in one, 2: it may not; ``new``:
-    keys to append; ``load``: programs of one share to a multiprocessor, 0 where one may not have 160 KiB of shared memory."""
+    keys to append; ``load``: programs of one share to a multiprocessor, 0 if not ``roomy``: a program may not have 160 KiB of
+    shared memory, only 99."""
     tile = min(64, max(16, _power_of_two(rows)))
     head, tail = channels(d)
     wide = _power_of_two(dv)
@@ -349,7 +350,7 @@ def choose_config(
         keys, warps = (64, 4) if width <= 256 and pages < 2 and not new else (16, 8)
         config = Config(16, keys, 4 if lanes == 64 else warps, 2)
     elif max(head, wide) > 256:
-        config = Config(16, 32, 4, 3) if tile == 16 else Config(32, 64, 8, 2)
+        config = Config(32, 64, 8, 2) if tile > 16 and roomy else Config(16, 32, 4, 3)
         if lanes == 64:
             config = Config(config.rows, 512 // config.rows, 8, 1)
     elif (
@@ -484,7 +485,7 @@ def plan(
     if not config:
         config = choose_config(
             seq * group, d, dv, shared, dtype.itemsize, _pages(table_shape, page_size, 64), new > 0,
-            load=batch * key_heads / sm_count if roomy and visible >= 512 else 0.0,
+            load=batch * key_heads / sm_count if roomy and visible >= 512 else 0.0, roomy=roomy,
         )  # fmt: skip
     pages = _pages(table_shape, page_size, config.keys)
     tiles = -(-seq * group // config.rows)
@@ -623,6 +624,7 @@ def compile_cases(lanes: int = LANES):
         "256-large-tiles-append": (256, 256, 4, plain._replace(new=True)),
         "latent": (576, 512, 16, plain._replace(shared=True)),
         "latent-packed": (576, 512, 128, plain._replace(shared=True)),
+        "latent-packed-99k": (576, 512, 128, plain._replace(shared=True)),
         "80-options": (80, 80, 5, Flags(2, True, False, True, True, True, True, True, False, False)),
     }
     for dtype in DTYPES:
@@ -633,7 +635,10 @@ def compile_cases(lanes: int = LANES):
             if large and dtype.itemsize == 4:
                 continue
             load = 2.0 if large else 0.0
-            config = choose_config(rows, d, dv, flags.shared, dtype.itemsize, flags.pages, flags.new, lanes, load)
+            roomy = "99k" not in name
+            config = choose_config(
+                rows, d, dv, flags.shared, dtype.itemsize, flags.pages, flags.new, lanes, load, roomy
+            )
             launch = attend_launch(d, dv, rows, 16 // dtype.itemsize, flags, config)
             out = "*fp32" if flags.parts else t
             tensors = (t, t, t, "*i32", "*i32", t, t, "*fp32", "*fp32", out, "*fp32")

@@ -558,20 +558,27 @@ def _tile_of(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def choose_forward(rows: int, d: int, itemsize: int, gated: bool, wide: bool = True, lanes: int = LANES) -> Config:
-    """Tile of a forward program; ``rows`` is B, ``wide`` whether accesses are. The fastest of up to eleven tried."""
+def choose_forward(
+    rows: int, d: int, itemsize: int, gated: bool, wide: bool = True, lanes: int = LANES, roomy: bool = True
+) -> Config:
+    """Tile of a forward program; ``rows`` is B, ``wide`` whether accesses are, ``roomy`` whether a program may have 160 KiB of
+    shared memory; without, 99. The fastest of up to eleven tried."""
     width = _tile_of(d)
     if itemsize == 4:
         return Config(32 if width <= 64 else 16, 32 if width <= 128 else 16, 4, 2)
     most = max(16, triton.next_power_of_2(rows))
     if lanes == 64:  # half the shared memory, twice the threads a warp
         return Config(min(64, most), 32, 4, 1)
+    if not roomy and (width == 256 or (width == 128 and gated)):
+        return Config(min(64, most), 32, 8, 2)
     if width <= 128:
         return Config(min(64, most), 64, 4 if wide or width <= 64 else 8, 3)
     return Config(min(128, most), 32 if gated else 64, 8, 2)
 
 
-def choose_backward(rows: int, d: int, itemsize: int, gated: bool, wide: bool = True, lanes: int = LANES) -> Config:
+def choose_backward(
+    rows: int, d: int, itemsize: int, gated: bool, wide: bool = True, lanes: int = LANES, roomy: bool = True
+) -> Config:
     """Tile of both kinds of backward programs. At D = 128 four warps spill 232 bytes a thread, and are the fastest (M-6)."""
     width = _tile_of(d)
     if itemsize == 4:
@@ -583,7 +590,7 @@ def choose_backward(rows: int, d: int, itemsize: int, gated: bool, wide: bool = 
         return Config(min(64, most), 32 if gated else 64, 4, 3)
     if width == 128:
         return Config(min(64, most), 32, 8, 2) if gated else Config(min(64, most), 64, 4 if wide else 8, 2)
-    return Config(min(32, most), 32, 8, 1) if gated else Config(min(64, most), 64, 8, 1)
+    return Config(min(32, most), 32, 8, 1) if gated or not roomy else Config(min(64, most), 64, 8, 1)
 
 
 def choose_splits(programs: int, rows: int, tile: int, weight_elements: int, dy_bytes: int, processors: int) -> int:
@@ -638,8 +645,12 @@ def partials_launch() -> Launch:
 
 
 @functools.cache
-def _processors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count if index is not None else 1
+def _card(index: int) -> tuple[int, bool]:
+    """(multiprocessors, whether a program may have 160 KiB of shared memory)."""
+    if index < 0:
+        return 1, True
+    facts = torch.cuda.get_device_properties(index)
+    return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", 0) >= 160 * 1024
 
 
 class Layout(NamedTuple):
@@ -674,10 +685,10 @@ def _strides(t: torch.Tensor | None, like: torch.Tensor | None = None) -> tuple[
 
 
 @functools.cache
-def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides):
+def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides, index):
     """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o."""
     layout, strides = layout_of(dtype.itemsize, e, strides)
-    config = choose_forward(b, d, dtype.itemsize, gated, layout.unit > 1)
+    config = choose_forward(b, d, dtype.itemsize, gated, layout.unit > 1, roomy=_card(index)[1])
     launch = forward_launch(kind, dtype, gated, has_b1, has_b2, mean, e % config.hidden == 0, layout, d, config)
     blocks = -(-b // config.rows) * (1 if mean else h)
     return launch, blocks, (h, b, e // layout.unit, *strides)
@@ -709,7 +720,7 @@ def forward(
     b2 = None if b2 is None else b2.contiguous()
     launch, blocks, scalars = _forward_plan(
         kind, x.dtype, h, x.shape[-2], d, e, w_gate is not None, b1 is not None, b2 is not None, mean,
-        (_strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), _strides(o)),
+        (_strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), _strides(o)), x.get_device(),
     )  # fmt: skip
     launch(blocks, _pointers(x, e, w1, w_gate, w2, b1, b2, o), scalars)
     return o
@@ -719,13 +730,14 @@ def forward(
 def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, shared, mean, strides, index):
     """(launch, blocks, splits, scalars before the partials' length, scale) of a backward call."""
     layout, strides = layout_of(dtype.itemsize, e, strides)
-    config = choose_backward(b, d, dtype.itemsize, gated, layout.unit > 1)
+    processors, roomy = _card(index)
+    config = choose_backward(b, d, dtype.itemsize, gated, layout.unit > 1, roomy=roomy)
     even = e > 0 and e % config.hidden == 0  # a weights program runs for b2 without any column to read
     launch = backward_launch(kind, dtype, gated, has_b1, wanted, shared, mean, even, layout, d, config)
     programs = h * -(-max(e, 1) // config.hidden) if any(wanted) else 0
     elements = h * d * e * sum(wanted[:3]) + h * e * wanted[3] + h * d * wanted[4]
     dy_bytes = b * d * dtype.itemsize * (1 if mean else h)
-    splits = choose_splits(programs, b, config.rows, elements, dy_bytes, _processors(index))
+    splits = choose_splits(programs, b, config.rows, elements, dy_bytes, processors)
     rows = -(-b // config.rows) * (1 if shared else h) if want_x else 0
     scalars = (programs * splits, splits, h, b, e // layout.unit, *strides)
     return launch, programs * splits + rows, splits, scalars, 1.0 / h if mean else 1.0
@@ -749,7 +761,7 @@ def backward(
     launch, blocks, splits, scalars, scale = _backward_plan(
         kind, x.dtype, h, b, d, e, w_gate is not None, b1 is not None, want_x, of_weights, x.dim() == 2, mean,
         (_strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), y, _strides(dx)),
-        x.get_device() if x.is_cuda else None,
+        x.get_device(),
     )  # fmt: skip
     counts = [0 if t is None else t.numel() for t in sums]
     into, total = sums, sum(counts)
@@ -770,7 +782,8 @@ def backward(
 
 def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool) -> str:
     """The configuration of a forward call, for ``trinix.explain``."""
-    config = choose_forward(x.shape[-2], x.shape[-1], x.dtype.itemsize, gated)
+    _, roomy = _card(x.get_device())
+    config = choose_forward(x.shape[-2], x.shape[-1], x.dtype.itemsize, gated, roomy=roomy)
     return f"tile {config.rows} rows x {config.hidden} hidden, {config.num_warps} warps, {config.num_stages} stages"
 
 
@@ -778,7 +791,7 @@ def compile_cases(lanes: int = LANES):
     """Every kind at D = 64 in bfloat16; the widths, gates, transposed weights and odd sizes in silu; silu in other dtypes."""
     b = 2048
 
-    def pair(name, kind, d, dtype, gated=False, bias=False, mean=False, w_transposed=False, even=True):
+    def pair(name, kind, d, dtype, gated=False, bias=False, mean=False, w_transposed=False, even=True, roomy=True):
         """Forward's case and backward's."""
         suffix, unit = str(dtype).removeprefix("torch."), 16 // dtype.itemsize if even else 1
         t, layout, wanted = (
@@ -786,9 +799,9 @@ def compile_cases(lanes: int = LANES):
             Layout(True, unit, w_transposed, w_transposed),
             (True, gated, True, bias, bias),
         )
-        config = choose_forward(b, d, dtype.itemsize, gated, even, lanes)
+        config = choose_forward(b, d, dtype.itemsize, gated, even, lanes, roomy)
         fwd = forward_launch(kind, dtype, gated, bias, bias, mean, even, layout, d, config, lanes)
-        config = choose_backward(b, d, dtype.itemsize, gated, even, lanes)
+        config = choose_backward(b, d, dtype.itemsize, gated, even, lanes, roomy)
         bwd = backward_launch(kind, dtype, gated, bias, wanted, mean, mean, even, layout, d, config, lanes)
         # an odd E leaves accesses of one element; narrow tiles and AMD's stores of products are no wider than this
         bits = 8 * dtype.itemsize if not even else 32 if d < 64 else 64
@@ -801,6 +814,9 @@ def compile_cases(lanes: int = LANES):
         yield from pair(f"silu-{d}", "silu", d, torch.bfloat16)
     for d in (64, 128, 256):
         yield from pair(f"silu-gated-{d}", "silu", d, torch.bfloat16, gated=True)
+    yield from pair("silu-256-99k", "silu", 256, torch.bfloat16, roomy=False)
+    for d in (128, 256):
+        yield from pair(f"silu-gated-{d}-99k", "silu", d, torch.bfloat16, gated=True, roomy=False)
     yield from pair("silu-bias-mean", "silu", 64, torch.bfloat16, bias=True, mean=True)
     yield from pair("silu-transposed", "silu", 64, torch.bfloat16, w_transposed=True)
     yield from pair("silu-odd", "silu", 80, torch.bfloat16, even=False)

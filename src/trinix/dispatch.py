@@ -71,8 +71,18 @@ def missing(load: Callable[[], ModuleType]) -> str | None:
 
 
 def check_name(op: str, backends: Mapping, backend: str) -> None:
-    if backend != "auto" and backend not in backends:
+    if backend != "auto" and (not isinstance(backend, str) or backend not in backends):
         raise ValueError(f"{op}: backend must be one of {['auto', *backends]}, got {backend!r}")
+
+
+def number(op: str, name: str, value) -> float:
+    """``value`` as a float. What is none is refused by the argument's name; Python's own message would not have it."""
+    if not isinstance(value, str):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"{op}: {name} must be a number, got {value!r}; convert it with float()")
 
 
 def load_named(op: str, backends: Mapping[str, Callable[[], ModuleType]], backend: str, *call) -> ModuleType:

@@ -108,7 +108,7 @@ def activation(
     [0.0, 0.0, 4.0]
     """
     if kind == "leaky_relu":
-        return _activation(x, kind, float(negative_slope), 0.0, backend)
+        return leaky_relu(x, negative_slope, backend=backend)
     if kind == "softplus":
         return softplus(x, beta, threshold, backend=backend)
     if kind not in KINDS:
@@ -153,7 +153,7 @@ def mish(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, *, backend: str = "auto") -> Tensor:
     """x where x > 0, else ``negative_slope`` x; see ``activation``."""
-    return _activation(x, "leaky_relu", float(negative_slope), 0.0, backend)
+    return _activation(x, "leaky_relu", dispatch.number("leaky_relu", "negative_slope", negative_slope), 0.0, backend)
 
 
 def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -163,8 +163,7 @@ def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0, *, backend: str = "auto") -> Tensor:
     """log(1 + exp(beta x)) / beta, and x where beta x > threshold; see ``activation``."""
-    _check_softplus(beta)
-    return _activation(x, "softplus", float(beta), float(threshold), backend)
+    return _activation(x, "softplus", *_softplus_numbers(beta, threshold), backend)
 
 
 def identity(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -178,9 +177,11 @@ def _gelu_kind(approximate: str) -> str:
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
-def _check_softplus(beta: float) -> None:
+def _softplus_numbers(beta: float, threshold: float) -> tuple[float, float]:
+    beta, threshold = dispatch.number("softplus", "beta", beta), dispatch.number("softplus", "threshold", threshold)
     if beta == 0:
         raise ValueError("softplus: beta must not be 0, got 0")
+    return beta, threshold
 
 
 def _activation(x, kind, a, b, backend):
@@ -310,7 +311,9 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     if "approximate" in given:
         kind = _gelu_kind(given["approximate"])
     if kind == "softplus":
-        _check_softplus(given["beta"])
+        _softplus_numbers(given["beta"], given["threshold"])
+    if kind == "leaky_relu":
+        dispatch.number("leaky_relu", "negative_slope", given["negative_slope"])
     name = op.__name__ if op.__name__ != "activation" else f"activation[{kind}]"
     backend = dispatch.resolve(given["backend"])
     dispatch.check_name(op.__name__, BACKENDS, backend)

@@ -376,9 +376,9 @@ def checked(
     left, right = (-1, -1) if window is None else _window(window)
     if causal:
         right = 0
-    if softcap is None or not softcap >= 0:
+    if softcap is None or not dispatch.number("attention", "softcap", softcap) >= 0:
         raise ValueError(f"attention: softcap must be at least 0 (0 for none), got {softcap}")
-    if dropout_p is None or not 0 <= dropout_p < 1:
+    if dropout_p is None or not 0 <= dispatch.number("attention", "dropout_p", dropout_p) < 1:
         raise ValueError(f"attention: dropout_p must be at least 0 and below 1, got {dropout_p}")
     if bias is not None:
         bias = _broadcastable("bias", bias, q, k, dims)
@@ -397,8 +397,9 @@ def checked(
         max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
         max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
+    scale = q.shape[-1] ** -0.5 if scale is None else dispatch.number("attention", "scale", scale)
     return Options(
-        right == 0, left, right, q.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap), bias, mask,
+        right == 0, left, right, scale, float(softcap), bias, mask,
         alibi_slopes, sink, float(dropout_p), seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0,
         bool(deterministic) or (not torch.compiler.is_compiling() and _pytorch_wants_the_same_bits()),
     )  # fmt: skip

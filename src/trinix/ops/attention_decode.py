@@ -289,13 +289,13 @@ def _options(q, causal, window, softcap, alibi_slopes, sink, scale, num_splits) 
         left, right = (-1 if w is None or w >= 2**30 else w for w in window)
     if causal:
         right = 0
-    if softcap is None or not softcap >= 0:
+    if softcap is None or not dispatch.number("attention_decode", "softcap", softcap) >= 0:
         raise ValueError(f"attention_decode: softcap must be 0 (none) or above, got {softcap!r}; leave it out for none")
     if num_splits is not None and (type(num_splits) is not int or not 1 <= num_splits <= 1024):
         raise ValueError(
             f"attention_decode: num_splits must be an int from 1 to 1024 or None, got {num_splits!r}; None lets the op choose"
         )
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[3] ** -0.5 if scale is None else dispatch.number("attention_decode", "scale", scale)
     return Options(left, right, scale, float(softcap), alibi_slopes, sink, num_splits)
 
 

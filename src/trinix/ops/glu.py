@@ -103,7 +103,7 @@ def glu(
     >>> trinix.ops.glu(torch.cat([gate, up]), kind="reglu").tolist()  # the first half is the gate
     [0.0, 8.0]
     """
-    if kind not in _TRITON_FROM:
+    if not isinstance(kind, str) or kind not in _TRITON_FROM:
         raise ValueError(f"glu: kind must be one of {list(KINDS)}, got {kind!r}")
     return _glu(gate, up, kind, layout, backend)
 

@@ -126,11 +126,9 @@ def head_mlp(
                 return _apply_prepared(x, w1, w2, call)
             return call.forward.forward(x, w1, w2, None, None, None, call.kind, False)
     activation = _activation(kind, w_gate is not None)
-    if reduce not in (None, "mean"):
-        raise ValueError(f"head_mlp: reduce must be None or 'mean', got {reduce!r}")
+    mean = _is_mean(reduce)
     inputs = _cast(x, w1, w2, b1, b2, w_gate)
     _check(*inputs)
-    mean = reduce is not None
     given = [t for t in inputs if t is not None]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     named = dispatch.resolve(backend)
@@ -227,6 +225,8 @@ def _run_backward(x, w1, w2, b1, b2, w_gate, dy, kind, mean, named, wanted):
 
 def _activation(kind: str, gated: bool) -> str:
     """The activation that a kind means."""
+    if not isinstance(kind, str):
+        raise ValueError(f"head_mlp: kind must be one of {list(KINDS)}, got {kind!r}")
     if gated and kind in GATED_KINDS:
         return GATED_KINDS[kind]
     if kind in FORMULAS:
@@ -234,6 +234,12 @@ def _activation(kind: str, gated: bool) -> str:
     if kind in GATED_KINDS:
         raise ValueError(f"head_mlp: kind {kind!r} is a gated unit and needs w_gate; pass it, or name an activation")
     raise ValueError(f"head_mlp: kind must be one of {list(KINDS)}, got {kind!r}")
+
+
+def _is_mean(reduce: str | None) -> bool:
+    if reduce not in (None, "mean"):
+        raise ValueError(f"head_mlp: reduce must be None or 'mean', got {reduce!r}")
+    return reduce is not None
 
 
 def _autocast(x) -> bool:
@@ -429,7 +435,7 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     inputs = _cast(*[given[name] for name in ("x", "w1", "w2", "b1", "b2", "w_gate")])
     _check(*inputs)
     gated = inputs[5] is not None
-    kind, mean = _activation(given["kind"], gated), given["reduce"] is not None
+    kind, mean = _activation(given["kind"], gated), _is_mean(given["reduce"])
     name = f"head_mlp[{kind}{', gated' if gated else ''}]"
     backend = dispatch.resolve(given["backend"])
     dispatch.check_name("head_mlp", BACKENDS, backend)

@@ -216,6 +216,12 @@ def _checked_shape(op: str, x, normalized_shape, weight, bias) -> tuple[int, ...
     return shape
 
 
+def _numbers(op: str, eps, offset) -> tuple[float, float]:
+    if type(eps) is float and type(offset) is float:
+        return eps, offset
+    return dispatch.number(op, "eps", eps), dispatch.number(op, "weight_offset", offset)
+
+
 def _auto_runs_triton(x: Tensor, *others: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or not x.is_cuda:
         return False
@@ -246,6 +252,7 @@ def _triton_missing() -> str | None:
 
 def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, backend):
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
+    eps, offset = _numbers(op, eps, offset)
     grad = torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     )
@@ -333,6 +340,7 @@ def _checked_residual(op: str, x: Tensor, residual, p: float) -> tuple[Tensor, T
 
 def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset, center, p, backend):
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
+    eps, offset = _numbers(op, eps, offset)
     x, residual = _checked_residual(op, x, residual, p)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
@@ -517,6 +525,9 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     name = op.__name__
     weight, bias, residual = given.get("weight"), given.get("bias"), given.get("residual")
     shape = _checked_shape(name, x, given["normalized_shape"], weight, bias)
+    _numbers(
+        name, 0.0 if given["eps"] is None and name.startswith("rms") else given["eps"], given.get("weight_offset", 0.0)
+    )
     if "kind" in given:
         _check_kind(given["kind"])
     if "residual" in given:

@@ -174,6 +174,8 @@ def qk_norm_rope(
     places, mode, first = _positions("qk_norm_rope", q, cos, position_ids, offset, cu_seqlens)
     inputs = q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    eps = dispatch.number("qk_norm_rope", "eps", eps)
+    weight_offset = dispatch.number("qk_norm_rope", "weight_offset", weight_offset)
     call = places, mode, first, half, interleaved, eps, weight_offset
     module, raw = _choose("qk_norm_rope", backend, inputs, places)
     if module is reference:
@@ -598,6 +600,8 @@ def explain(op, *args, **kwargs) -> Explanation:
     weights = [given[w] for w in ("q_weight", "k_weight") if w in given]
     if weights:
         _check_weights(q, k, *weights)
+        for argument in ("eps", "weight_offset"):
+            dispatch.number(name, argument, given[argument])
     tensors = (q, k, *weights, given["cos"], given["sin"])
     backend = dispatch.resolve(given["backend"])
     if backend != "auto":

@@ -158,7 +158,7 @@ def _checked(x, dim, scale, mask, op) -> tuple[int, float]:
         raise TypeError(f"{op}: scale must be a number, got a tensor; multiply x by it, or pass scale.item()")
     if mask is not None:
         _check_mask(x, mask, op)
-    return dim % ndim, float(scale)
+    return dim % ndim, dispatch.number(op, "scale", scale)
 
 
 def _check_mask(x, mask, op):

@@ -71,11 +71,11 @@ def _load_both(gate, up, live, PAIRED: tl.constexpr, PAIRS: tl.constexpr, POLICY
 @triton.jit
 def _gradients(
     gate, up, dy, d_gate, d_up, live, live_dy, VALUE: tl.constexpr, DX: tl.constexpr, PAIRED: tl.constexpr,
-    PAIRS: tl.constexpr, WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr,
+    PAIRS: tl.constexpr, WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr, DONE: tl.constexpr,
 ):  # fmt: skip
-    """Backward between blocks of pointers. It reads all three for the last time: their lines may leave the cache first."""
-    g, u = _load_both(gate, up, live, PAIRED, PAIRS, "evict_first")
-    d = tl.load(dy, mask=live_dy, eviction_policy="evict_first").to(tl.float32)
+    """Backward between blocks of pointers. It reads all three for the last time; DONE: how long the cache should hold them."""
+    g, u = _load_both(gate, up, live, PAIRED, PAIRS, DONE)
+    d = tl.load(dy, mask=live_dy, eviction_policy=DONE).to(tl.float32)
     out = d_gate.dtype.element_ty
     if PAIRS:
         both = tl.join(DX(g, d * u, 0.0, 0.0).to(out), (d * VALUE(g, 0.0, 0.0)).to(out))
@@ -110,7 +110,7 @@ def _forward_flat(gate, up, y, n: "i64", VALUE: tl.constexpr, PAIRS: tl.constexp
 @triton.jit(do_not_specialize=["n"])
 def _backward_flat(
     gate, up, dy, d_gate, d_up, n: "i64", VALUE: tl.constexpr, DX: tl.constexpr, PAIRS: tl.constexpr,
-    WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr, BLOCK: tl.constexpr,
+    WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr, DONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 2 if PAIRS else 1
     # from the end, which forward read last: of small tensors it lies in the cache still (docs/perf/glu.md)
@@ -125,13 +125,13 @@ def _backward_flat(
     if start + BLOCK <= n:
         _gradients(
             gate + j, up + j, dy + i, d_gate + j, d_up + j, None, None,
-            VALUE, DX, (BLOCK, 2), PAIRS, WANT_GATE, WANT_UP,
+            VALUE, DX, (BLOCK, 2), PAIRS, WANT_GATE, WANT_UP, DONE,
         )  # fmt: skip
     else:
         rest = n - start
         _gradients(
             gate + j, up + j, dy + i, d_gate + j, d_up + j, j < rest * WIDTH, i < rest,
-            VALUE, DX, (BLOCK, 2), PAIRS, WANT_GATE, WANT_UP,
+            VALUE, DX, (BLOCK, 2), PAIRS, WANT_GATE, WANT_UP, DONE,
         )  # fmt: skip
 
 
@@ -174,7 +174,8 @@ def _forward_rows(
 def _backward_rows(
     gate, up, dy, d_gate, d_up, rows: "i64", cols: "i64", gate_row: "i64", up_row: "i64", dy_row: "i64",
     out_row: "i64", gate_at: "i64", up_at: "i64", VALUE: tl.constexpr, DX: tl.constexpr, PAIRS: tl.constexpr,
-    WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr, DONE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 2 if PAIRS else 1
     width = cols * UNIT
@@ -189,7 +190,7 @@ def _backward_rows(
         up + (up_at * UNIT + ((row * (up_row * UNIT))[:, None] + j[None, :])),
         dy + ((row * (dy_row * UNIT))[:, None] + i[None, :]),
         d_gate + (gate_at * UNIT + out), d_up + (up_at * UNIT + out), live_in, live,
-        VALUE, DX, (ROWS, COLS, 2), PAIRS, WANT_GATE, WANT_UP,
+        VALUE, DX, (ROWS, COLS, 2), PAIRS, WANT_GATE, WANT_UP, DONE,
     )  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def _backward_strided(
         gate + (_row_offsets(row, D1, D2, D3, g0, g1, g2, g3)[:, None] + (col * g4)[None, :]),
         up + (_row_offsets(row, D1, D2, D3, u0, u1, u2, u3)[:, None] + (col * u4)[None, :]),
         dy + (_row_offsets(row, D1, D2, D3, y0, y1, y2, y3)[:, None] + (col * y4)[None, :]),
-        d_gate + out, d_up + out, live, live, VALUE, DX, None, False, WANT_GATE, WANT_UP,
+        d_gate + out, d_up + out, live, live, VALUE, DX, None, False, WANT_GATE, WANT_UP, "",
     )  # fmt: skip
 
 
@@ -326,6 +327,14 @@ def choose_rows(rows: int, cols: int, itemsize: int, pairs: bool, lanes: int) ->
     return TileConfig(rows=max(1, min(block // width, _power_of_two(rows))), cols=width, num_warps=4)
 
 
+_SMALL = 16 << 20  # bytes of dy: 8 MiB gain (G-sw-1), 64 MiB lose 2% (H-re-1)
+
+
+def choose_done(elements: int, itemsize: int) -> str:
+    """Backward's hint to the cache: what small tensors push out of it was written by the call in front, and has to go to DRAM."""
+    return "evict_first" if elements * itemsize <= _SMALL else ""
+
+
 def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
@@ -344,13 +353,13 @@ def forward_flat(kind: str, dtype: torch.dtype, pairs: bool, lanes: int = LANES)
 
 @functools.cache
 def backward_flat(
-    kind: str, dtype: torch.dtype, pairs: bool, want_gate: bool, want_up: bool, lanes: int = LANES
+    kind: str, dtype: torch.dtype, pairs: bool, want_gate: bool, want_up: bool, lanes: int = LANES, done: str = ""
 ) -> tuple[int, Launch]:
     """(block, launch)."""
     block, num_warps = choose_flat(dtype.itemsize, pairs, lanes)
     _, value, dx = formula(kind, dtype)
     return block, _BACKWARD_FLAT.bind(
-        VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, BLOCK=block, num_warps=num_warps
+        VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, DONE=done, BLOCK=block, num_warps=num_warps
     )
 
 
@@ -365,11 +374,11 @@ def forward_rows(kind: str, dtype: torch.dtype, pairs: bool, unit: int, dependen
 
 @functools.cache
 def backward_rows(
-    kind: str, dtype: torch.dtype, pairs: bool, want_gate: bool, want_up: bool, unit: int, tile: TileConfig
+    kind: str, dtype: torch.dtype, pairs: bool, want_gate: bool, want_up: bool, unit: int, tile: TileConfig, done: str = ""
 ) -> Launch:
     _, value, dx = formula(kind, dtype)
     return _BACKWARD_ROWS.bind(
-        VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, UNIT=unit,
+        VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, DONE=done, UNIT=unit,
         ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps,
     )  # fmt: skip
 
@@ -459,7 +468,7 @@ def backward(
         if not (gate.is_contiguous() and dy.is_contiguous()):
             _backward_any(gate, None, dy, dx, dx, kind, layout, True, True)
         elif layout == "interleaved":
-            block, launch = backward_flat(kind, gate.dtype, True, True, True)
+            block, launch = backward_flat(kind, gate.dtype, True, True, True, done=choose_done(n, dy.itemsize))
             launch(-(-n // block), (gate, gate, dy, dx, dx), (n,))
         else:
             h = dy.shape[-1]
@@ -474,7 +483,8 @@ def backward(
     if n:
         contiguous = gate.is_contiguous() and up.is_contiguous() and dy.is_contiguous()
         if contiguous or gate.stride() == up.stride() == dy.stride() == d_gate.stride():
-            block, launch = backward_flat(kind, gate.dtype, False, want_gate, want_up)
+            done = choose_done(n, dy.itemsize)
+            block, launch = backward_flat(kind, gate.dtype, False, want_gate, want_up, done=done)
             launch(-(-n // block), (gate, up, dy, d_gate, d_up), (n,))
         else:
             _backward_any(gate, up, dy, d_gate, d_up, kind, layout, want_gate, want_up)
@@ -529,7 +539,8 @@ def _backward_rows_launch(tensors, kind, pairs, want_gate, want_up, size, row_st
     dtype = tensors[0].dtype
     unit = math.gcd(cols, *row_strides, *offsets, 16 // dtype.itemsize)
     tile = choose_rows(rows, cols, dtype.itemsize, pairs, LANES)
-    launch = backward_rows(kind, dtype, pairs, want_gate, want_up, unit, tile)
+    done = choose_done(rows * cols, dtype.itemsize)
+    launch = backward_rows(kind, dtype, pairs, want_gate, want_up, unit, tile, done)
     blocks = -(-rows // tile.rows) * -(-cols // tile.cols)
     launch(blocks, tensors, (rows, *[v // unit for v in (cols, *row_strides, *offsets)]))
 

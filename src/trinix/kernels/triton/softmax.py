@@ -230,7 +230,8 @@ def _backward_tile(
     n, c = _lengths(n, c, Y_ALONG, UNIT)
     if SAME:
         g0, g1, g2, gn, gc = y0, y1, y2, yn, yc
-    pid = tl.program_id(0)
+    # from the end, which forward wrote last: it may lie in the cache still (docs/perf/softmax.md)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     o = 0 if FLAT else pid // blocks
     j0 = (pid if FLAT else pid % blocks).to(tl.int64) * COLS
     N_AXIS: tl.constexpr = 1 - Y_ALONG

@@ -21,8 +21,8 @@ FORWARD = T, T, T, T, "*u8", "*fp32", T, "*i64", "*i32", "*i32", T, "*fp32"
 BACKWARD = T, T, T, T, "*u8", "*fp32", "*i64", "*i32", "*i32", T, "*fp32", T, T, T
 
 
-def cases(d, **options):
-    form, call = kernels.Form(d, d, 8, **options), (d, d, 2, "sm_90")
+def cases(d, dv, **options):
+    form, call = kernels.Form(d, dv, 8, **options), (d, dv, 2, "sm_90")
     yield "forward", kernels.forward_launch(form, kernels.choose_forward(*call)), FORWARD
     form = form._replace(raw=False)
     walks = [(kernels.choose_keys(*call), (True, True))]
@@ -51,11 +51,17 @@ for name, launch, tensors in cases(*CALL, **OPTIONS):
 
 @pytest.mark.parametrize(
     ("d", "options"),
-    [(64, {"right": True}), (128, {}), (128, {"left": True, "right": True}), (256, {"right": True})],
-    ids=["d64-causal", "d128", "d128-window", "d256-causal"],
+    [
+        ((64, 64), {"right": True}),
+        ((128, 128), {}),
+        ((128, 128), {"left": True, "right": True}),
+        ((256, 256), {"right": True}),
+        ((192, 128), {"right": True}),
+    ],
+    ids=["d64-causal", "d128", "d128-window", "d256-causal", "d192-128-causal"],
 )
 def test_no_product_waits_for_itself(d, options, fresh_process):
-    lines = fresh_process(COMPILE.replace("*CALL", str(d)).replace("OPTIONS", repr(options))).splitlines()
+    lines = fresh_process(COMPILE.replace("CALL", repr(d)).replace("OPTIONS", repr(options))).splitlines()
     assert len(lines) >= 3
     for one in map(json.loads, lines):
         assert one["products"] >= 2, one

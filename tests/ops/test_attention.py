@@ -129,6 +129,7 @@ CASES = {
     "window of one": lambda **w: make(1, 40, 40, 1, 1, 16, dtype=torch.bfloat16, window=(0, 0), **w),
     "odd head dims": lambda **w: make(1, 20, 35, 2, 1, 20, 24, **w),
     "wide head dims": lambda **w: make(1, 20, 35, 1, 1, 192, 128, causal=True, **w),
+    "head dims of two tiles": lambda **w: make(1, 40, 70, 2, 1, 152, 40, window=(50, 9), **w),
     "tiny head dims": lambda **w: make(1, 20, 35, 1, 1, 3, 1, dtype=torch.bfloat16, **w),
     "negative scale": lambda **w: make(1, 20, 35, 1, 1, 16, scale=-0.3, causal=True, **w),
     "scale 0": lambda **w: make(1, 20, 35, 1, 1, 16, scale=0.0, causal=True, **w),

@@ -187,9 +187,9 @@ def _keys_of(first, bounds, M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr
 # fmt: off
 @triton.jit
 def _walk_keys(
-    acc, most, total, queries, k, v, row, low, high, ks, vs, bounds, scales, slope, bias, mask,
+    acc, most, total, queries, more_queries, k, v, row, low, high, ks, vs, bounds, scales, slope, bias, mask,
     seed, plane, drop,
-    BOUND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BOUND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, APART: tl.constexpr,
@@ -202,8 +202,12 @@ def _walk_keys(
     if some:
         for start in tl.range(low, high, N, num_stages=STAGES):
             start = tl.multiple_of(start, N)
-            keys = _load_rows(k + start * ks, place, seq_k - start, ks.to(tl.int32), D, BLOCK_D, BOUND)
+            keys = _load_rows(k + start * ks, place, seq_k - start, ks.to(tl.int32), min(D, BLOCK_D), BLOCK_D, BOUND)
             s = _dot(queries, keys.T, tl.zeros((M, N), tl.float32), PRECISION)
+            if TAIL:
+                keys = _load_rows(
+                    k + BLOCK_D + start * ks, place, seq_k - start, ks.to(tl.int32), D - BLOCK_D, TAIL, BOUND)
+                s = _dot(more_queries, keys.T, s, PRECISION)
             s, _tanh_of = _score(
                 s, row[:, None], (start + place)[None, :], bounds, scales, slope, bias, mask,
                 BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, RAW, BASE2,
@@ -245,6 +249,7 @@ def _forward(
     heads: "i32", group: "i32", seq_q: "i32", seq_k: "i32", tiles: "i32", left: "i32", right: "i32",
     scale: "fp32", cap: "fp32", into_cap: "fp32", keep_scale: "fp32", drop: "i64",
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr,
+    TAIL: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, VARLEN: tl.constexpr, RAW: tl.constexpr,
     BASE2: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
@@ -290,7 +295,10 @@ def _forward(
         if tl.sum(lost.to(tl.int32), 0) == 0:
             return
     inside = tl.minimum(row, seq_q - 1)  # rows past the end read the last one and store nothing
-    queries = _load_rows(q, inside.to(tl.int64), seq_q, qs, D, BLOCK_D, False)
+    queries = _load_rows(q, inside.to(tl.int64), seq_q, qs, min(D, BLOCK_D), BLOCK_D, False)
+    more_queries = queries
+    if TAIL:
+        more_queries = _load_rows(q + BLOCK_D, inside.to(tl.int64), seq_q, qs, D - BLOCK_D, TAIL, False)
     SIZE: tl.constexpr = queries.dtype.primitive_bitwidth
     bounds = seq_k, seq_k - seq_q, left, right
     scales = scale, cap, into_cap
@@ -309,17 +317,17 @@ def _forward(
     total = tl.zeros((M,), tl.float32)
     if LEFT:
         acc, most, total = _walk_keys(
-            acc, most, total, queries, k, v, row, low, full_low, ks, vs, bounds, scales, slope, bias_at,
+            acc, most, total, queries, more_queries, k, v, row, low, full_low, ks, vs, bounds, scales, slope, bias_at,
             mask_at, dropout_seed, plane, drop,
-            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
+            True, D, DV, BLOCK_D, TAIL, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
     acc, most, total = _walk_keys(
-        acc, most, total, queries, k, v, row, full_low, full_high, ks, vs, bounds, scales, slope, bias_at,
+        acc, most, total, queries, more_queries, k, v, row, full_low, full_high, ks, vs, bounds, scales, slope, bias_at,
         mask_at, dropout_seed, plane, drop,
-        False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
+        False, D, DV, BLOCK_D, TAIL, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
     acc, most, total = _walk_keys(
-        acc, most, total, queries, k, v, row, full_high, high, ks, vs, bounds, scales, slope, bias_at,
+        acc, most, total, queries, more_queries, k, v, row, full_high, high, ks, vs, bounds, scales, slope, bias_at,
         mask_at, dropout_seed, plane, drop,
-        True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
+        True, D, DV, BLOCK_D, TAIL, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, RAW, BASE2, PRECISION, STAGES, APART)
     if SINK:
         logit = _in_base(tl.load(sink + head).to(tl.float32), BASE2)
         new = tl.maximum(most, logit)
@@ -813,6 +821,11 @@ def block_of(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
+def score_channels(d: int) -> tuple[int, int]:
+    """Widths of the one or two tiles of channels in which the forward multiplies queries and keys: 192 need not be 256."""
+    return (128, 64) if 128 < d <= 192 else (block_of(d), 0)
+
+
 def choose_forward(d: int, dv: int, size: int, card: str, heavy: bool = False) -> Config:
     """``size``: bytes of an element; ``card``: "sm_90", "nvidia" or "amd"; ``heavy``: tiles of a bias, a mask or dropout."""
     wide = max(block_of(d), block_of(dv))
@@ -825,6 +838,8 @@ def choose_forward(d: int, dv: int, size: int, card: str, heavy: bool = False) -
         return Config(64, 64, 4, 3)
     if wide <= 128:
         return Config(64, 64, 8, 2) if heavy else Config(64, 64, 4, 3)
+    if card == "sm_90" and not heavy and score_channels(d)[1]:
+        return Config(128, 64, 8, 3 if dv <= 128 else 2)
     return Config(128, 32, 8, 3) if card == "sm_90" else Config(64, 32, 8, 2)
 
 
@@ -938,9 +953,10 @@ class Form(NamedTuple):
 
 @functools.cache
 def forward_launch(form: Form, config: Config, apart: bool = False) -> Launch:
+    d, tail = score_channels(form.d)
     return _FORWARD.bind(
-        **form.widths(), **form.edges(), BIAS=form.bias, MASK=form.mask, ALIBI=form.alibi, SINK=form.sink,
-        DROPOUT=form.dropout, VARLEN=form.varlen, RAW=form.raw, BASE2=form.base2, PRECISION=form.precision, M=config.m, N=config.n,
+        **form.widths() | {"BLOCK_D": d, "TAIL": tail}, **form.edges(), BIAS=form.bias, MASK=form.mask, ALIBI=form.alibi,
+        SINK=form.sink, DROPOUT=form.dropout, VARLEN=form.varlen, RAW=form.raw, BASE2=form.base2, PRECISION=form.precision, M=config.m, N=config.n,
         STAGES=config.num_stages, APART=apart, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

@@ -507,6 +507,18 @@ def test_a_layer_survives_copying_pickling_loading_and_the_meta_device(name, met
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("method", ["none", "rope", "alibi"])
+def test_torch_s_skip_init_makes_a_layer_to_load_into(name, method):
+    layer, x, _ = made(name, {"position_method": method})
+    sizes = {"grouped": (16, 4, 2), "latent": (12, 3, 8)}.get(name, (12, 3))
+    more = {"rope_head_dim": 2} if name == "latent" else {}
+    empty = torch.nn.utils.skip_init(type(layer), *sizes, position_method=method, **more)
+    assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+    empty.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(empty(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("method", ["none", "rope", "alibi"])
 def test_a_layer_on_the_meta_device_takes_the_tensors_of_a_state(name, method):
     layer, x, _ = made(name, {"position_method": method})
     with torch.device("meta"):

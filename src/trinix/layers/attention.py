@@ -212,11 +212,20 @@ class FastGroupedQueryAttention(_FastAttention):
     torch.Size([2, 5, 64])
     """
 
+    # device by name, here and below: torch.nn.utils.skip_init looks for it in the signature
     def __init__(
-        self, embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float = 0.0, bias: bool = True, **options
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        **options,
     ):
-        super().__init__(embed_dim, num_heads, num_kv_heads, dropout, bias, **options)
-        place = {"device": options.get("device"), "dtype": options.get("dtype")}
+        super().__init__(embed_dim, num_heads, num_kv_heads, dropout, bias, device=device, **options)
+        place = {"device": device, "dtype": options.get("dtype")}
         heads = num_heads + 2 * num_kv_heads
         self.qkv_proj = FastLinear(embed_dim, heads * self.head_dim, bias, **place)
         self.o_proj = FastLinear(num_heads * self.head_dim, embed_dim, bias, **place)
@@ -277,8 +286,17 @@ class FastMultiHeadSelfAttention(FastGroupedQueryAttention):
     Other arguments are ``trinix.FastGroupedQueryAttention``'s.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, **options):
-        super().__init__(embed_dim, num_heads, num_heads, dropout, bias, **options)
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        **options,
+    ):
+        super().__init__(embed_dim, num_heads, num_heads, dropout, bias, device=device, **options)
 
 
 class FastMultiQueryAttention(FastGroupedQueryAttention):
@@ -290,8 +308,17 @@ class FastMultiQueryAttention(FastGroupedQueryAttention):
     Other arguments are ``trinix.FastGroupedQueryAttention``'s.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, **options):
-        super().__init__(embed_dim, num_heads, 1, dropout, bias, **options)
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        **options,
+    ):
+        super().__init__(embed_dim, num_heads, 1, dropout, bias, device=device, **options)
 
 
 class FastMultiHeadAttention(_FastAttention):
@@ -331,12 +358,13 @@ class FastMultiHeadAttention(_FastAttention):
         kdim: int | None = None,
         vdim: int | None = None,
         add_bias_kv: bool = False,
+        device: torch.device | str | None = None,
         **options,
     ):
         if add_bias_kv:
             raise ValueError("FastMultiHeadAttention: add_bias_kv must be False, there is none; leave it out")
-        super().__init__(embed_dim, num_heads, num_heads, dropout, bias, **options)
-        place = {"device": options.get("device"), "dtype": options.get("dtype")}
+        super().__init__(embed_dim, num_heads, num_heads, dropout, bias, device=device, **options)
+        place = {"device": device, "dtype": options.get("dtype")}
         width = num_heads * self.head_dim
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim

@@ -257,6 +257,24 @@ def test_after_ctrl_c_a_resumed_run_does_the_rest_only(tmp_path, screen, monkeyp
     assert cases_in(tmp_path / "cpu" / "activation.jsonl") == ["relu-tiny", "mish-tiny"]
 
 
+def test_a_resumed_run_measures_the_implementations_that_are_missing(tmp_path, screen, monkeypatch):
+    path = tmp_path / "cpu" / "activation.jsonl"
+    bench_cases(CASES, tmp_path, screen, impls=["trinix"], ids=["mish-*"])
+    ran = []
+    real = run.run_cpu
+    monkeypatch.setattr(run, "run_cpu", lambda case, impls: ran.append((case.id, *impls)) or real(case, impls))
+    bench_cases(CASES, tmp_path, screen, impls=["eager", "quack"], ids=["mish-*"], resume=True)
+    assert ran == [("mish-tiny", "trinix", "eager", "quack")], "all that either run named; quack has no such op"
+    assert [p.name for p in path.parent.iterdir()] == ["activation.jsonl.partial"]
+    bench_cases(CASES, tmp_path, screen, impls=["quack", "eager"], resume=True)
+    assert ran[1:] == [("relu-tiny", "eager", "quack")]
+    kept = [(one["case"], one["pass"], one["impl"]) for one in record.read(path)]
+    assert sorted(kept) == sorted(set(kept))
+    assert {(case, impl) for case, _, impl in kept} == {
+        ("mish-tiny", "trinix"), ("mish-tiny", "eager"), ("relu-tiny", "eager")
+    }  # fmt: skip
+
+
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path, screen):
     with pytest.raises(
         ValueError, match=r"case 'nonsense\*' matches none of the \d+ cases that --suite and --op leave"

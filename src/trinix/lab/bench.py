@@ -81,7 +81,9 @@ def bench_cases(
 
 def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None, chosen: dict) -> int:
     clock = measure.Gpu(runs=runs)
-    lines, interrupted = _collect(cases, folder, console, lambda case: run.run_gpu(case, impls, clock), **chosen)
+    lines, interrupted = _collect(
+        cases, impls, folder, console, lambda case, impls: run.run_gpu(case, impls, clock), **chosen
+    )
     console.print(summary(lines))
     _show_not_built(cases, console)
     console.print(verdict(lines))
@@ -92,9 +94,10 @@ def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None, chos
 
 def _collect(
     cases: Sequence[Case],
+    impls: Sequence[str],
     folder: Path,
     console: Console,
-    run_case: Callable[[Case], list[dict]],
+    run_case: Callable[[Case, Sequence[str]], list[dict]],
     *,
     ids: Sequence[str] = (),
     resume: bool = False,
@@ -102,7 +105,8 @@ def _collect(
     """Run the built cases file by file into their result files; (lines, whether Ctrl-C ended it).
 
     With ``ids``, only cases whose id matches one of these patterns are run. With ``resume``, cases that the partial file
-    holds are not run again. A file is finished once it has every case of ``cases``; until then it stays partial.
+    holds with every implementation asked for are not run again; others are, with all that either run names, since only what
+    was interleaved can be compared. A file is finished once it has every case of ``cases``; until then it stays partial.
     """
     built = [c for c in cases if trinix.is_built(c)]
     chosen = [c for c in built if not ids or any(fnmatchcase(c.id, pattern) for pattern in ids)]
@@ -112,13 +116,16 @@ def _collect(
         for name in dict.fromkeys(c.file or c.op for c in chosen):
             wanted = {c.id for c in built if (c.file or c.op) == name}
             file = record.ResultFile(folder, name, resume=resume)
-            found = {one["case"] for one in file.lines}
+            found = {}
+            for one in file.lines:
+                found.setdefault(one["case"], set()).add(one["impl"])
             try:
                 for case in (c for c in chosen if c.id in wanted):
                     progress.update(task, description=case.id)
-                    if case.id not in found:
-                        file.add(run_case(case))
-                        found.add(case.id)
+                    there = found.get(case.id, set())
+                    if not there or _missing(case, impls, there):
+                        found[case.id] = {*there, *impls}
+                        file.put(case.id, run_case(case, [impl for impl in PREPARE if impl in found[case.id]]))
                     progress.advance(task)
             except KeyboardInterrupt:
                 lines += file.lines
@@ -128,7 +135,7 @@ def _collect(
                 console.print(f"Failed. The finished lines are in {file.interrupt()}")
                 raise
             lines += file.lines
-            if missing := wanted - found:
+            if missing := wanted - found.keys():
                 console.print(
                     f"{len(missing)} of {len(wanted)} cases are still to run with --resume: {file.interrupt()}"
                 )
@@ -142,13 +149,24 @@ def _collect(
     return lines, False
 
 
+def _missing(case: Case, impls: Sequence[str], there: set[str]) -> bool:
+    """Whether one of these implementations has this op and no line of the case yet."""
+    for impl in impls:
+        try:
+            if impl not in there and PREPARE[impl](case) is not None:
+                return True
+        except Exception:  # it gets a line that says so
+            return True
+    return False
+
+
 def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cpu_elements: int, chosen: dict) -> int:
     failed = 0
     if kernels:
         failed += _interpret(console)
         console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
     small = [c for c in cases if gate.elements(c) <= cpu_elements]
-    lines, interrupted = _collect(small, folder, console, lambda case: run.run_cpu(case, impls), **chosen)
+    lines, interrupted = _collect(small, impls, folder, console, lambda *call: run.run_cpu(*call), **chosen)
     console.print(_cpu_table(lines))
     if interrupted:
         return 130

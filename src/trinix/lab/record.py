@@ -85,6 +85,17 @@ class ResultFile:
         self._file.flush()
         self.lines += lines
 
+    def put(self, case: str, lines: Iterable[dict]) -> None:
+        """As ``add``, in the place of the lines that the case may have."""
+        if any(one["case"] == case for one in self.lines):
+            self._file.close()
+            self.lines = [one for one in self.lines if one["case"] != case]
+            rest = self.partial.with_suffix(".rest")
+            rest.write_text("".join(json.dumps(one, allow_nan=False) + "\n" for one in self.lines), encoding="utf-8")
+            os.replace(rest, self.partial)
+            self._file = self.partial.open("a", encoding="utf-8")
+        self.add(lines)
+
     def lacks(self) -> set[tuple[str, str]]:
         """(case, implementation) that the last result has and this run does not: finishing would lose them."""
         if not self.path.exists():

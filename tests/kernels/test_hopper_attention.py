@@ -88,6 +88,7 @@ for case in compile_cases():
         "short",
         "backward/64",
         "backward/128",
+        "backward/192",
         "backward/256",
     ],
 )
@@ -124,7 +125,7 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
             assert 2 * short.d * (64 + 2 * short.stages * short.n) + 2048 <= SHARED_LIMIT
         for plain in (False, True):
             b = hopper.choose_backward(d, dv, plain)
-            assert b.d >= d
+            assert b.d >= (b.d_qk or b.d) >= d
             assert max(b.d, b.dv) >= dv
     assert hopper.choose_forward(264, 64, causal, keys) is None
     assert hopper.choose_forward(20, 64, causal, keys) is None
@@ -284,6 +285,8 @@ def check_lse(got, want):
         (128, 96, BOTH_SIDES),
         (128, 128, {"deterministic": True, "softcap": 5.0}),
         (192, 128, CAUSAL),
+        (192, 128, WINDOW | {"softcap": 20.0, "deterministic": True}),
+        (160, 200, BOTH_SIDES),
         (256, 256, BOTH_SIDES),
     ],
     ids=str,

@@ -125,6 +125,7 @@ class BackwardConfig(NamedTuple):
     k_held: int = 0  # columns of K that stay in registers
     v_held: int = 0
     dv: int = 0  # the width of the tiles of V where it is not Q's
+    d_qk: int = 0  # the part of Q's tiles that is used where it is not all
     kv_slots: int = 0  # for K and V of programs that draw several key blocks; 0: a program has one
 
 
@@ -189,7 +190,8 @@ def choose_backward(d: int, dv: int, plain: bool) -> BackwardConfig | None:
     if width is None or out is None:
         return None
     if max(width, out) > 128:
-        return BackwardConfig(64, 64, 256, 2, backward_kernels.WIDE.value, dv=max(out, 128))
+        used = 192 if d <= 192 else 256
+        return BackwardConfig(64, 64, 256, 2, backward_kernels.WIDE.value, dv=max(out, 128), d_qk=used)
     if width == out == 64:
         return BackwardConfig(64, 128, 64, 4, backward_kernels.TURNS.value, k_held=64, v_held=64, kv_slots=2)
     return BackwardConfig(64, 128, 128, 2, backward_kernels.COLUMNS.value, copy_sums=True, v_held=64 if plain else 0)
@@ -248,7 +250,7 @@ def backward_constants(
         "KV_SLOTS": 0 if deterministic else c.kv_slots,
     }  # fmt: skip
     return {
-        "M": c.m, "N": c.n, "D": c.d, **({"DV": c.dv} if wide else {}), "STAGES": c.stages,
+        "M": c.m, "N": c.n, "D": c.d, **({"USED": c.d_qk, "DV": c.dv} if wide else {}), "STAGES": c.stages,
         **({} if wide else {"DQ_WAY": c.dq_way}), "BLOCK": backward_kernels.BLOCK, "LEFT": left, "RIGHT": right,
         "TAIL": tail, "SOFTCAP": softcap, "ALIBI": alibi, "VARLEN": varlen, "DETERMINISTIC": deterministic,
         **({} if wide else narrow),
@@ -503,7 +505,8 @@ class _BackwardPlan:
             self.padded = _cdiv(s.seq_q, block) * block
             self.padded_rows = s.batch * s.heads * self.padded
         wide = c.dq_way == backward_kernels.WIDE.value
-        width = c.d // 2 if wide or c.dq_way == backward_kernels.COLUMNS.value else c.d
+        sums = c.d_qk or c.d  # columns of dQ that are added up
+        width = 64 if wide else c.d // 2 if c.dq_way == backward_kernels.COLUMNS.value else c.d
         keys, dv_width = (c.n, c.dv) if wide else (c.n // 2, c.d)  # rows of K's tiles, columns of V's
         self.small = _cdiv(s.seq_q, block) * s.batch * s.heads
         self.deterministic = options.deterministic
@@ -528,7 +531,7 @@ class _BackwardPlan:
         self.dk, self.dv = s.box(dk, keys, c.d), s.box(dv, keys, dv_width)
         square = torch.empty(4, 256, dtype=torch.float32, device=device)
         # 64 rows of ``width`` columns, as they lie in memory
-        self.dq = Box((self.padded_rows * c.d // 256, 256), (256, 1), (width // 4, 256), torch.float32, swizzled=False)
+        self.dq = Box((self.padded_rows * sums // 256, 256), (256, 1), (width // 4, 256), torch.float32, swizzled=False)
         self.lse, self.delta = (Box((self.padded_rows,), (1,), (c.m,), torch.float32) for _ in range(2))
 
         def steps(t):  # batch, row, head, in units of 8 elements: so the compiler knows how they are aligned
@@ -542,7 +545,7 @@ class _BackwardPlan:
             backward_kernels.before, s.device,
             (out, dout, lse, dlse, line, line, line, turns, sink, line, ends_q, *self.before_scalars),
             {
-                "D": c.d, "DV_PADDED": padded(s.dv), "BLOCK": block, "VARLEN": s.varlen, "DLSE": needs_dlse,
+                "D": sums, "DV_PADDED": padded(s.dv), "BLOCK": block, "VARLEN": s.varlen, "DLSE": needs_dlse,
                 "SINK": options.sink is not None, "DETERMINISTIC": self.deterministic,
                 "DRAWN": drawn,
             },
@@ -572,11 +575,11 @@ class _BackwardPlan:
         self.after_scalars = (s.heads, s.seq_q, self.padded, 2 * blocks, *steps(dq), s.d // 8, options.scale)
         self.after = _binary(
             backward_kernels.after, s.device, (line, dk, ends_q, *self.after_scalars),
-            {"D": c.d, "WIDTH": width, "BLOCK": block, "VARLEN": s.varlen},
+            {"D": sums, "WIDTH": width, "BLOCK": block, "VARLEN": s.varlen},
             num_warps=8, launch_pdl=True,
         )  # fmt: skip
-        self.after_blocks = 2 * self.small * (c.d // width)
-        self.sums = self.padded_rows * c.d
+        self.after_blocks = 2 * self.small * (sums // width)
+        self.sums = self.padded_rows * sums
         # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation
         self.space = self.sums + 3 * self.padded_rows + self.small
 
@@ -783,15 +786,18 @@ def compile_cases() -> list[CompileCase]:
                 CompileCase(f"short/{d}/{name}", forward_kernels.attention_forward_short, signature, constants)
             )
     both["window-tail"] = both["window"] | {"tail": True}
-    for d, ways in ((64, both), (128, both | {"deterministic": {"deterministic": True}}), (256, few)):
+    more = both | {"deterministic": {"deterministic": True}}
+    for d, dv, ways in ((64, 64, both), (128, 128, more), (192, 128, both), (256, 256, few)):
         for name, options in ways.items():
             plain = name in ("full", "causal", "window", "window-tail")
-            c = choose_backward(d, d, plain)
+            c = choose_backward(d, dv, plain)
             wide = c.dq_way == backward_kernels.WIDE.value
             keys = c.n if wide else c.n // 2
-            width = c.d // 2 if wide or c.dq_way == backward_kernels.COLUMNS.value else c.d
-            boxes = dict.fromkeys(("q_desc", "do_desc"), (c.m, c.d))
-            boxes |= dict.fromkeys(("k_desc", "v_desc", "dk_desc", "dv_desc"), (keys, c.d))
+            width = c.d // 2 if c.dq_way == backward_kernels.COLUMNS.value else c.d
+            boxes = {"q_desc": (c.m, c.d), "do_desc": (c.m, c.dv or c.d)}
+            boxes |= dict.fromkeys(("k_desc", "dk_desc"), (keys, c.d)) | dict.fromkeys(
+                ("v_desc", "dv_desc"), (keys, c.dv or c.d)
+            )
             line = f"tensordesc<fp32[{c.m}],NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)>"
             square = f"tensordesc<fp32[{width // 4}, 256],NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)>"
             signature = _descriptors(boxes) | {"dq_desc": square, "lse_desc": line, "delta_desc": line}

@@ -104,8 +104,10 @@ def before(
     if SINK:  # this block's part of the sink's gradient: the sink is a key whose value is 0
         p = tl.where(live, tl.exp2((tl.load(sinks + h).to(tl.float32) - total) * 1.4426950408889634), 0.0)
         tl.store(d_sinks + tl.program_id(0), -tl.sum(p * sum_o_do, 0))
-    clear = sums + (base + m) * D + tl.arange(0, BLOCK * D)
-    tl.store(clear, tl.zeros([BLOCK * D], tl.float32))
+    WIDTH: tl.constexpr = 64 if D == 192 else D  # a power of two
+    for part in tl.static_range(D // WIDTH):
+        clear = sums + (base + m) * D + part * (BLOCK * WIDTH) + tl.arange(0, BLOCK * WIDTH)
+        tl.store(clear, tl.zeros([BLOCK * WIDTH], tl.float32))
     if DETERMINISTIC:
         tl.store(turns + (base + m) // 64 + tl.arange(0, BLOCK // 64), tl.zeros([BLOCK // 64], tl.int32))
 
@@ -335,23 +337,27 @@ def _producer(
 
 
 @gluon.jit
-def _in_thread_order(dq, WIDTH: gl.constexpr):
-    """[64, WIDTH] of a warpgroup's product -> one dimension: 4 values of a thread, then the next thread of the warp."""
-    x = gl.reshape(dq, (4, 2, 8, WIDTH // 8, 4, 2))  # warp, half, row, 8 columns, lane of the row, value
-    return gl.reshape(gl.permute(x, (0, 3, 2, 4, 1, 5)), (64 * WIDTH,))
+def _in_thread_order(dq, WIDTH: gl.constexpr, PART: gl.constexpr):
+    """[64, WIDTH] of a warpgroup's product -> one dimension: PART columns after PART columns, and of each 4 values of a thread,
+    then the next thread of the warp."""
+    x = gl.reshape(
+        dq, (4, 2, 8, WIDTH // PART, PART // 8, 4, 2)
+    )  # warp, half, row, part, 8 columns, lane of the row, value
+    return gl.reshape(gl.permute(x, (3, 0, 4, 2, 5, 1, 6)), (64 * WIDTH,))
 
 
 @gluon.jit
 def add_from_registers(
-    sums, row, share, dq, turns, turn, D: gl.constexpr, WIDTH: gl.constexpr, DETERMINISTIC: gl.constexpr
-):
-    """Add a warpgroup's [64, WIDTH], the ``share``-th part of 64 rows' columns, into the sums; with DETERMINISTIC when
-    ``turn`` others have done so."""
+    sums, row, first, dq, turns, turn, D: gl.constexpr, WIDTH: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    PART: gl.constexpr,
+):  # fmt: skip
+    """Add a warpgroup's [64, WIDTH], 64 rows' columns from ``first`` on, into the sums; with DETERMINISTIC when ``turn`` others
+    have done so."""
     if DETERMINISTIC:
         while gl.atomic_add(turns + row // 64, 0, sem="acquire") < turn:
             pass
-    flat = _in_thread_order(dq, WIDTH)
-    to = sums + row.to(gl.int64) * D + share * (64 * WIDTH)
+    flat = _in_thread_order(dq, WIDTH, PART)
+    to = sums + row.to(gl.int64) * D + first * 64
     gl.atomic_add(to + gl.arange(0, 64 * WIDTH, flat.type.layout), flat, sem="relaxed")
     if DETERMINISTIC:
         gl.atomic_add(turns + row // 64, 1, sem="release")
@@ -377,11 +383,11 @@ def _add(
     if COPY_SUMS:
         at, use = _dq_turn(i, ME, DQ_WAY)
         mbarrier.wait(dq_empty.index(at), (use & 1) ^ 1)
-        dq_s.index(ME).store(gl.reshape(_in_thread_order(dq, WIDTH), (WIDTH // 4, 256)))
+        dq_s.index(ME).store(gl.reshape(_in_thread_order(dq, WIDTH, WIDTH), (WIDTH // 4, 256)))
         fence_async_shared()
         mbarrier.arrive(dq_full.index(at), count=1)
     else:
-        add_from_registers(sums, row, share, dq, turns, turn, D, WIDTH, DETERMINISTIC)
+        add_from_registers(sums, row, share * WIDTH, dq, turns, turn, D, WIDTH, DETERMINISTIC, WIDTH)
 
 
 @gluon.jit

@@ -6,8 +6,11 @@ Per query tile, keys being the rows::
     warpgroup 0    S^T = K Q^T      P^T = exp2(S^T scale - lse)     dV += P^T dO
     warpgroup 1    dP^T = V dO^T    dS^T = P^T (dP^T - delta)       dK += dS^T Q
 
-P^T goes from the first to the second through shared memory, dS^T back, and each makes half of the columns of dQ = dS K, one
-tile late. Both buffers are double: what a warpgroup waits for before it writes one tells that the other has read it.
+P^T goes from the first to the second through shared memory, dS^T back, and both make columns of dQ = dS K, one tile late.
+Both buffers are double: what a warpgroup waits for before it writes one tells that the other has read it.
+
+Tiles of Q and K are 256 columns wide (a power of two), of which the products read USED. Of 192, dK is two sums, of 128 and of
+64 columns, and dQ the first warpgroup's 128 and the second one's 64.
 """
 
 from triton.experimental import gluon
@@ -63,14 +66,16 @@ def _producer(
 
 
 @gluon.jit
-def _add_dq(
-    ds, k, zero, sums, row, turns, turn, ME: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
-):  # fmt: skip
-    """This warpgroup's columns of dS K into the sums."""
-    dq = warpgroup_mma(ds.permute((1, 0)), k.slice(ME * WIDTH, WIDTH, dim=1), zero, use_acc=False, is_async=True)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
-    add_from_registers(sums, row, ME, dq, turns, 2 * turn, D, WIDTH, DETERMINISTIC)
+def _scores(left, right, zero, USED: gl.constexpr, D: gl.constexpr):
+    """left right^T over the first USED columns of D; not waited for."""
+    if USED == 192:  # tiles are powers of two wide: the last quarter would be zeros
+        s = warpgroup_mma(
+            left.slice(0, 128, dim=1), right.slice(0, 128, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True
+        )
+        s = warpgroup_mma(left.slice(128, 64, dim=1), right.slice(128, 64, dim=1).permute((1, 0)), s, is_async=True)
+    else:
+        s = warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s
 
 
 @gluon.jit
@@ -78,16 +83,22 @@ def _consumer(
     ME: gl.constexpr, out_desc, out_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s,
     kv_full, q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
     padded, left, right, slopes_batch, D_OUT, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    USED: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup 0 makes dV, warpgroup 1 dK; ``out`` is that."""
-    WIDTH: gl.constexpr = D // 2  # columns of dQ that a warpgroup makes
-    OUT: gl.constexpr = DV if ME == 0 else D
+    """Warpgroup 0 makes dV, warpgroup 1 dK; ``out`` is that, and ``out_2`` the columns of dK from 128 on of 192."""
+    SPLIT: gl.constexpr = ME == 1 and USED == 192
+    LATE: gl.constexpr = USED == 192 and DV == 128
+    OUT: gl.constexpr = DV if ME == 0 else (128 if SPLIT else D)
+    FIRST: gl.constexpr = 0 if ME == 0 else 128  # columns of dQ that this warpgroup makes
+    WIDTH: gl.constexpr = USED - 128 if ME == 1 else 128
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])  # S^T, dP^T [N, M]
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 16])  # [N, OUT]
+    out_2_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])  # dQ [M, WIDTH]
     a_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    a_2_layout: gl.constexpr = gl.DotOperandLayout(0, out_2_layout, 2)
     key_axis: gl.constexpr = gl.SliceLayout(1, s_layout)
     query_axis: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
@@ -96,6 +107,7 @@ def _consumer(
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
     first, whole_from, whole_to, end = _query_tiles(n, sq, sk, left, right, M, N, LEFT, RIGHT, TAIL)
     out = gl.zeros([N, OUT], gl.float32, out_layout)
+    out_2 = gl.zeros([N, 64], gl.float32, out_2_layout)
     zero_s = gl.zeros([N, M], gl.float32, s_layout)
     zero_q = gl.zeros([M, WIDTH], gl.float32, q_layout)
     keys = n * N + gl.arange(0, N, key_axis)
@@ -104,6 +116,7 @@ def _consumer(
     mbarrier.wait(kv_full, 0)
     k = k_s.index(0).reshape([N, D])
     v = v_s.index(0).reshape([N, DV])
+    k_mine = k.slice(FIRST, WIDTH, dim=1)
     it = 0
     late_row = first
     late_turn = 0
@@ -120,13 +133,25 @@ def _consumer(
             use = (it // 2) & 1
             q = q_s.index(slot).reshape([M, D])
             do = do_s.index(slot).reshape([M, DV])
-            if it > 0:
-                mbarrier.wait(ds_full.index(buf ^ 1), ((it - 1) // 2) & 1)
-                _add_dq(ds_s.index(buf ^ 1), k, zero_q, sums, late_row, turns, late_turn, ME, D, WIDTH, DETERMINISTIC)
+            # the last tile's dQ while this one's exponentials are made; in front of the first tile nobody takes what comes out.
+            # At D = 256 there are no registers for both
+            if not LATE:
+                mbarrier.wait(ds_full.index(buf ^ 1), (((it + 1) // 2) & 1) ^ 1)
+                dq = warpgroup_mma(ds_s.index(buf ^ 1).permute((1, 0)), k_mine, zero_q, use_acc=False, is_async=True)
+                dq = warpgroup_mma_wait(0, deps=(dq,))
+                if it > 0:
+                    add_from_registers(sums, late_row, FIRST, dq, turns, 2 * late_turn, USED, WIDTH, DETERMINISTIC, 64)
             if ME == 0:
                 mbarrier.wait(q_full.index(slot), phase)
-                s = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(0, deps=(s,))
+                s = _scores(k, q, zero_s, USED, D)
+            else:
+                mbarrier.wait(do_full.index(slot), phase)
+                s = _scores(v, do, zero_s, DV, DV)
+            if LATE:
+                mbarrier.wait(ds_full.index(buf ^ 1), (((it + 1) // 2) & 1) ^ 1)
+                dq = warpgroup_mma(ds_s.index(buf ^ 1).permute((1, 0)), k_mine, zero_q, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1 if LATE else 0, deps=(s,))
+            if ME == 0:
                 lse = gl.expand_dims(lse_s.index(slot).load(query_axis), 0)
                 at = gl.expand_dims(m * M + sk - sq + gl.arange(0, M, query_axis), 0)
                 slant = gl.full([N, M], 1.0, gl.float32, s_layout)
@@ -149,55 +174,84 @@ def _consumer(
                 else:
                     p_s.index(buf).store(operand)
                 mbarrier.arrive(p_full.index(buf), count=1)
-                mbarrier.wait(do_full.index(slot), phase)
-                right_operand = do
             else:
-                mbarrier.wait(do_full.index(slot), phase)
-                dp = warpgroup_mma(v, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-                dp = warpgroup_mma_wait(0, deps=(dp,))
                 delta = gl.expand_dims(delta_s.index(slot).load(query_axis), 0)
                 mbarrier.wait(p_full.index(buf), use)
                 p = p_s.index(buf).load(s_layout)
-                operand = (p.to(gl.float32) * (dp - delta)).to(dtype)
+                operand = (p.to(gl.float32) * (s - delta)).to(dtype)
                 ds_s.index(buf).store(operand)
                 fence_async_shared()
                 mbarrier.arrive(ds_full.index(buf), count=1)
+            if ME == 0:
+                mbarrier.wait(do_full.index(slot), phase)
+                out = warpgroup_mma(gl.convert_layout(operand, a_layout), do, out, is_async=True)
+            else:
                 mbarrier.wait(q_full.index(slot), phase)
-                right_operand = q
+                if SPLIT:
+                    out = warpgroup_mma(
+                        gl.convert_layout(operand, a_layout), q.slice(0, 128, dim=1), out, is_async=True
+                    )
+                    out_2 = warpgroup_mma(
+                        gl.convert_layout(operand, a_2_layout), q.slice(128, 64, dim=1), out_2, is_async=True
+                    )
+                else:
+                    out = warpgroup_mma(gl.convert_layout(operand, a_layout), q, out, is_async=True)
+            if LATE:
+                dq = warpgroup_mma_wait(2 if SPLIT else 1, deps=(dq,))
+                if it > 0:
+                    add_from_registers(sums, late_row, FIRST, dq, turns, 2 * late_turn, USED, WIDTH, DETERMINISTIC, 64)
+            if SPLIT:
+                out, out_2 = warpgroup_mma_wait(0, deps=(out, out_2))
+            else:
+                out = warpgroup_mma_wait(0, deps=(out,))
+            mbarrier.arrive(empty.index(slot), count=1)
             late_row = padded_row + m * M
             late_turn = n
             if LEFT:
                 late_turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
-            out = warpgroup_mma(gl.convert_layout(operand, a_layout), right_operand, out, is_async=True)
-            out = warpgroup_mma_wait(0, deps=(out,))
-            mbarrier.arrive(empty.index(slot), count=1)
             it += 1
     if it > 0:
         mbarrier.wait(ds_full.index((it - 1) % 2), ((it - 1) // 2) & 1)
-        _add_dq(ds_s.index((it - 1) % 2), k, zero_q, sums, late_row, turns, late_turn, ME, D, WIDTH, DETERMINISTIC)
+        dq = warpgroup_mma(ds_s.index((it - 1) % 2).permute((1, 0)), k_mine, zero_q, use_acc=False, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        add_from_registers(sums, late_row, FIRST, dq, turns, 2 * late_turn, USED, WIDTH, DETERMINISTIC, 64)
     _both()  # nobody reads K or V any more: their buffers carry dK and dV out
     if ME == 1:
         out = out * k_scale
-    result = out.to(dtype)
+        if SPLIT:
+            out_2 = out_2 * k_scale
     key = n * N
     partial = False
     if VARLEN:
         partial = key + N > sk
         if partial:  # keys past the end of this sequence belong to the next one
-            out_keys = gl.expand_dims(key + gl.arange(0, N, gl.SliceLayout(1, out_layout)), 1)
-            cols = gl.expand_dims(gl.arange(0, OUT, gl.SliceLayout(0, out_layout)), 0)
-            rows = (key0 + out_keys).to(gl.int64) * (Hk * parts) + out_head
-            gl.store(out_ptr + rows * D_OUT + cols, result, mask=(out_keys < sk) & (cols < D_OUT))
+            _store_rows(out_ptr, out, key0, key, sk, Hk * parts, out_head, 0, D_OUT)
+            if SPLIT:
+                _store_rows(out_ptr, out_2, key0, key, sk, Hk * parts, out_head, 128, D_OUT)
     if not partial:
         if ME == 0:
-            v.store(result)
+            v.store(out.to(dtype))
             fence_async_shared()
             tma_store(out_desc, [batch, key0 + key, out_head, 0], v_s.index(0))
         else:
-            k.store(result)
+            if SPLIT:
+                k.slice(0, 128, dim=1).store(out.to(dtype))
+                k.slice(128, 64, dim=1).store(out_2.to(dtype))
+            else:
+                k.store(out.to(dtype))
             fence_async_shared()
             tma_store(out_desc, [batch, key0 + key, out_head, 0], k_s.index(0))
     tma.store_wait(0)
+
+
+@gluon.jit
+def _store_rows(to, out, key0, key, sk, heads, head, FIRST: gl.constexpr, D_OUT):
+    """The rows of a sequence's last keys, from column FIRST on."""
+    layout: gl.constexpr = out.type.layout
+    keys = gl.expand_dims(key + gl.arange(0, out.shape[0], gl.SliceLayout(1, layout)), 1)
+    cols = FIRST + gl.expand_dims(gl.arange(0, out.shape[1], gl.SliceLayout(0, layout)), 0)
+    rows = (key0 + keys).to(gl.int64) * heads + head
+    gl.store(to + rows * D_OUT + cols, out.to(to.dtype.element_ty), mask=(keys < sk) & (cols < D_OUT))
 
 
 _RUNTIME = (
@@ -210,8 +264,8 @@ _RUNTIME = (
 def attention_backward_wide(
     q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, lse_desc, delta_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k,
     slopes, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V,
-    scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
+    scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, USED: gl.constexpr,
+    DV: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
@@ -251,13 +305,13 @@ def attention_backward_wide(
         (_consumer, (
             W0, dv_desc, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s, kv_full,
             q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
-            left, right, slopes_batch, D_V, scale, cap, k_scale, M, N, D, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
+            left, right, slopes_batch, D_V, scale, cap, k_scale, M, N, D, USED, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
             ALIBI, VARLEN, DETERMINISTIC,
         )),
         (_consumer, (
             W1, dk_desc, dk_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s, kv_full,
             q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
-            left, right, slopes_batch, D_K, scale, cap, k_scale, M, N, D, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
+            left, right, slopes_batch, D_K, scale, cap, k_scale, M, N, D, USED, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
             ALIBI, VARLEN, DETERMINISTIC,
         )),
     ], [4, 4], [240, 240])  # fmt: skip

@@ -359,8 +359,9 @@ def backward_flat(
     block, num_warps = choose_flat(dtype.itemsize, pairs, lanes)
     _, value, dx = formula(kind, dtype)
     return block, _BACKWARD_FLAT.bind(
-        VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, DONE=done, BLOCK=block, num_warps=num_warps
-    )
+        VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, DONE=done, BLOCK=block,
+        num_warps=num_warps,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -374,8 +375,9 @@ def forward_rows(kind: str, dtype: torch.dtype, pairs: bool, unit: int, dependen
 
 @functools.cache
 def backward_rows(
-    kind: str, dtype: torch.dtype, pairs: bool, want_gate: bool, want_up: bool, unit: int, tile: TileConfig, done: str = ""
-) -> Launch:
+    kind: str, dtype: torch.dtype, pairs: bool, want_gate: bool, want_up: bool, unit: int, tile: TileConfig,
+    done: str = "",
+) -> Launch:  # fmt: skip
     _, value, dx = formula(kind, dtype)
     return _BACKWARD_ROWS.bind(
         VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, DONE=done, UNIT=unit,

@@ -119,7 +119,8 @@ def test_every_head_dimension_has_configurations_that_fit(causal, keys):
         shared = 2 * (c.q_buffers * c.consumers * c.m * c.d + c.stages * c.n * (c.d + c.dv))
         assert shared + 2048 <= SHARED_LIMIT
         assert c.consumers * c.registers * 128 <= 65536 - 24 * 128
-        assert not c.pingpong or c.consumers == 2  # the turns are those of two
+        # with turns all consumers have the same tiles: none is given back on a diagonal, where blocks of three have some
+        assert not (c.pingpong and causal and c.m * c.consumers > c.n)
         if short := hopper.choose_short(d, dv, causal, keys, 1, 1, 1, 132):
             assert short.d >= max(d, dv)
             assert 2 * short.d * (64 + 2 * short.stages * short.n) + 2048 <= SHARED_LIMIT

@@ -9,7 +9,7 @@ Every slot of a ring has two mbarriers: ``*_full`` (its data has landed) and ``*
 of a barrier has the parity n & 1; waiting for the opposite parity passes at once on a fresh barrier, which is how the
 producer gets through its first round. An item is a block of query rows of one head; items are drawn from a counter that the
 last program sets back to zero. Each consumer keeps two products in flight, P(j-1) V(j-1) and Q K(j); the warpgroups drift
-half a step apart, so that one's products run under another's softmax.
+apart, or take turns (PINGPONG), so that one's products run under another's softmax.
 """
 
 from triton.experimental import gluon
@@ -37,7 +37,7 @@ from trinix.kernels.hopper.attention_scores import (
 LN2 = gl.constexpr(0.6931471805599453)
 
 
-# ---- ping-pong between two consumers: hardware barriers 9 and 10 (Triton itself uses the low ids) ----------------------
+# ---- consumers take turns at starting products: hardware barriers 9 to 11 (Triton itself uses the low ids) -----------------
 
 
 @gluon.jit
@@ -46,8 +46,8 @@ def _wait_turn(ME: gl.constexpr):
 
 
 @gluon.jit
-def _pass_turn(ME: gl.constexpr):
-    named_arrive(10 - ME)
+def _pass_turn(ME: gl.constexpr, CONSUMERS: gl.constexpr):
+    named_arrive(9 + (ME + 1) % CONSUMERS)
 
 
 # ---- producer ----------------------------------------------------------------------------------------------------------
@@ -278,8 +278,8 @@ def _consumer(
         mbarrier.wait(work_full.index(0), 0)
         idx = gl.max(work_s.index(0).load(one), 0)
         mbarrier.arrive(work_empty.index(0), count=1)
-    if PINGPONG and ME == 1:
-        _pass_turn(ME)  # warpgroup 0 goes first
+    if PINGPONG and ME == CONSUMERS - 1:
+        _pass_turn(ME, CONSUMERS)  # warpgroup 0 goes first
     while idx < items:
         m, bh = place(idx, heads, row_blocks, section)
         b = bh // H
@@ -318,7 +318,7 @@ def _consumer(
             _wait_turn(ME)
         s = _score_product(q, k_s, slot, zero, N, D, D_QK)
         if PINGPONG:
-            _pass_turn(ME)
+            _pass_turn(ME, CONSUMERS)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         if Q_BUFFERS == 2:  # noqa: SIM102  (a constant and a value at run time)
@@ -354,7 +354,7 @@ def _consumer(
                 s_tok = _score_product(q, k_s, slot, zero, N, D, D_QK)
                 o_tok = warpgroup_mma(gl.convert_layout(p, p_layout), v, o, is_async=True)
                 if PINGPONG:
-                    _pass_turn(ME)
+                    _pass_turn(ME, CONSUMERS)
                 s = warpgroup_mma_wait(1, deps=(s_tok,))
                 mbarrier.arrive(k_empty.index(slot), count=1)
                 keys = gl.expand_dims((last - 1 - j) * N + gl.arange(0, N, gl.SliceLayout(0, s_layout)), 0)

@@ -126,7 +126,7 @@ def test_a_gated_units_name_is_its_activation(kind):
 
 
 def test_few_heads_split_the_rows_and_sum_the_same_on_every_run(monkeypatch):
-    monkeypatch.setattr(kernels, "_card", lambda index: (8, True))
+    monkeypatch.setattr(kernels, "_card", lambda index: (8, 227))
     kernels._backward_plan.cache_clear()
     splits = []
     chosen = kernels.choose_splits
@@ -152,13 +152,60 @@ def test_a_card_with_99_kib_of_shared_memory_has_tiles_of_its_own(monkeypatch):
         for d, gated in ((256, False), (256, True), (128, True)):
             small.append(real(70, d, 2, gated, roomy=False))
             roomy.append(real(70, d, 2, gated))
-    monkeypatch.setattr(kernels, "_card", lambda index: (80, False))
+    monkeypatch.setattr(kernels, "_card", lambda index: (80, 99))
     for d, gated in ((256, False), (256, True), (128, True)):
         Numbers(1, 70, d, 40, dtype=torch.bfloat16, gated=gated).oracle("silu")
     clear()
     assert set(seen) == set(small)
     assert small[:3] != roomy[:3]
     assert small[3] != roomy[3]
+
+
+def test_wide_heads_have_a_launch_for_each_gradient_where_they_fill_the_card(monkeypatch):
+    configs = {"x": (16, 16), "w1": (16, 32), "w2": (16, 32)}
+    monkeypatch.setattr(kernels, "APART", {n: kernels.Config(*c, 4, 1) for n, c in configs.items()})
+    monkeypatch.setattr(kernels, "LANES", 32)
+    monkeypatch.setattr(kernels, "_card", lambda index: (2, 227))
+    kernels._backward_plan.cache_clear()
+    launches = []
+    real = kernels.backward_launch
+    monkeypatch.setattr(kernels, "backward_launch", lambda *a: launches.append(a[4:6]) or real(*a))
+    for layout in ("contiguous", "transposed"):
+        problem = Numbers(2, 40, 136, 48, dtype=torch.bfloat16, layout=layout)
+        same(problem.oracle("silu"), problem.oracle("silu"))
+    assert launches == 2 * [
+        (True, (False,) * 5), (False, (True, False, False, False, False)), (False, (False, False, True, False, False))
+    ]  # fmt: skip
+    launches.clear()
+    x, w1, w2, *_ = problem.slots
+    grads = kernels.backward(x, w1, w2, None, None, None, problem.dy, "silu", False, (False, False, True, *[False] * 3))
+    assert [t is not None for t in grads] == [False, False, True, False, False, False]
+    Numbers(2, 40, 136, 48, dtype=torch.bfloat16, bias=True).oracle("silu")
+    Numbers(1, 40, 136, 48, dtype=torch.bfloat16).oracle("silu")
+    assert [wanted for _, wanted in launches[1:]] == [
+        (True, False, True, True, True),
+        (True, False, True, False, False),
+    ]
+    kernels._backward_plan.cache_clear()
+
+
+def test_what_fills_a_processor_is_split_into_full_rounds():
+    """M-7: 64 programs of dW1, 132 processors; five splits would be three rounds of a fifth, two are one of a half."""
+    assert kernels.choose_splits(64, 16384, 32, 8 * 256 * 1024, 8 * 16384 * 256 * 2, 132, alone=True) == 2
+    assert kernels.choose_splits(64, 16384, 32, 8 * 256 * 1024, 8 * 16384 * 256 * 2, 132) == 5
+    assert kernels.choose_splits(300, 16384, 32, 8 * 256 * 1024, 8 * 16384 * 256 * 2, 132, alone=True) == 1
+
+
+def test_few_programs_walk_over_e_in_wider_steps(monkeypatch):
+    monkeypatch.setattr(kernels, "_card", lambda index: (1, 227))
+    kernels._forward_plan.cache_clear()
+    seen = []
+    real = kernels.choose_forward
+    monkeypatch.setattr(kernels, "choose_forward", lambda *a, **more: seen.append(real(*a, **more)) or seen[-1])
+    for h, e in ((2, 512), (2, 200), (3, 512)):
+        Numbers(h, 64, 64, e, dtype=torch.bfloat16).oracle("silu")
+    kernels._forward_plan.cache_clear()
+    assert [c.hidden for c in seen] == [128, 64, 64]
 
 
 def test_splits_need_no_more_memory_than_dy():

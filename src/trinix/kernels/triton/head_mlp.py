@@ -490,9 +490,9 @@ def _backward(
     w1_h: "i64", w1_o: "i64", w1_i: "i64", wg_h: "i64", wg_o: "i64", wg_i: "i64", w2_h: "i64", w2_o: "i64", w2_i: "i64",
     y_h: "i64", y_b: "i64", y_d: "i64", dx_h: "i64", dx_b: "i64", dx_d: "i64", part: "i64", scale: "fp32",
     VALUE: tl.constexpr, DX: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
-    WANT_W1: tl.constexpr, WANT_WG: tl.constexpr, WANT_W2: tl.constexpr, WANT_B1: tl.constexpr, WANT_B2: tl.constexpr,
-    SHARED: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr, INNER: tl.constexpr,
-    UNIT: tl.constexpr,
+    WANT_X: tl.constexpr, WANT_W1: tl.constexpr, WANT_WG: tl.constexpr, WANT_W2: tl.constexpr, WANT_B1: tl.constexpr,
+    WANT_B2: tl.constexpr, SHARED: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr,
+    EVEN: tl.constexpr, INNER: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     E *= UNIT
@@ -501,13 +501,15 @@ def _backward(
     if INNER:
         x_d, w1_i, wg_i, w2_i, y_d, dx_d = 1, 1, 1, 1, 1, 1
     pid = tl.program_id(0)
-    if pid < weight_programs:
+    # with one kind of programs no question: in a branch the compiler spills where it does not outside of one
+    WEIGHTS: tl.constexpr = WANT_W1 or WANT_WG or WANT_W2 or WANT_B1 or WANT_B2
+    if WEIGHTS and (not WANT_X or pid < weight_programs):
         _weights_program(
             pid, x, w1, wg, w2, b1, dy, dw1, dwg, dw2, db1, db2, splits, H, B, E, x_h, x_b, x_d, w1_h, w1_o, w1_i,
             wg_h, wg_o, wg_i, w2_h, w2_o, w2_i, y_h, y_b, y_d, part, scale, VALUE, DX, A, B_, GATED, HAS_B1,
             WANT_W1, WANT_WG, WANT_W2, WANT_B1, WANT_B2, MEAN, W1_T, W2_T, EVEN, D, BD, BB, BE, PRECISION,
         )  # fmt: skip
-    else:
+    if WANT_X and (not WEIGHTS or pid >= weight_programs):
         _rows_program(
             pid - weight_programs, x, w1, wg, w2, b1, dy, dx, H, B, E, x_h, x_b, x_d, w1_h, w1_o, w1_i,
             wg_h, wg_o, wg_i, w2_h, w2_o, w2_i, y_h, y_b, y_d, dx_h, dx_b, dx_d, scale,
@@ -559,10 +561,12 @@ def _tile_of(d: int) -> int:
 
 
 def choose_forward(
-    rows: int, d: int, itemsize: int, gated: bool, wide: bool = True, lanes: int = LANES, roomy: bool = True
-) -> Config:
+    rows: int, d: int, itemsize: int, gated: bool, wide: bool = True, lanes: int = LANES, roomy: bool = True,
+    few: bool = False,
+) -> Config:  # fmt: skip
     """Tile of a forward program; ``rows`` is B, ``wide`` whether accesses are, ``roomy`` whether a program may have 160 KiB of
-    shared memory; without, 99. The fastest of up to eleven tried."""
+    shared memory; without, 99. ``few``: no more programs than two a multiprocessor, so that one's walk over a long E is what
+    takes time. The fastest of up to fifteen tried."""
     width = _tile_of(d)
     if itemsize == 4:
         return Config(32 if width <= 64 else 16, 32 if width <= 128 else 16, 4, 2)
@@ -571,6 +575,8 @@ def choose_forward(
         return Config(min(64, most), 32, 4, 1)
     if not roomy and (width == 256 or (width == 128 and gated)):
         return Config(min(64, most), 32, 8, 2)
+    if width == 64 and few and wide and roomy and not gated and rows >= 64:
+        return Config(64, 128, 4, 3)
     if width <= 128:
         return Config(min(64, most), 64, 4 if wide or width <= 64 else 8, 3)
     return Config(min(128, most), 32 if gated else 64, 8, 2)
@@ -593,9 +599,28 @@ def choose_backward(
     return Config(min(32, most), 32, 8, 1) if gated or not roomy else Config(min(64, most), 64, 8, 1)
 
 
-def choose_splits(programs: int, rows: int, tile: int, weight_elements: int, dy_bytes: int, processors: int) -> int:
-    """Among how many programs the rows of one tile of E are split: two a processor, while partial sums fit dY's size."""
-    most = min(-(-rows // tile), dy_bytes // (4 * max(1, weight_elements)), -(-2 * processors // max(1, programs)))
+# Each gradient in a launch of its own, at D above 128: 8 products where one launch for all has 7, but tiles that fit the
+# registers. A program fills a multiprocessor. M-7: rows 519 us, dW1 515, dW2 262, all in one launch 2248.
+APART = {"x": Config(128, 32, 8, 2), "w1": Config(32, 128, 8, 2), "w2": Config(32, 128, 8, 3)}
+APART_KIB = 227  # of shared memory: sm_90 and sm_100
+
+
+def choose_apart(rows: int, heads: int, d: int, itemsize: int, plain: bool, processors: int, kib: int) -> bool:
+    """Whether the launches are apart. ``heads``: that have a dX of their own; ``plain``: wide accesses, no gate, no gradient of
+    a bias. M-7 has 1024 programs for dX; where there are 32 (4 heads of 1024 rows) one launch is the faster."""
+    fits = itemsize == 2 and _tile_of(d) == 256 and plain and LANES == 32 and kib >= APART_KIB
+    return fits and -(-rows // APART["x"].rows) * heads >= 2 * processors
+
+
+def choose_splits(
+    programs: int, rows: int, tile: int, weight_elements: int, dy_bytes: int, processors: int, alone: bool = False
+) -> int:
+    """Among how many programs the rows of one tile of E are split, while partial sums fit dY's size: two a processor, or if one
+    fills it (``alone``) as many as make the least time, which goes by full rounds of programs."""
+    programs = max(1, programs)
+    most = min(-(-rows // tile), dy_bytes // (4 * max(1, weight_elements)), -(-2 * processors // programs))
+    if alone and most > 1:
+        return min(range(1, most + 1), key=lambda splits: (-(-programs * splits // processors) / splits, splits))
     return max(1, most)
 
 
@@ -625,15 +650,15 @@ def forward_launch(
 
 @functools.cache
 def backward_launch(
-    kind: str, dtype: torch.dtype, gated: bool, has_b1: bool, wanted: tuple, shared: bool, mean: bool, even: bool,
-    layout: "Layout", d: int, config: Config, lanes: int = LANES,
+    kind: str, dtype: torch.dtype, gated: bool, has_b1: bool, want_x: bool, wanted: tuple, shared: bool, mean: bool,
+    even: bool, layout: "Layout", d: int, config: Config, lanes: int = LANES,
 ) -> Launch:  # fmt: skip
     """``wanted``: of W1, the gate's weight, W2, b1, b2."""
     value, dx, a, b = formula(kind, dtype, lanes)
     want = dict(zip(("WANT_W1", "WANT_WG", "WANT_W2", "WANT_B1", "WANT_B2"), wanted, strict=True))
     return _BACKWARD.bind(
         num_warps=config.num_warps, num_stages=config.num_stages,
-        VALUE=value, DX=dx, A=a, B_=b, GATED=gated, HAS_B1=has_b1, **want, SHARED=shared, MEAN=mean,
+        VALUE=value, DX=dx, A=a, B_=b, GATED=gated, HAS_B1=has_b1, WANT_X=want_x, **want, SHARED=shared, MEAN=mean,
         W1_T=layout.w1_transposed, W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d,
         BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION="ieee" if dtype == torch.float32 else None,
     )  # fmt: skip
@@ -645,12 +670,15 @@ def partials_launch() -> Launch:
 
 
 @functools.cache
-def _card(index: int) -> tuple[int, bool]:
-    """(multiprocessors, whether a program may have 160 KiB of shared memory)."""
+def _card(index: int) -> tuple[int, int]:
+    """(multiprocessors, KiB of shared memory that a program may have)."""
     if index < 0:
-        return 1, True
+        return 1, 227
     facts = torch.cuda.get_device_properties(index)
-    return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", 0) >= 160 * 1024
+    return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", 0) // 1024
+
+
+ROOMY_KIB = 160
 
 
 class Layout(NamedTuple):
@@ -684,11 +712,17 @@ def _strides(t: torch.Tensor | None, like: torch.Tensor | None = None) -> tuple[
     return s if len(s) == 3 else (0, *s)
 
 
+def _forward_config(h, b, d, e, itemsize, gated, wide, mean, index) -> Config:
+    processors, kib = _card(index)
+    few = e >= 512 and not mean and -(-b // 64) * h <= 2 * processors
+    return choose_forward(b, d, itemsize, gated, wide, roomy=kib >= ROOMY_KIB, few=few)
+
+
 @functools.cache
 def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides, index):
     """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o."""
     layout, strides = layout_of(dtype.itemsize, e, strides)
-    config = choose_forward(b, d, dtype.itemsize, gated, layout.unit > 1, roomy=_card(index)[1])
+    config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.unit > 1, mean, index)
     launch = forward_launch(kind, dtype, gated, has_b1, has_b2, mean, e % config.hidden == 0, layout, d, config)
     blocks = -(-b // config.rows) * (1 if mean else h)
     return launch, blocks, (h, b, e // layout.unit, *strides)
@@ -728,19 +762,30 @@ def forward(
 
 @functools.cache
 def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, shared, mean, strides, index):
-    """(launch, blocks, splits, scalars before the partials' length, scale) of a backward call."""
+    """The launches of a backward call."""
     layout, strides = layout_of(dtype.itemsize, e, strides)
-    processors, roomy = _card(index)
-    config = choose_backward(b, d, dtype.itemsize, gated, layout.unit > 1, roomy=roomy)
-    even = e > 0 and e % config.hidden == 0  # a weights program runs for b2 without any column to read
-    launch = backward_launch(kind, dtype, gated, has_b1, wanted, shared, mean, even, layout, d, config)
-    programs = h * -(-max(e, 1) // config.hidden) if any(wanted) else 0
-    elements = h * d * e * sum(wanted[:3]) + h * e * wanted[3] + h * d * wanted[4]
-    dy_bytes = b * d * dtype.itemsize * (1 if mean else h)
-    splits = choose_splits(programs, b, config.rows, elements, dy_bytes, processors)
-    rows = -(-b // config.rows) * (1 if shared else h) if want_x else 0
-    scalars = (programs * splits, splits, h, b, e // layout.unit, *strides)
-    return launch, programs * splits + rows, splits, scalars, 1.0 / h if mean else 1.0
+    processors, kib = _card(index)
+    wide = layout.unit > 1
+    plain = wide and not gated and not any(wanted[3:])
+    alone = choose_apart(b, 1 if shared else h, d, dtype.itemsize, plain, processors, kib)
+    parts = [(choose_backward(b, d, dtype.itemsize, gated, wide, roomy=kib >= ROOMY_KIB), want_x, wanted)]
+    if alone:
+        nothing = (False,) * 5
+        parts = [(APART["x"], True, nothing)] if want_x else []
+        parts += [(APART["w1"], False, (True, *nothing[1:]))] if wanted[0] else []
+        parts += [(APART["w2"], False, (False, False, True, False, False))] if wanted[2] else []
+    launches = []
+    for config, with_x, of_weights in parts:
+        even = e > 0 and e % config.hidden == 0  # a weights program runs for b2 without any column to read
+        launch = backward_launch(kind, dtype, gated, has_b1, with_x, of_weights, shared, mean, even, layout, d, config)
+        programs = h * -(-max(e, 1) // config.hidden) if any(of_weights) else 0
+        elements = h * d * e * sum(of_weights[:3]) + h * e * of_weights[3] + h * d * of_weights[4]
+        dy_bytes = b * d * dtype.itemsize * (1 if mean else h)
+        splits = choose_splits(programs, b, config.rows, elements, dy_bytes, processors, alone)
+        rows = -(-b // config.rows) * (1 if shared else h) if with_x else 0
+        scalars = (programs * splits, splits, h, b, e // layout.unit, *strides)
+        launches.append((launch, programs * splits + rows, splits, scalars, of_weights))
+    return tuple(launches)
 
 
 def backward(
@@ -758,32 +803,35 @@ def backward(
     new = w1.new_empty if d else w1.new_zeros  # without any column of X no kernel runs
     sums = [new(s) if want else None for s, want in zip(shapes, of_weights, strict=True)]
     y = _strides(dy) if dy.dim() == 3 else (0, *dy.stride())
-    launch, blocks, splits, scalars, scale = _backward_plan(
+    launches = _backward_plan(
         kind, x.dtype, h, b, d, e, w_gate is not None, b1 is not None, want_x, of_weights, x.dim() == 2, mean,
         (_strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), y, _strides(dx)),
         x.get_device(),
     )  # fmt: skip
-    counts = [0 if t is None else t.numel() for t in sums]
-    into, total = sums, sum(counts)
-    if splits > 1:
-        partials = torch.empty(splits * total, dtype=torch.float32, device=x.device)
-        into, at = [], 0
-        for count in counts:
-            into.append(partials[at:] if count else None)
-            at += count
-    if blocks and d:
-        launch(blocks, _pointers(x, e, w1, w_gate, w2, b1, dy, dx, *into), (*scalars, total, scale))
-    if splits > 1 and total:
-        outputs = tuple([x if t is None else t for t in sums])
-        partials_launch()(-(-total // PARTIAL_BLOCK), (partials, *outputs), (splits, *counts))
+    for launch, blocks, splits, scalars, wanted_here in launches:
+        into = [t if want else None for t, want in zip(sums, wanted_here, strict=True)]
+        counts = [0 if t is None else t.numel() for t in into]
+        outputs, total = into, sum(counts)
+        if splits > 1:
+            partials = torch.empty(splits * total, dtype=torch.float32, device=x.device)
+            into, at = [], 0
+            for count in counts:
+                into.append(partials[at:] if count else None)
+                at += count
+        if blocks and d:
+            arguments = (*scalars, total, 1.0 / h if mean else 1.0)
+            launch(blocks, _pointers(x, e, w1, w_gate, w2, b1, dy, dx, *into), arguments)
+        if splits > 1 and total:
+            outputs = tuple([x if t is None else t for t in outputs])
+            partials_launch()(-(-total // PARTIAL_BLOCK), (partials, *outputs), (splits, *counts))
     dw1, dwg, dw2, db1, db2 = sums
     return [dx, dw1, dw2, db1, db2, dwg]
 
 
 def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool) -> str:
     """The configuration of a forward call, for ``trinix.explain``."""
-    _, roomy = _card(x.get_device())
-    config = choose_forward(x.shape[-2], x.shape[-1], x.dtype.itemsize, gated, roomy=roomy)
+    h, d, e = w1.shape
+    config = _forward_config(h, x.shape[-2], d, e, x.dtype.itemsize, gated, True, False, x.get_device())
     return f"tile {config.rows} rows x {config.hidden} hidden, {config.num_warps} warps, {config.num_stages} stages"
 
 
@@ -802,7 +850,7 @@ def compile_cases(lanes: int = LANES):
         config = choose_forward(b, d, dtype.itemsize, gated, even, lanes, roomy)
         fwd = forward_launch(kind, dtype, gated, bias, bias, mean, even, layout, d, config, lanes)
         config = choose_backward(b, d, dtype.itemsize, gated, even, lanes, roomy)
-        bwd = backward_launch(kind, dtype, gated, bias, wanted, mean, mean, even, layout, d, config, lanes)
+        bwd = backward_launch(kind, dtype, gated, bias, True, wanted, mean, mean, even, layout, d, config, lanes)
         # an odd E leaves accesses of one element; narrow tiles and AMD's stores of products are no wider than this
         bits = 8 * dtype.itemsize if not even else 32 if d < 64 else 64
         yield compile_case(f"head_mlp/{name}/fwd/{suffix}", fwd, 0.0, (t,) * 7, (), bits)

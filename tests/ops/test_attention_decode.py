@@ -7,6 +7,8 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import trinix
 from helpers import Watch, captured, pooled, same
@@ -266,6 +268,26 @@ def test_rows_of_a_larger_cache_are_pages(device):
     torch.testing.assert_close(got, attention_decode(q, k[rows.long()], v[rows.long()], lengths, backend="torch"))
 
 
+@triton.jit
+def _functions_of(x, exponential, tanh):
+    i = tl.arange(0, 1024)
+    tl.store(exponential + i, kernels._exp(tl.load(x + i), True))
+    tl.store(tanh + i, kernels._exact_tanh(tl.load(x + i)))
+
+
+def test_exponentials_of_float32_are_exact_far_from_0(device):
+    """tl.exp is not, on the card: at -80 by ten units in the last place."""
+    x = torch.linspace(-80, 0, 1024, device=device)
+    x[:3] = torch.tensor([float("-inf"), -300.0, float("nan")])
+    exponential, tanh = torch.empty_like(x), torch.empty_like(x)
+    _functions_of[(1,)](x, exponential, tanh)
+    assert exponential[:2].tolist() == [0, 0]
+    assert exponential[2].isnan()
+    assert tanh[2].isnan()
+    for got, true in ((exponential, x.double().exp()), (tanh, x.double().tanh())):
+        torch.testing.assert_close(got[3:].double(), true[3:], rtol=4e-7, atol=1e-37)
+
+
 # ---- choices -----------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +307,15 @@ def test_the_fewest_shares_that_fill_the_card():
     assert shares_of(2, 8, 0) == 1
     assert shares_of(2, 8, 100) == 2
     assert shares_of(4096, 32, 32768) == 1
+
+
+def test_a_short_cache_has_few_shares():
+    """They are added up one after the other, which takes longer than another tile (docs/perf/attention_decode.md)."""
+    assert [shares_of(1, 8, keys) for keys in (64, 512, 1024, 2048, 4096, 8192)] == [1, 8, 8, 12, 16, 16]
+    assert shares_of(1, 2, 1024) == 8
+    assert shares_of(1, 2, 4096) == 17
+    assert shares_of(2, 8, 1024) == 8
+    assert shares_of(1, 1, 131072) > 90
 
 
 def test_large_tiles_go_through_whole_caches():

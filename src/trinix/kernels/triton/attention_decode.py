@@ -49,13 +49,57 @@ def _store_rows(base, at, live, values, D: tl.constexpr, FIRST: tl.constexpr, WI
 
 
 @triton.jit
+def _exp(x, EXACT: tl.constexpr):
+    """exp(x) for x up to 0. EXACT: to 2 units in the last place; tl.exp rounds x log2(e), at x = -10 by 5e-7 of the result."""
+    if EXACT:
+        x = tl.where(x < -200.0, -200.0, x)  # where it is 0; NaN stays
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        rest = (x - n * 0.693359375) + n * 2.12194440e-4  # less n log(2), the first product exact
+        return tl.exp2(n) * tl.exp(rest)
+    return tl.exp(x)
+
+
+@triton.jit
+def _exact_tanh(x):
+    """``_tanh`` by an exact exponential and division, for the scores of float32 inputs."""
+    e = _exp(-2.0 * tl.abs(x), True)
+    far = tl.math.div_rn(1.0 - e, 1.0 + e)
+    far = tl.where(x < 0, -far, far)
+    u = x * x
+    p = -0.05391069905793123 + u * (0.02131609018225192 - u * 0.0066212847471014535)
+    near = x + x * u * (-0.33333332081384404 + u * (0.133331214435843 + u * p))
+    return tl.where(tl.abs(x) < 0.55, near, far)
+
+
+@triton.jit
+def _short_chains(q, k):
+    """q k^T by a chain of additions for every 64 channels."""
+    PARTS: tl.constexpr = q.shape[1] // 64
+    q = tl.permute(tl.reshape(q, (q.shape[0], PARTS, 64)), (1, 0, 2))
+    k = tl.permute(tl.reshape(k, (k.shape[0], PARTS, 64)), (1, 2, 0))
+    return tl.sum(tl.dot(q, k, input_precision="ieee"), 0)
+
+
+@triton.jit
 def _scores(q0, q1, k0, k1, scale, softcap, TAIL: tl.constexpr, SOFTCAP: tl.constexpr):
-    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-    if TAIL:
-        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
+    HEAD: tl.constexpr = q0.shape[1]
+    if q0.dtype == tl.float32 and HEAD + TAIL > 128 and HEAD <= 256:
+        # without tensor cores one chain runs over all channels, and at 192 its error is twice that of shorter ones
+        s = _short_chains(q0, k0)
+        if TAIL > 64:
+            s += _short_chains(q1, k1)
+        elif TAIL:
+            s += tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    else:
+        s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if TAIL:
+            s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
     s *= scale
     if SOFTCAP:
-        s = softcap * _tanh(s / softcap, 0.0, 0.0)
+        if q0.dtype == tl.float32:
+            s = softcap * _exact_tanh(tl.math.div_rn(s, softcap))
+        else:
+            s = softcap * _tanh(s / softcap, 0.0, 0.0)
     return s
 
 
@@ -77,8 +121,9 @@ def _step(
     s = tl.where(allowed, s, float("-inf"))
     new_m = tl.maximum(m, tl.max(s, 1))
     base = tl.where(new_m == float("-inf"), 0.0, new_m)
-    p = tl.exp(s - base[:, None])
-    decay = tl.exp(m - base)
+    EXACT: tl.constexpr = v.dtype == tl.float32
+    p = _exp(s - base[:, None], EXACT)
+    decay = _exp(m - base, EXACT)
     total = total * decay + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new_m, total
@@ -245,8 +290,9 @@ def _attend(
         logit = tl.load(sink + h, mask=inside, other=0.0).to(tl.float32)
         new_m = tl.maximum(m, logit)
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
-        decay = tl.exp(m - base)
-        total = total * decay + tl.exp(logit - base)
+        EXACT: tl.constexpr = q0.dtype == tl.float32
+        decay = _exp(m - base, EXACT)
+        total = total * decay + _exp(logit - base, EXACT)
         acc = acc * decay[:, None]
         m = new_m
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -292,8 +338,8 @@ def _combine(
         part = _load_rows(parts, at * DV, n < splits, DV, 0, WIDTH)
         new_m = tl.maximum(m, tl.max(log, 0))
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
-        weight = tl.exp(log - base)
-        decay = tl.exp(m - base)
+        weight = _exp(log - base, True)
+        decay = _exp(m - base, True)
         total = total * decay + tl.sum(weight, 0)
         # an empty share has written no part
         acc = acc * decay + tl.sum(tl.where((weight == 0.0)[:, None], 0.0, part * weight[:, None]), 0)
@@ -347,7 +393,7 @@ def choose_config(
     wide = _power_of_two(dv)
     width = head + tail + (0 if shared else wide)  # channels of a key and its value
     if itemsize == 4:  # no tensor cores at full precision: small tiles, so that registers suffice
-        keys, warps = (64, 4) if width <= 256 and pages < 2 and not new else (16, 8)
+        keys, warps = (64, 4) if width <= 256 and head + tail <= 128 and pages < 2 and not new else (16, 8)
         config = Config(16, keys, 4 if lanes == 64 else warps, 2)
     elif max(head, wide) > 256:
         config = Config(32, 64, 8, 2) if tile > 16 and roomy else Config(16, 32, 4, 3)
@@ -389,7 +435,8 @@ def choose_shares(
     A card reads as fast from one program on each multiprocessor as from several, where a program's tiles are large. The fewest
     shares that leave few multiprocessors idle in the last wave, as docs/perf/attention_decode.md has it. With ``pages`` half of a
     pipeline's stages wait for the table: one program on each multiprocessor reached 73% of a copy's rate. Where a tile lies in
-    several pages (2), or keys are appended (``new``), there are registers for two programs.
+    several pages (2), or keys are appended (``new``), there are registers for two programs. The second kernel takes longer the
+    more shares there are, so that few tiles make 8 at most, n tiles the root of 5 n (AD-1-1024 0.0114 ms with 8, 0.0125 with 15).
     """
     programs = heads * batch
     ahead = max(1, (config.num_stages - 1) // (2 if pages else 1))  # tiles on their way into a program
@@ -399,7 +446,8 @@ def choose_shares(
     resident = max(wave, (min(fit, 2) if pages == 2 or new else fit) * sm_count)
     if pages and ahead == 1:
         wave = resident
-    most = max(1, min(-(-keys // config.keys), 4 * resident // programs))
+    tiles = -(-keys // config.keys)
+    most = max(1, min(tiles, 4 * resident // programs))
 
     def busy(shares):
         full = wave if shares * programs <= resident else resident
@@ -407,7 +455,7 @@ def choose_shares(
 
     # large tiles, several waves: the programs that are left for the last one read faster, and one share has no second kernel
     enough = (0.6 if programs > wave and config.keys > 64 and not pages else 0.92) * max(map(busy, range(1, most + 1)))
-    return next(n for n in range(1, most + 1) if busy(n) >= enough)
+    return min(next(n for n in range(1, most + 1) if busy(n) >= enough), max(8, math.isqrt(5 * tiles)))
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------
@@ -441,10 +489,11 @@ def attend_launch(d: int, dv: int, group: int, unit: int, flags: Flags, config: 
 
 
 @functools.cache
-def combine_launch(dv: int, sink: bool, dependent: bool):
+def combine_launch(dv: int, sink: bool, dependent: bool, many: bool):
+    """``many``: more than 8 parts."""
     width = max(16, _power_of_two(dv))
     return _COMBINE.bind(
-        DV=dv, SINK=sink, DEPENDENT=dependent, CHUNK=8, WIDTH=width,
+        DV=dv, SINK=sink, DEPENDENT=dependent, CHUNK=16 if many else 8, WIDTH=width,
         num_warps=2 if width <= 128 else 4, launch_pdl=dependent,
     )  # fmt: skip
 
@@ -511,7 +560,7 @@ def plan(
         slopes_row, *strides, scale, softcap,
     )  # fmt: skip
     attend = attend_launch(d, dv, group, unit, flags, config)
-    combine = combine_launch(dv, sink, dependent) if parts else None
+    combine = combine_launch(dv, sink, dependent, splits > 8) if parts else None
     return Plan(
         attend, combine, key_heads * tiles * entries, counts, splits, entries, entries * heads * seq * (dv + 1), config
     )
@@ -645,6 +694,6 @@ def compile_cases(lanes: int = LANES):
             bits = 64 if name in ("128-whole", "64-large-tiles", "128-large-tiles") else 128
             yield compile_case(f"attention_decode/{name}/{suffix}", launch, 2 * dtype.itemsize, tensors, (), bits)
         for dv in (128, 512):
-            launch = combine_launch(dv, True, False)
+            launch = combine_launch(dv, True, False, True)
             tensors = ("*fp32", "*fp32", t, "*fp32")
             yield compile_case(f"attention_decode/combine-{dv}/{suffix}", launch, dtype.itemsize, tensors, (), 32)

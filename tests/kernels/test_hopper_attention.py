@@ -287,6 +287,7 @@ def check_lse(got, want):
         (128, 128, {"deterministic": True, "softcap": 5.0}),
         (192, 128, CAUSAL),
         (192, 128, WINDOW | {"softcap": 20.0, "deterministic": True}),
+        (64, 64, {"window_left": 100}),  # three warpgroups in turns, of which each skips the same tiles
         (160, 200, BOTH_SIDES),
         (256, 256, BOTH_SIDES),
     ],

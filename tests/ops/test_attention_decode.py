@@ -111,6 +111,8 @@ CASES = {
     "one sequence": {"batch": 1, "lengths": (81,)},
     "channels 24 and 40": {"d": 24, "dv": 40, "num_splits": 2},
     "channels 72": {"d": 72},
+    "channels 192": {"d": 192, "new": 1},
+    "channels 200": {"d": 200, "dv": 40, "num_splits": 2},
     "channels 5": {"d": 5},
     "heads first": {"layout": "heads first", "num_splits": 2},
     "keys beside values": {"layout": "one tensor", "new": 1},

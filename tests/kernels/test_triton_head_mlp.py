@@ -1,4 +1,4 @@
-"""The launches of backward at D = 256 that are apart, which only cards with 227 KiB of shared memory take."""
+"""What only some cards take: backward's launches apart at D = 256, and float32 as float64."""
 
 import json
 
@@ -16,40 +16,77 @@ from trinix.kernels.triton import head_mlp as kernels
 from trinix.kernels.triton._compile import compile_case
 
 PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-WANTED = {"x": (True, [0, 0, 0, 0, 0]), "w1": (False, [1, 0, 0, 0, 0]), "w2": (False, [0, 0, 1, 0, 0])}
+WANTED = {"x": (True, (False,) * 5), "w1": (False, (True, *[False] * 4)), "w2": (False, (False, False, True, False, False))}
 
-for name, config in kernels.APART.items():
-    for d, arch in ((256, 90), (192, 90), (256, 100)):
-        want_x, wanted = WANTED[name]
-        launch = kernels.backward_launch(
-            "silu", torch.bfloat16, False, False, want_x, tuple(map(bool, wanted)), False, False, True,
-            kernels.Layout(True, 8, False, False), d, config, 32,
-        )
-        case = compile_case(name, launch, 0.0, ("*bf16",) * 12, (), 64)
-        names = case.kernel.arg_names
-        hints = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
-        constants = {(names.index(n),): value for n, value in case.constexprs.items()}
-        source = ASTSource(case.kernel, case.signature, constants, hints)
-        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
-        with tempfile.TemporaryDirectory() as folder:
-            ptx = os.path.join(folder, "k.ptx")
-            open(ptx, "w").write(binary.asm["ptx"])
-            tool = PTXAS if arch == 90 else PTXAS + "-blackwell"
-            command = [tool, "-v", f"--gpu-name=sm_{arch}a", ptx, "-o", "/dev/null"]
-            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        print(json.dumps({
-            "name": name, "d": d, "arch": arch, "kib": binary.metadata.shared / 1024,
-            "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log))),
-            "warnings": sorted(set(re.findall("C75[0-9]{2}", log))), "apart_kib": kernels.APART_KIB,
-        }))
+
+def backward(dtype, d, config, precision, want_x=True, wanted=(True, False, True, False, False)):
+    layout = kernels.Layout(True, 16 // dtype.itemsize, False, False)
+    return kernels.backward_launch(
+        "silu", dtype, False, False, want_x, wanted, False, False, True, layout, d, config, precision, 32
+    )
+
+
+def apart():
+    for name, config in kernels.APART.items():
+        for d, arch in ((256, 90), (192, 90), (256, 100)):
+            yield name, d, arch, backward(torch.bfloat16, d, config, None, *WANTED[name]), ("*bf16",) * 12
+
+
+def double():
+    dtype, layout = torch.float32, kernels.Layout(True, 4, False, False)
+    for d in (16, 64, 128, 256):
+        for arch in (80, 90):
+            config = kernels.choose_forward(2048, d, 4, False)
+            forward = kernels.forward_launch(
+                "silu", dtype, False, False, False, False, True, layout, d, config, "double", 32
+            )
+            yield "forward", d, arch, forward, ("*fp32",) * 7
+            config = kernels.choose_backward(2048, d, 4, False)
+            yield "backward", d, arch, backward(dtype, d, config, "double"), ("*fp32",) * 12
+
+
+for name, d, arch, launch, tensors in CASES():
+    case = compile_case(name, launch, 0.0, tensors, (), 64)
+    names = case.kernel.arg_names
+    hints = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
+    constants = {(names.index(n),): value for n, value in case.constexprs.items()}
+    source = ASTSource(case.kernel, case.signature, constants, hints)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    text = binary.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = os.path.join(folder, "k.ptx")
+        open(ptx, "w").write(text)
+        tool, target = (PTXAS + "-blackwell", "sm_100a") if arch == 100 else (PTXAS, {80: "sm_80", 90: "sm_90a"}[arch])
+        command = [tool, "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    print(json.dumps({
+        "name": name, "d": d, "arch": arch, "kib": binary.metadata.shared / 1024, "kib_limit": kernels.APART_KIB,
+        "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log))),
+        "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
+        "float64 on tensor cores": len(re.findall("mma.sync[^;]*f64", text)), "tf32": "tf32" in text,
+    }))
 """
 
 
-def test_each_fits_the_shared_memory_that_it_is_chosen_for_and_spills_little(fresh_process):
-    lines = [json.loads(line) for line in fresh_process(COMPILE).splitlines()]
+def compiled(cases, fresh_process):
+    return [json.loads(line) for line in fresh_process(COMPILE.replace("CASES", cases)).splitlines()]
+
+
+def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill_little(fresh_process):
+    lines = compiled("apart", fresh_process)
     assert len(lines) == 9
     for one in lines:
-        assert one["kib"] <= one["apart_kib"], one
+        assert one["kib"] <= one["kib_limit"], one
         assert not one["warnings"], one
         if one["arch"] == 90:
             assert one["spills"] <= 64, one
+
+
+def test_float32_as_float64_runs_on_tensor_cores(fresh_process):
+    lines = compiled("double", fresh_process)
+    assert len(lines) == 16
+    for one in lines:
+        assert one["float64 on tensor cores"] >= 2, one
+        assert not one["tf32"], one
+        assert one["kib"] <= 99, one
+        assert one["spills"] <= 16, one

@@ -126,7 +126,7 @@ def test_a_gated_units_name_is_its_activation(kind):
 
 
 def test_few_heads_split_the_rows_and_sum_the_same_on_every_run(monkeypatch):
-    monkeypatch.setattr(kernels, "_card", lambda index: (8, 227))
+    monkeypatch.setattr(kernels, "_card", lambda index: (8, 227, False))
     kernels._backward_plan.cache_clear()
     splits = []
     chosen = kernels.choose_splits
@@ -152,7 +152,7 @@ def test_a_card_with_99_kib_of_shared_memory_has_tiles_of_its_own(monkeypatch):
         for d, gated in ((256, False), (256, True), (128, True)):
             small.append(real(70, d, 2, gated, roomy=False))
             roomy.append(real(70, d, 2, gated))
-    monkeypatch.setattr(kernels, "_card", lambda index: (80, 99))
+    monkeypatch.setattr(kernels, "_card", lambda index: (80, 99, False))
     for d, gated in ((256, False), (256, True), (128, True)):
         Numbers(1, 70, d, 40, dtype=torch.bfloat16, gated=gated).oracle("silu")
     clear()
@@ -165,7 +165,7 @@ def test_wide_heads_have_a_launch_for_each_gradient_where_they_fill_the_card(mon
     configs = {"x": (16, 16), "w1": (16, 32), "w2": (16, 32)}
     monkeypatch.setattr(kernels, "APART", {n: kernels.Config(*c, 4, 1) for n, c in configs.items()})
     monkeypatch.setattr(kernels, "LANES", 32)
-    monkeypatch.setattr(kernels, "_card", lambda index: (2, 227))
+    monkeypatch.setattr(kernels, "_card", lambda index: (2, 227, False))
     kernels._backward_plan.cache_clear()
     launches = []
     real = kernels.backward_launch
@@ -197,7 +197,7 @@ def test_what_fills_a_processor_is_split_into_full_rounds():
 
 
 def test_few_programs_walk_over_e_in_wider_steps(monkeypatch):
-    monkeypatch.setattr(kernels, "_card", lambda index: (1, 227))
+    monkeypatch.setattr(kernels, "_card", lambda index: (1, 227, False))
     kernels._forward_plan.cache_clear()
     seen = []
     real = kernels.choose_forward
@@ -206,6 +206,22 @@ def test_few_programs_walk_over_e_in_wider_steps(monkeypatch):
         Numbers(h, 64, 64, e, dtype=torch.bfloat16).oracle("silu")
     kernels._forward_plan.cache_clear()
     assert [c.hidden for c in seen] == [128, 64, 64]
+
+
+@pytest.mark.usefixtures("no_kept_plans")
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
+def test_float32_as_float64_is_right_to_one_rounding(kind, monkeypatch):
+    monkeypatch.setattr(kernels, "_card", lambda index: (1, 227, True))
+    forms = {"gated": True, "bias": True}, {"bias": True, "shared": True, "mean": True}, {"layout": "transposed"}, {}
+    for more, sizes in zip(forms, ((2, 21, 16, 24), (3, 33, 24, 40), (2, 70, 40, 33), (2, 5, 1, 129)), strict=True):
+        problem = Numbers(*sizes, **more)
+        got = problem.oracle(kind)
+        wide = [dense(t, torch.float64) for t in problem.tensors]
+        true = vjp(problem.call(kind, "torch"), wide, dense(problem.dy, torch.float64))
+        for ours, exact in zip(got, true, strict=True):
+            # a mean's factor has a rounding of its own, and so have sums over splits
+            roundings = 3 if problem.mean else 1.01
+            assert float((ours - exact).abs().max()) <= roundings * 2.0**-24 * float(exact.abs().max()) + 1e-37
 
 
 def test_splits_need_no_more_memory_than_dy():
@@ -718,6 +734,17 @@ def test_hopper_holds_the_float64_budget_with_the_same_bits(sizes, dtype):
                 problem.slots = (problem.slots[0].transpose(0, 1).contiguous().transpose(0, 1), *problem.slots[1:])
             first = problem.oracle(kind, "hopper")
             same(problem.oracle(kind, "hopper"), first)
+
+
+@gpu
+@pytest.mark.parametrize("sizes", [(8, 4300, 256, 264), (16, 4200, 192, 136)], ids=str)
+def test_on_the_card_launches_apart_hold_the_budget_with_the_same_bits(sizes):
+    h, b, d, _ = sizes
+    if not kernels.choose_apart(b, h, d, 2, True, *kernels._card(0)[:2]):
+        pytest.skip("this card takes one launch")
+    problem = Numbers(*sizes, dtype=torch.bfloat16, device="cuda")
+    first = problem.oracle("silu")
+    same(problem.oracle("silu"), first)
 
 
 @gpu

@@ -14,7 +14,8 @@ Where the heads and E give too few weights programs for the card, rows are split
 partial sums, no more of them than dY is large, and a second kernel adds them up in a fixed order.
 
 All sums and the activation are float32; the hidden values are rounded to the tensors' dtype for the next product. float32
-tensors are multiplied as float32 ("ieee"), never as tf32, and sums over tiles are float64 there.
+tensors are never multiplied as tf32: on sm_80 and sm_90, whose tensor cores take float64, all is float64 up to the result's one
+rounding ("double"); elsewhere products are float32 and sums over tiles float64 ("ieee").
 
 Floor: 4 H B D E FLOPs forward, 10 backward (14 as done here); one special-function instruction a hidden element and pass
 over it where the activation is a sigmoid, by tanh.approx (float16 and bfloat16 on NVIDIA).
@@ -205,7 +206,9 @@ def _weight(
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "ieee":  # acc is float64: one long chain in float32 has a larger error than PyTorch's products
+    if PRECISION == "double":
+        acc = tl.dot(a.to(tl.float64), b.to(tl.float64), acc, out_dtype=tl.float64)
+    elif PRECISION == "ieee":  # acc is float64: one long chain in float32 has a larger error than PyTorch's products
         acc += tl.dot(a, b, input_precision="ieee")
     else:
         acc = tl.dot(a, b, acc)
@@ -215,16 +218,28 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
     """What sums over tiles start from."""
-    return tl.zeros([ROWS, COLUMNS], tl.float64 if PRECISION == "ieee" else tl.float32)
+    return tl.zeros([ROWS, COLUMNS], tl.float32 if PRECISION is None else tl.float64)
+
+
+@triton.jit
+def _operand(h, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Hidden values as the next product takes them."""
+    if PRECISION == "double":
+        y = h
+    else:
+        y = h.to(dtype)
+    return y
 
 
 @triton.jit
 def _product(a, b, PRECISION: tl.constexpr):
-    """a b, in float32 as sums over 32 terms each that are added up then in float64, for the same reason."""
+    """a b, with "ieee" as sums over 32 terms each that are added up then in float64, for the same reason."""
     M: tl.constexpr = a.shape[0]
     K: tl.constexpr = a.shape[1]
     N: tl.constexpr = b.shape[1]
-    if PRECISION == "ieee" and K > 32:
+    if PRECISION == "double":
+        c = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+    elif PRECISION == "ieee" and K > 32:
         parts = tl.permute(tl.reshape(a, (M, K // 32, 32)), (1, 0, 2))
         parts = tl.dot(parts, tl.reshape(b, (K // 32, 32, N)), input_precision="ieee")
         c = tl.sum(parts.to(tl.float64), 0).to(tl.float32)
@@ -264,7 +279,7 @@ def _forward_head(
             wg += BE * (wg_o if W1_T else wg_i)
         else:
             h = VALUE(z, A, B_)
-        acc = _dot(h.to(x.dtype), down, acc, PRECISION)
+        acc = _dot(_operand(h, x.dtype, PRECISION), down, acc, PRECISION)
         w1 += BE * (w1_o if W1_T else w1_i)
         w2 += BE * (w2_i if W2_T else w2_o)
     return acc
@@ -346,11 +361,11 @@ def _row_gradient(
             g = _product(x, gate, PRECISION)
             dz = dh * VALUE(g, A, B_)
             dg = DX(g, dh * z, A, B_)
-            acc = _dot(dg.to(x.dtype), tl.trans(gate), acc, PRECISION)
+            acc = _dot(_operand(dg, x.dtype, PRECISION), tl.trans(gate), acc, PRECISION)
             wg += BE * (wg_o if W1_T else wg_i)
         else:
             dz = DX(z, dh, A, B_)
-        acc = _dot(dz.to(x.dtype), tl.trans(up), acc, PRECISION)
+        acc = _dot(_operand(dz, x.dtype, PRECISION), tl.trans(up), acc, PRECISION)
         w1 += BE * (w1_o if W1_T else w1_i)
         w2 += BE * (w2_i if W2_T else w2_o)
     return acc
@@ -390,8 +405,8 @@ def _weights_program(
     sum_w1 = _zeros(BE, BD, PRECISION)
     sum_wg = _zeros(BE, BD, PRECISION)
     sum_w2 = _zeros(BE, BD, PRECISION)
-    sum_b1 = tl.zeros([BE], tl.float32)
-    sum_b2 = tl.zeros([BD], tl.float32)
+    sum_b1 = tl.zeros([BE], tl.float64 if PRECISION == "double" else tl.float32)
+    sum_b2 = tl.zeros([BD], tl.float64 if PRECISION == "double" else tl.float32)
     tiles = tl.cdiv(B, BB)
     first = (split * tiles // splits).to(tl.int32) * BB
     last = ((split + 1) * tiles // splits).to(tl.int32) * BB
@@ -413,18 +428,19 @@ def _weights_program(
             h = f * z
             dz = dh * f
             if WANT_WG:
-                sum_wg = _dot(DX(g, dh * z, A, B_).to(rows.dtype), rows, sum_wg, PRECISION)
+                dg = _operand(DX(g, dh * z, A, B_), rows.dtype, PRECISION)
+                sum_wg = _dot(dg, rows, sum_wg, PRECISION)
         else:
             h = VALUE(z, A, B_)
             dz = DX(z, dh, A, B_)
         if WANT_W2:
-            sum_w2 = _dot(h.to(rows.dtype), dys, sum_w2, PRECISION)
+            sum_w2 = _dot(_operand(h, rows.dtype, PRECISION), dys, sum_w2, PRECISION)
         if WANT_W1:
-            sum_w1 = _dot(dz.to(rows.dtype), rows, sum_w1, PRECISION)
+            sum_w1 = _dot(_operand(dz, rows.dtype, PRECISION), rows, sum_w1, PRECISION)
         if WANT_B1:
             sum_b1 += tl.sum(dz, 1)
         if WANT_B2:
-            sum_b2 += tl.sum(dys.to(tl.float32), 0)
+            sum_b2 += tl.sum(dys.to(sum_b2.dtype), 0)
         x += BB * x_b
         dy += BB * y_b
     if MEAN:
@@ -637,21 +653,21 @@ def unsupported(x: torch.Tensor, w1: torch.Tensor, *rest) -> str | None:
 @functools.cache
 def forward_launch(
     kind: str, dtype: torch.dtype, gated: bool, has_b1: bool, has_b2: bool, mean: bool, even: bool, layout: "Layout",
-    d: int, config: Config, lanes: int = LANES,
+    d: int, config: Config, precision: str | None, lanes: int = LANES,
 ) -> Launch:  # fmt: skip
     value, _, a, b = formula(kind, dtype, lanes)
     return _FORWARD.bind(
         num_warps=config.num_warps, num_stages=config.num_stages,
         VALUE=value, A=a, B_=b, GATED=gated, HAS_B1=has_b1, HAS_B2=has_b2, MEAN=mean, W1_T=layout.w1_transposed,
         W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d, BD=_tile_of(d), BB=config.rows,
-        BE=config.hidden, PRECISION="ieee" if dtype == torch.float32 else None,
+        BE=config.hidden, PRECISION=precision,
     )  # fmt: skip
 
 
 @functools.cache
 def backward_launch(
     kind: str, dtype: torch.dtype, gated: bool, has_b1: bool, want_x: bool, wanted: tuple, shared: bool, mean: bool,
-    even: bool, layout: "Layout", d: int, config: Config, lanes: int = LANES,
+    even: bool, layout: "Layout", d: int, config: Config, precision: str | None, lanes: int = LANES,
 ) -> Launch:  # fmt: skip
     """``wanted``: of W1, the gate's weight, W2, b1, b2."""
     value, dx, a, b = formula(kind, dtype, lanes)
@@ -660,7 +676,7 @@ def backward_launch(
         num_warps=config.num_warps, num_stages=config.num_stages,
         VALUE=value, DX=dx, A=a, B_=b, GATED=gated, HAS_B1=has_b1, WANT_X=want_x, **want, SHARED=shared, MEAN=mean,
         W1_T=layout.w1_transposed, W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d,
-        BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION="ieee" if dtype == torch.float32 else None,
+        BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION=precision,
     )  # fmt: skip
 
 
@@ -670,12 +686,18 @@ def partials_launch() -> Launch:
 
 
 @functools.cache
-def _card(index: int) -> tuple[int, int]:
-    """(multiprocessors, KiB of shared memory that a program may have)."""
+def _card(index: int) -> tuple[int, int, bool]:
+    """(multiprocessors, KiB of shared memory that a program may have, whether Triton multiplies float64 on tensor cores)."""
     if index < 0:
-        return 1, 227
+        return 1, 227, False
     facts = torch.cuda.get_device_properties(index)
-    return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", 0) // 1024
+    double = torch.version.hip is None and (facts.major, facts.minor) in ((8, 0), (9, 0))
+    return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", 0) // 1024, double
+
+
+def precision_of(dtype: torch.dtype, double: bool) -> str | None:
+    """How float32 is multiplied: "double", all of it float64 up to the last rounding, or "ieee", sums of 32 terms in float32."""
+    return None if dtype != torch.float32 else "double" if double else "ieee"
 
 
 ROOMY_KIB = 160
@@ -713,7 +735,7 @@ def _strides(t: torch.Tensor | None, like: torch.Tensor | None = None) -> tuple[
 
 
 def _forward_config(h, b, d, e, itemsize, gated, wide, mean, index) -> Config:
-    processors, kib = _card(index)
+    processors, kib, _ = _card(index)
     few = e >= 512 and not mean and -(-b // 64) * h <= 2 * processors
     return choose_forward(b, d, itemsize, gated, wide, roomy=kib >= ROOMY_KIB, few=few)
 
@@ -723,7 +745,9 @@ def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides,
     """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o."""
     layout, strides = layout_of(dtype.itemsize, e, strides)
     config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.unit > 1, mean, index)
-    launch = forward_launch(kind, dtype, gated, has_b1, has_b2, mean, e % config.hidden == 0, layout, d, config)
+    precision = precision_of(dtype, _card(index)[2])
+    even = e % config.hidden == 0
+    launch = forward_launch(kind, dtype, gated, has_b1, has_b2, mean, even, layout, d, config, precision)
     blocks = -(-b // config.rows) * (1 if mean else h)
     return launch, blocks, (h, b, e // layout.unit, *strides)
 
@@ -764,7 +788,7 @@ def forward(
 def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, shared, mean, strides, index):
     """The launches of a backward call."""
     layout, strides = layout_of(dtype.itemsize, e, strides)
-    processors, kib = _card(index)
+    processors, kib, double = _card(index)
     wide = layout.unit > 1
     plain = wide and not gated and not any(wanted[3:])
     alone = choose_apart(b, 1 if shared else h, d, dtype.itemsize, plain, processors, kib)
@@ -777,7 +801,9 @@ def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, share
     launches = []
     for config, with_x, of_weights in parts:
         even = e > 0 and e % config.hidden == 0  # a weights program runs for b2 without any column to read
-        launch = backward_launch(kind, dtype, gated, has_b1, with_x, of_weights, shared, mean, even, layout, d, config)
+        launch = backward_launch(
+            kind, dtype, gated, has_b1, with_x, of_weights, shared, mean, even, layout, d, config, precision_of(dtype, double)
+        )  # fmt: skip
         programs = h * -(-max(e, 1) // config.hidden) if any(of_weights) else 0
         elements = h * d * e * sum(of_weights[:3]) + h * e * of_weights[3] + h * d * of_weights[4]
         dy_bytes = b * d * dtype.itemsize * (1 if mean else h)
@@ -841,6 +867,7 @@ def compile_cases(lanes: int = LANES):
 
     def pair(name, kind, d, dtype, gated=False, bias=False, mean=False, w_transposed=False, even=True, roomy=True):
         """Forward's case and backward's."""
+        precision = precision_of(dtype, False)
         suffix, unit = str(dtype).removeprefix("torch."), 16 // dtype.itemsize if even else 1
         t, layout, wanted = (
             POINTERS[suffix],
@@ -848,9 +875,11 @@ def compile_cases(lanes: int = LANES):
             (True, gated, True, bias, bias),
         )
         config = choose_forward(b, d, dtype.itemsize, gated, even, lanes, roomy)
-        fwd = forward_launch(kind, dtype, gated, bias, bias, mean, even, layout, d, config, lanes)
+        fwd = forward_launch(kind, dtype, gated, bias, bias, mean, even, layout, d, config, precision, lanes)
         config = choose_backward(b, d, dtype.itemsize, gated, even, lanes, roomy)
-        bwd = backward_launch(kind, dtype, gated, bias, True, wanted, mean, mean, even, layout, d, config, lanes)
+        bwd = backward_launch(
+            kind, dtype, gated, bias, True, wanted, mean, mean, even, layout, d, config, precision, lanes
+        )
         # an odd E leaves accesses of one element; narrow tiles and AMD's stores of products are no wider than this
         bits = 8 * dtype.itemsize if not even else 32 if d < 64 else 64
         yield compile_case(f"head_mlp/{name}/fwd/{suffix}", fwd, 0.0, (t,) * 7, (), bits)

@@ -19,8 +19,9 @@ The hidden values, [H, B, E], are computed a tile at a time and never stored. Ba
 them again; it writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
 Kernels: D up to 256; float16, bfloat16 and float32; any H, B, E (0 too) and strides, so that [B, H, D] data is passed as
 ``x.transpose(0, 1)`` without a copy. Sums are float32, and hidden values are rounded to the dtype between the two products, as
-PyTorch's are. float32 is true float32, not tf32, its sums over tiles float64. Gradients are the same bits on every run. Where
-the heads and E are few, the weights' gradients are summed in float32 parts, which need at most dO's size of memory.
+PyTorch's are. float32 is never tf32: float64 inside where tensor cores take it (sm_80, sm_90), else float32 with sums over
+tiles in float64. Gradients are the same bits on every run. Where the heads and E are few, the weights' gradients are summed in
+float32 parts, which need at most dO's size of memory.
 A second derivative (``create_graph=True``) goes through the PyTorch formula.
 
 "auto" takes PyTorch's formula, which stores the hidden values, for CPU tensors, for float32 and float64, and for
@@ -81,7 +82,7 @@ GATED_KINDS = {
 }  # fmt: skip
 KINDS = (*FORMULAS, *GATED_KINDS)
 _FUSED_DTYPES = (torch.float16, torch.bfloat16)  # of "auto"
-MOST_D, MOST_D_WITH_GRADIENT = 256, 128  # of "auto": at M-7 PyTorch's backward is 2.8 times as fast
+MOST_D, MOST_D_WITH_GRADIENT = 256, 128  # of "auto": at M-7 PyTorch's backward is 1.7 times as fast
 
 
 def head_mlp(

@@ -589,8 +589,10 @@ def choose_forward(
     most = max(16, triton.next_power_of_2(rows))
     if lanes == 64:  # half the shared memory, twice the threads a warp
         return Config(min(64, most), 32, 4, 1)
-    if not roomy and (width == 256 or (width == 128 and gated)):
+    if not roomy and width == 256:
         return Config(min(64, most), 32, 8, 2)
+    if width == 128 and gated and not (few and roomy):  # two programs a multiprocessor, where three stages leave room for one
+        return Config(min(64, most), 64, 4 if wide else 8, 2)
     if width == 64 and few and wide and roomy and not gated and rows >= 64:
         return Config(64, 128, 4, 3)
     if width <= 128:
@@ -891,9 +893,8 @@ def compile_cases(lanes: int = LANES):
         yield from pair(f"silu-{d}", "silu", d, torch.bfloat16)
     for d in (64, 128, 256):
         yield from pair(f"silu-gated-{d}", "silu", d, torch.bfloat16, gated=True)
-    yield from pair("silu-256-99k", "silu", 256, torch.bfloat16, roomy=False)
-    for d in (128, 256):
-        yield from pair(f"silu-gated-{d}-99k", "silu", d, torch.bfloat16, gated=True, roomy=False)
+    for gate in ("", "gated-"):
+        yield from pair(f"silu-{gate}256-99k", "silu", 256, torch.bfloat16, gated=bool(gate), roomy=False)
     yield from pair("silu-bias-mean", "silu", 64, torch.bfloat16, bias=True, mean=True)
     yield from pair("silu-transposed", "silu", 64, torch.bfloat16, w_transposed=True)
     yield from pair("silu-odd", "silu", 80, torch.bfloat16, even=False)

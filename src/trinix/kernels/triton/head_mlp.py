@@ -591,7 +591,8 @@ def choose_forward(
         return Config(min(64, most), 32, 4, 1)
     if not roomy and width == 256:
         return Config(min(64, most), 32, 8, 2)
-    if width == 128 and gated and not (few and roomy):  # two programs a multiprocessor, where three stages leave room for one
+    if width == 128 and gated and not (few and roomy):
+        # two programs a multiprocessor, where three stages leave room for one
         return Config(min(64, most), 64, 4 if wide else 8, 2)
     if width == 64 and few and wide and roomy and not gated and rows >= 64:
         return Config(64, 128, 4, 3)

@@ -272,6 +272,67 @@ def tma_reduce_add(desc, at, src):
         desc.a[inside] += src.a[here]
 
 
+class CopyGroups:
+    """Copies of threads (cp.async): each is done at once or when its group is waited for, so that both a read too early and a slot
+    filled too early show up."""
+
+    def __init__(self):
+        self.open, self.groups = [], []
+
+    def copy(self, smem, pointer, mask=None):
+        def run():
+            smem.a[...] = load(pointer, mask=mask).a
+
+        self.open.append(run if random.random() < 0.5 else run() or (lambda: None))
+
+    def commit(self):
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, outstanding):
+        while len(self.groups) > outstanding:
+            for run in self.groups.pop(0):
+                run()
+
+
+class Exchange:
+    """What warps of a cluster send to all its programs: the programs are one here, so there is one copy of it and of its barriers."""
+
+    def __init__(self):
+        self.barriers, self.floats = {}, {}
+
+    def run(self, asm, args):
+        what = asm.split("exchange: ")[1].split()
+        values = [raw(a) for a in args]
+        if what[0] == "open":
+            return Tensor(np.int64(0))
+        if what[0] == "received":
+            return Tensor(np.array([self.floats[at] for at in values[0].reshape(-1).tolist()], np.float32))
+        if what[0] == "expect":
+            self._barrier(values[0]).change(arrivals=1, more_bytes=int(what[1]))
+        elif what[0] == "await":
+            self._barrier(values[0]).wait(int(values[1]))
+        elif what[0] == "send":
+            sent = values[0].reshape(-1).tolist()
+            self.floats |= {int(values[1]) + 4 * i: value for i, value in enumerate(sent)}
+            self._barrier(values[2]).change(more_bytes=-4 * len(sent))
+        return None
+
+    def _barrier(self, at):
+        if int(at) not in self.barriers:
+            self.barriers[int(at)] = Barrier()
+            self.barriers[int(at)].set_up(1)
+        return self.barriers[int(at)]
+
+
+def async_copy():
+    """Gluon's module of that name."""
+    return _namespace(
+        async_copy_global_to_shared=lambda smem, pointer, mask=None: _here.program.copies.copy(smem, pointer, mask),
+        commit_group=lambda: _here.program.copies.commit(), wait_group=lambda n: _here.program.copies.wait(n),
+    )  # fmt: skip
+
+
 # ---- matrix products ---------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +376,8 @@ def _inline_asm(asm, constraints, args, dtype=None, is_pure=False, pack=1):
     if found := re.match(r"bar\.(sync|arrive) (\d+), 256", asm):
         _here.program.named(int(found[2])).arrive(found[1] == "sync")
         return None
+    if "exchange: " in asm:
+        return _here.program.exchange.run(asm, args)
     if asm.startswith("ex2.approx"):
         with np.errstate(all="ignore"):
             return Tensor(np.exp2(args[0].a))
@@ -386,6 +449,8 @@ class Program:
         self.place, self.programs = place, programs
         self.names, self.errors, self.failed, self.lock = {}, [], False, threading.Lock()
         self.began = time.monotonic()
+        self.copies = CopyGroups()
+        self.exchange = Exchange()
 
     def named(self, i):
         with self.lock:
@@ -414,7 +479,7 @@ def _mbarrier_wait(barrier, phase, pred=True):
 
 def language():
     return _namespace(
-        jit=_jit, constexpr=lambda x: x, float32=np.float32, int32=np.int32, int64=np.int64, static_range=range,
+        jit=_jit, constexpr=lambda x: x, float32=np.float32, bfloat16=None, int32=np.int32, int64=np.int64, static_range=range,
         static_assert=lambda condition: None,
         program_id=lambda axis: Tensor(np.int64(_here.program.place[axis])), num_programs=lambda axis: _here.program.programs,
         cdiv=lambda a, b: (a + (b - 1)) // b, maximum=_binary(np.maximum), minimum=_binary(np.minimum), where=_where,
@@ -423,7 +488,7 @@ def language():
         zeros_like=lambda x: Tensor(np.zeros_like(x.a)),
         arange=lambda a, b, layout=None: Tensor(np.arange(a, b)),
         expand_dims=lambda x, axis: Tensor(np.expand_dims(x.a, axis)), convert_layout=lambda x, layout, assert_trivial=False: x,
-        exp2=_unary(np.exp2), log=_unary(np.log), log2=_unary(np.log2), abs=_unary(np.abs),
+        exp2=_unary(np.exp2), log=_unary(np.log), log2=_unary(np.log2), rsqrt=_unary(lambda x: 1 / np.sqrt(x)), abs=_unary(np.abs),
         fma=lambda a, b, c: Tensor((a.a.astype(np.float64) * b.a + c.a).astype(np.float32)),
         div_rn=_binary(np.divide), broadcast=lambda a, b: tuple(map(Tensor, np.broadcast_arrays(a.a, b.a))),
         full_like=lambda x, value: Tensor(np.full_like(x.a, raw(value))),

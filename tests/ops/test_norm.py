@@ -835,7 +835,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_unknown_backend_is_refused_with_the_list_of_backends(name):
-    with pytest.raises(ValueError, match=rf"{name}: .*\['auto', 'triton', 'torch'\], got 'tritn'"):
+    with pytest.raises(ValueError, match=rf"{name}: .*\['auto', 'hopper', 'triton', 'torch'\], got 'tritn'"):
         CALLS[name](x33, "tritn")
     with trinix.use_backend("tritn"), pytest.raises(ValueError, match="got 'tritn'"):
         CALLS[name](x33, "auto")
@@ -1627,3 +1627,134 @@ def test_a_tensor_on_another_card_than_the_current_one_is_served_there(form):
         got = oracle(form, new(1000, 768), 768, new)
         assert {t.device for t in got} == {torch.device(card)}
     assert torch.cuda.current_device() == 0
+
+
+# ---- on the card, Hopper -----------------------------------------------------------------------------------------------------
+
+
+def hopper_oracle(form, x, n, new, *gradients, ours="hopper"):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    inputs = inputs_of(form, new, x, (n,))
+    gradients = gradients or tuple(new(*x.shape) for _ in range(1 + ("residual" in form)))
+    return compare(lambda backend: FORMS[form][0](ours if backend == "triton" else backend, (n,)), inputs, gradients)
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(1, 65_536), (3, 2, 16_384), (47, 20_008), (301, 33_000), (600, 65_536)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", MAIN)
+def test_hopper_holds_the_float64_budget(form, dtype, shape):
+    new = Numbers(dtype, "cuda")
+    hopper_oracle(form, new(*shape), shape[-1], new)
+
+
+@gpu
+@pytest.mark.parametrize("form", [f for f in FORMS if "activation" not in f])
+def test_hopper_every_form_of_the_longest_rows(form):
+    for dtype, n in ((torch.float16, 131_072), (torch.float32, 60_004)):
+        new = Numbers(dtype, "cuda")
+        hopper_oracle(form, new(150, n), n, new)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hopper_large_means_lose_nothing(dtype):
+    for n in (16_384, 40_000, 65_536):
+        new = Numbers(dtype, "cuda")
+        hopper_oracle("layer_norm", new(70, n) + 1e3, n, new)
+    new = Numbers(torch.float32, "cuda")
+    hopper_oracle("layer_norm", new(70, 65_536) + torch.linspace(-500, 1500, 65_536, device="cuda"), 65_536, new)
+
+
+@gpu
+@pytest.mark.parametrize("form", ["layer_norm", "rms_norm_residual"])
+def test_hopper_takes_any_strides_and_parameters_of_another_dtype(form):
+    n, new = 33_000, Numbers(torch.bfloat16, "cuda")
+    for x in (new(9, n), new(9, n + 8)[:, :n], new(9 * n + 1)[1:].view(9, n)):
+        for incoming in ("stride 0", "one row for all", "padded", "offset by one element"):
+            gradients = [GRADIENTS[incoming](new, x) for _ in range(1 + ("residual" in form))]
+            hopper_oracle(form, x, n, new, *gradients)
+    x, w = new(9, n), Numbers(torch.float32, "cuda")(n)
+
+    def of_backend(backend):
+        return lambda x, w: ops.rms_norm(x, n, w, EPS, backend="hopper" if backend == "triton" else backend)
+
+    compare(of_backend, [x, w], [new(9, n)])
+
+
+@gpu
+def test_hopper_computes_only_what_is_wanted_and_the_same():
+    new = Numbers(torch.bfloat16, "cuda")
+    inputs, dy = [new(50, 65_536), new(65_536), new(65_536)], new(50, 65_536)
+    function = FORMS["layer_norm"][0]("hopper", (65_536,))
+    everything = pull(function, inputs, [dy])[1:]
+    for wanted in itertools.product((False, True), repeat=3):
+        if any(wanted):
+            leaves = [t.detach().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
+            grads = torch.autograd.grad(function(*leaves), [t for t in leaves if t.requires_grad], dy)
+            same(grads, [t for t, w in zip(everything, wanted, strict=True) if w])
+
+
+@gpu
+@pytest.mark.parametrize("form", MAIN)
+@pytest.mark.parametrize(("rows", "n"), [(2048, 65_536), (700, 20_008)])
+def test_hopper_gives_the_same_bits_every_time_in_a_cuda_graph_and_on_every_stream(form, rows, n):
+    new = Numbers(torch.bfloat16, "cuda")
+    inputs = inputs_of(form, new, new(rows, n), (n,))
+    gradients = [new(rows, n) for _ in range(1 + ("residual" in form))]
+    function = FORMS[form][0]("hopper", (n,))
+    first = pull(function, inputs, gradients)
+    for _ in range(20):
+        same(pull(function, inputs, gradients), first)
+    graph, results = captured(lambda: pull(function, inputs, gradients))
+    for _ in range(3):
+        graph.replay()
+        same(results, first)
+    torch.cuda.synchronize()
+    results = []
+    for stream in [torch.cuda.Stream() for _ in range(2)]:
+        with torch.cuda.stream(stream):
+            results.append(pull(function, inputs, gradients))
+    torch.cuda.synchronize()
+    for got in results:
+        same(got, first)
+
+
+@gpu
+@pytest.mark.parametrize("form", MAIN)
+def test_auto_reaches_hopper_pass_by_pass_on_the_card(form):
+    for rows, n, dtype, forward, backward in (
+        (70, 65_536, torch.bfloat16, "hopper", "hopper"),
+        (70, 32_768, torch.bfloat16, "triton", "hopper"),
+        (70, 16_384, torch.bfloat16, "triton", "triton"),
+        (70, 65_537, torch.bfloat16, "triton", "triton"),
+    ):
+        new = Numbers(dtype, "cuda")
+        x = new(rows, n)
+        hopper_oracle(form, x, n, new, ours="auto")
+        name = form.partition(",")[0]
+        told = trinix.explain(name, *((x, x) if "residual" in form else (x,)), n)
+        assert told.backend == forward
+        assert ("backward on hopper" in told.config) == (backward == "hopper" and forward == "triton")
+
+
+@gpu
+def test_hopper_refuses_by_name_and_reason():
+    x = torch.ones(4, 65_536, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(trinix.Unsupported, match="rms_norm_activation: backend 'hopper' takes no activation"):
+        ops.rms_norm_activation(x, 65_536, backend="hopper")
+    with pytest.raises(trinix.Unsupported, match="'hopper' takes no dropout"):
+        ops.rms_norm_residual(x, x, 65_536, dropout_p=0.1, backend="hopper")
+    with pytest.raises(trinix.Unsupported, match="'hopper' takes rows of 32768 bytes and more, got 2048"):
+        ops.layer_norm(x[:, :1024], 1024, backend="hopper")
+    with pytest.raises(trinix.Unsupported, match="'hopper' needs tensors on one GPU"):
+        ops.layer_norm(x.cpu(), 65_536, backend="hopper")
+
+
+@gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("form", ["layer_norm", "rms_norm_residual, bare"])
+def test_inductor_compiles_hopper_whole(form):
+    x = normal((64, 16_384), torch.float32, seed=1, device="cuda")
+    compiled_matches_eager(form, "hopper", "inductor", x, (16_384,))

@@ -17,7 +17,8 @@ from one pass over x and dy; weight gradients are float32 partial sums added in 
 A second derivative (``create_graph=True``) goes through the PyTorch formula. Dropout draws its mask again in backward from a seed.
 
 x and dy may be strided: rows have to be dense, and the dimensions before them may merge into two at most (views of a packed qkv
-do); anything else is copied first. Under ``torch.compile`` "auto" hands the compiler the plain formula.
+do); anything else is copied first. "hopper" copies what is not contiguous or does not start at a multiple of 16 bytes. "auto" asks
+for each pass anew which kernels run it: both save and read the same. Under ``torch.compile`` "auto" hands the compiler the plain formula.
 """
 
 import functools
@@ -34,7 +35,16 @@ from trinix.dispatch import Explanation
 from trinix.kernels.torch import norm as reference
 from trinix.ops.activation import KINDS
 
-_triton_module = None
+_hopper_module = _triton_module = None
+
+
+def _hopper():
+    global _hopper_module
+    if _hopper_module is None:
+        from trinix.kernels.hopper import norm_rows
+
+        _hopper_module = norm_rows
+    return _hopper_module
 
 
 def _triton():
@@ -50,7 +60,10 @@ def _torch():
     return reference
 
 
-BACKENDS = {"triton": _triton, "torch": _torch}
+BACKENDS = {"hopper": _hopper, "triton": _triton, "torch": _torch}
+
+# "auto" asks for clusters from these columns on
+_CLUSTERS_FROM = 1 << 14
 FUSED_KINDS = tuple(kind for kind in KINDS if kind not in ("leaky_relu", "softplus"))  # of rms_norm_activation
 
 
@@ -70,7 +83,7 @@ def layer_norm(
         normalized_shape: the last dimensions of x, or the last one as an int.
         weight, bias: ``[*normalized_shape]`` or None, of any floating dtype.
         eps: added to the variance.
-        backend: "auto", "triton" or "torch". A named backend never falls back.
+        backend: "auto", "hopper", "triton" or "torch". A named backend never falls back.
 
     Returns:
         ``[..., *normalized_shape]`` in ``x.dtype``.
@@ -250,6 +263,24 @@ def _triton_missing() -> str | None:
     return dispatch.missing(_triton)
 
 
+@functools.cache
+def _hopper_missing() -> str | None:
+    return dispatch.missing(_hopper)
+
+
+def _load(op: str, backend: str, tensors, n: int, kind: str | None, p: float):
+    call = (tuple(tensors), n, kind, p) if backend == "hopper" else [t for t in tensors if t is not None]
+    return dispatch.load_named(op, BACKENDS, backend, *call)
+
+
+def _module(backend: str, tensors, n: int, kind: str | None, p: float, backward: bool):
+    """The kernels of a pass. ``tensors``: what the pass reads, None where there is none."""
+    if backend != "auto":
+        return BACKENDS[backend]()
+    clusters = n >= _CLUSTERS_FROM and _hopper_missing() is None and _hopper().wins(tensors, n, kind, p, backward)
+    return _hopper() if clusters else _triton()
+
+
 def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, backend):
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
@@ -261,37 +292,39 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
             return reference.forward(x, weight, bias, shape, eps, offset, center, kind)
     else:
         backend = dispatch.resolve(backend)
-        dispatch.load_named(op, BACKENDS, backend, *(t for t in (x, weight, bias) if t is not None))
+        if not (backend == "hopper" and torch.compiler.is_compiling()):  # there the operator asks, when it has a tensor
+            _load(op, backend, (x, weight, bias), prod(shape), kind, 0.0)
         if backend == "torch" or not prod(shape):
             return reference.forward(x, weight, bias, shape, eps, offset, center, kind)
         if torch.compiler.is_compiling() or not dispatch.plain(*(t for t in (x, weight, bias) if t is not None)):
             if grad or _forward_mode():
-                return _RegisteredNorm.apply(x, weight, bias, shape, eps, offset, center, kind)
-            return _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind)[0]
+                return _RegisteredNorm.apply(x, weight, bias, shape, eps, offset, center, kind, backend)
+            return _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind, backend)[0]
     if grad:
-        return _apply_norm(x, weight, bias, (shape, eps, offset, center, kind))
-    module = _triton()
-    y, _ = module.forward(x, weight, bias, prod(shape), module.Norm(center, kind or None), eps, offset, False)
+        return _apply_norm(x, weight, bias, (shape, eps, offset, center, kind, backend))
+    n, norm = prod(shape), _triton().Norm(center, kind or None)
+    module = _module(backend, (x, weight, bias), n, kind, 0.0, False)
+    y, _ = module.forward(x, weight, bias, n, norm, eps, offset, False)
     return y
 
 
 class _Norm(torch.autograd.Function):
-    """The Triton kernels under autograd."""
+    """The kernels under autograd."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, call):
-        module = _triton()
-        shape, eps, offset, center, kind = call
-        norm = module.Norm(center, kind or None)
-        y, stats = module.forward(x, weight, bias, prod(shape), norm, eps, offset, True)
+        shape, eps, offset, center, kind, backend = call
+        n, norm = prod(shape), _triton().Norm(center, kind or None)
+        module = _module(backend, (x, weight, bias), n, kind, 0.0, False)
+        y, stats = module.forward(x, weight, bias, n, norm, eps, offset, True)
         ctx.save_for_backward(x, weight, bias, stats)
-        ctx.call = shape, eps, offset, norm
+        ctx.call = shape, eps, offset, norm, backend
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, stats = ctx.saved_tensors
-        shape, eps, offset, norm = ctx.call
+        shape, eps, offset, norm, backend = ctx.call
         wanted = ctx.needs_input_grad[:3]
         if _needs_formula(dy, dy):
             grads = _formula_gradients(
@@ -299,9 +332,10 @@ class _Norm(torch.autograd.Function):
                 (x, weight, bias), wanted, dy,
             )  # fmt: skip
             return *grads, None
-        module = _triton()
+        n = prod(shape)
+        module = _module(backend, (x, dy, weight, bias), n, norm.kind, 0.0, True)
         dx, _, dw, db = module.backward(
-            x, dy, None, weight, bias, stats, None, prod(shape), norm, offset, 0.0, module.Wanted(*wanted)
+            x, dy, None, weight, bias, stats, None, n, norm, offset, 0.0, _triton().Wanted(*wanted)
         )
         return dx, dw, db, None
 
@@ -349,21 +383,22 @@ def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset,
             return reference.forward_residual(x, residual, weight, bias, shape, eps, offset, center, p)
     else:
         backend = dispatch.resolve(backend)
-        dispatch.load_named(op, BACKENDS, backend, *tensors)
+        if not (backend == "hopper" and torch.compiler.is_compiling()):
+            _load(op, backend, tensors, prod(shape), None, p)
         if backend == "torch" or not prod(shape):
             return reference.forward_residual(x, residual, weight, bias, shape, eps, offset, center, p)
         if torch.compiler.is_compiling() or not dispatch.plain(*tensors):
             seed = _seed(x) if p else None
+            call = (x, residual, weight, bias, seed)
             if grad or _forward_mode():
-                return _RegisteredResidualNorm.apply(x, residual, weight, bias, seed, shape, eps, offset, center, p)
-            return _residual_op(x, residual, weight, bias, seed, prod(shape), eps, offset, center, p)[:2]
+                return _RegisteredResidualNorm.apply(*call, shape, eps, offset, center, p, backend)
+            return _residual_op(*call, prod(shape), eps, offset, center, p, backend)[:2]
     if grad:
-        return _apply_residual_norm(x, residual, weight, bias, (shape, eps, offset, center, p))
-    module = _triton()
+        return _apply_residual_norm(x, residual, weight, bias, (shape, eps, offset, center, p, backend))
+    n, norm = prod(shape), _triton().Norm(center)
+    module = _module(backend, tensors, n, None, p, False)
     seed = _seed(x) if p else None
-    return module.forward_residual(
-        x, residual, weight, bias, seed, prod(shape), module.Norm(center), eps, offset, p, False
-    )[:2]
+    return module.forward_residual(x, residual, weight, bias, seed, n, norm, eps, offset, p, False)[:2]
 
 
 def _seed(x: Tensor) -> Tensor:
@@ -374,19 +409,19 @@ def _seed(x: Tensor) -> Tensor:
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, call):
-        module = _triton()
-        shape, eps, offset, center, p = call
-        norm = module.Norm(center)
+        shape, eps, offset, center, p, backend = call
+        n, norm = prod(shape), _triton().Norm(center)
+        module = _module(backend, (x, residual, weight, bias), n, None, p, False)
         seed = _seed(x) if p else None
-        y, h, stats = module.forward_residual(x, residual, weight, bias, seed, prod(shape), norm, eps, offset, p, True)
+        y, h, stats = module.forward_residual(x, residual, weight, bias, seed, n, norm, eps, offset, p, True)
         ctx.save_for_backward(h, weight, bias, stats, seed)
-        ctx.call = shape, eps, offset, norm, p
+        ctx.call = shape, eps, offset, norm, p, backend
         return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
         h, weight, bias, stats, seed = ctx.saved_tensors
-        shape, eps, offset, norm, p = ctx.call
+        shape, eps, offset, norm, p, backend = ctx.call
         need_x, need_r, *wanted = ctx.needs_input_grad[:4]
         if _needs_formula(dy, dh):
             if p:
@@ -400,11 +435,11 @@ class _ResidualNorm(torch.autograd.Function):
             )  # fmt: skip
             d = d + dh
             return d if need_x else None, d if need_r else None, dw, db, None
-        module = _triton()
+        n = prod(shape)
+        module = _module(backend, (h, dy, dh, weight, bias), n, None, p, True)
         dx, dr, dw, db = module.backward(
-            h, dy, dh, weight, bias, stats, seed, prod(shape), norm, offset, p,
-            module.Wanted(need_x or need_r, *wanted),
-        )  # fmt: skip
+            h, dy, dh, weight, bias, stats, seed, n, norm, offset, p, _triton().Wanted(need_x or need_r, *wanted)
+        )
         return dx if need_x else None, dr if need_r else None, dw, db, None
 
 
@@ -415,9 +450,9 @@ _apply_residual_norm = dispatch.apply_of(_ResidualNorm)
 # modes, subclasses.
 
 
-def _forward_run(x, weight, bias, n, eps, offset, center, kind):
-    module = _triton()
-    return module.forward(x, weight, bias, n, module.Norm(center, kind or None), eps, offset, True)
+def _forward_run(x, weight, bias, n, eps, offset, center, kind, backend="triton"):
+    module = _load("norm", backend, (x, weight, bias), n, kind, 0.0)
+    return module.forward(x, weight, bias, n, _triton().Norm(center, kind or None), eps, offset, True)
 
 
 def _statistics_like(x, n, center):
@@ -425,23 +460,26 @@ def _statistics_like(x, n, center):
 
 
 _forward_op = dispatch.register(
-    "norm(Tensor x, Tensor? weight, Tensor? bias, int n, float eps, float offset, bool center, str kind)"
-    " -> (Tensor, Tensor)",
+    "norm(Tensor x, Tensor? weight, Tensor? bias, int n, float eps, float offset, bool center, str kind,"
+    ' str backend="triton") -> (Tensor, Tensor)',
     _forward_run,
-    lambda x, weight, bias, n, eps, offset, center, kind: (x.new_empty(x.shape), _statistics_like(x, n, center)),
+    lambda x, weight, bias, n, eps, offset, center, kind, backend="triton": (
+        x.new_empty(x.shape),
+        _statistics_like(x, n, center),
+    ),
 )
 
 
-def _residual_run(x, residual, weight, bias, seed, n, eps, offset, center, p):
-    module = _triton()
-    return module.forward_residual(x, residual, weight, bias, seed, n, module.Norm(center), eps, offset, p, True)
+def _residual_run(x, residual, weight, bias, seed, n, eps, offset, center, p, backend="triton"):
+    module = _load("norm_residual", backend, (x, residual, weight, bias), n, None, p)
+    return module.forward_residual(x, residual, weight, bias, seed, n, _triton().Norm(center), eps, offset, p, True)
 
 
 _residual_op = dispatch.register(
     "norm_residual(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, int n, float eps, "
-    "float offset, bool center, float p) -> (Tensor, Tensor, Tensor)",
+    'float offset, bool center, float p, str backend="triton") -> (Tensor, Tensor, Tensor)',
     _residual_run,
-    lambda x, residual, weight, bias, seed, n, eps, offset, center, p: (
+    lambda x, residual, weight, bias, seed, n, eps, offset, center, p, backend="triton": (
         x.new_empty(x.shape),
         x.new_empty(x.shape),
         _statistics_like(x, n, center),
@@ -449,15 +487,15 @@ _residual_op = dispatch.register(
 )
 
 
-def _backward_run(x, dy, dh, weight, bias, stats, seed, n, offset, center, kind, p, wanted):
-    module = _triton()
-    norm = module.Norm(center, kind or None)
-    out = module.backward(x, dy, dh, weight, bias, stats, seed, n, norm, offset, p, module.Wanted(*wanted))
+def _backward_run(x, dy, dh, weight, bias, stats, seed, n, offset, center, kind, p, wanted, backend="triton"):
+    norm = _triton().Norm(center, kind or None)
+    wanted = _triton().Wanted(*wanted)
+    out = BACKENDS[backend]().backward(x, dy, dh, weight, bias, stats, seed, n, norm, offset, p, wanted)
     dx, dr, dw, db = (x.new_empty(0) if t is None else t for t in out)
     return dx, dr if seed is not None else x.new_empty(0), dw, db  # an operator must not return a tensor twice
 
 
-def _backward_fake(x, dy, dh, weight, bias, stats, seed, n, offset, center, kind, p, wanted):
+def _backward_fake(x, dy, dh, weight, bias, stats, seed, n, offset, center, kind, p, wanted, backend="triton"):
     dx, dw, db = wanted
     return (
         x.new_empty(x.shape if dx else 0),
@@ -469,7 +507,7 @@ def _backward_fake(x, dy, dh, weight, bias, stats, seed, n, offset, center, kind
 
 _backward_op = dispatch.register(
     "norm_backward(Tensor x, Tensor dy, Tensor? dh, Tensor? weight, Tensor? bias, Tensor stats, Tensor? seed, int n, "
-    "float offset, bool center, str kind, float p, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    'float offset, bool center, str kind, float p, bool[] wanted, str backend="triton") -> (Tensor, Tensor, Tensor, Tensor)',
     _backward_run,
     _backward_fake,
 )
@@ -477,44 +515,46 @@ _backward_op = dispatch.register(
 
 class _RegisteredNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, shape, eps, offset, center, kind):
-        y, stats = _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind)
+    def forward(ctx, x, weight, bias, shape, eps, offset, center, kind, backend):
+        y, stats = _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind, backend)
         ctx.save_for_backward(x, weight, bias, stats)
-        ctx.call = shape, offset, center, kind
+        ctx.call = shape, offset, center, kind, backend
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, bias, stats = ctx.saved_tensors
-        shape, offset, center, kind = ctx.call
+        shape, offset, center, kind, backend = ctx.call
         wanted = list(ctx.needs_input_grad[:3])
         dx, _, dw, db = _backward_op(
-            x, dy, None, weight, bias, stats, None, prod(shape), offset, center, kind, 0.0, wanted
+            x, dy, None, weight, bias, stats, None, prod(shape), offset, center, kind, 0.0, wanted, backend
         )
         dx, dw, db = (t if w else None for t, w in zip((dx, dw, db), wanted, strict=True))
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, *(None,) * 6
 
 
 class _RegisteredResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, seed, shape, eps, offset, center, p):
-        y, h, stats = _residual_op(x, residual, weight, bias, seed, prod(shape), eps, offset, center, p)
+    def forward(ctx, x, residual, weight, bias, seed, shape, eps, offset, center, p, backend):
+        y, h, stats = _residual_op(x, residual, weight, bias, seed, prod(shape), eps, offset, center, p, backend)
         ctx.save_for_backward(h, weight, bias, stats, seed)
-        ctx.call = shape, offset, center, p
+        ctx.call = shape, offset, center, p, backend
         return y, h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh):
         h, weight, bias, stats, seed = ctx.saved_tensors
-        shape, offset, center, p = ctx.call
+        shape, offset, center, p, backend = ctx.call
         need_x, need_r, *wanted = ctx.needs_input_grad[:4]
         wanted = [need_x or need_r, *wanted]
-        dx, dr, dw, db = _backward_op(h, dy, dh, weight, bias, stats, seed, prod(shape), offset, center, "", p, wanted)
+        dx, dr, dw, db = _backward_op(
+            h, dy, dh, weight, bias, stats, seed, prod(shape), offset, center, "", p, wanted, backend
+        )
         dr = dx if seed is None else dr
         dw, db = (t if w else None for t, w in zip((dw, db), wanted[1:], strict=True))
-        return dx if need_x else None, dr if need_r else None, dw, db, *(None,) * 6
+        return dx if need_x else None, dr if need_r else None, dw, db, *(None,) * 7
 
 
 def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
@@ -534,9 +574,11 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         x, residual = _checked_residual(name, x, residual, given["dropout_p"])
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
     backend = dispatch.resolve(given["backend"])
+    n, p = prod(shape), given.get("dropout_p", 0.0)
+    kind = None if given.get("kind", "none") == "none" else given["kind"]
     if backend != "auto":
-        module = dispatch.load_named(name, BACKENDS, backend, *tensors)
-        config = module.describe(x, prod(shape)) if backend == "triton" and prod(shape) else ""
+        module = _load(name, backend, tensors, n, kind, p)
+        config = module.describe(x, n) if backend != "torch" and n else ""
         return Explanation(name, backend, "named by the caller", config)
     if not x.is_cuda:
         against = f"needs a GPU tensor, got {x.device.type}"
@@ -544,8 +586,13 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         against = f"a raw launch does not see through {type(x).__name__} or an active mode"
     else:
         against = _triton_missing() or _triton().unsupported(*tensors)
-    if not prod(shape):
+    if not n:
         against = against or "rows of 0 elements"
     if against:
         return Explanation(name, "torch", "the first backend that can run here", rejected={"triton": against})
-    return Explanation(name, "triton", "the fastest measured at every size", _triton().describe(x, prod(shape)))
+    forward, backward = (_module("auto", tensors, n, kind, p, way) for way in (False, True))
+    config = forward.describe(x, n)
+    if backward is not forward:
+        config += f"; backward on hopper: {backward.describe(x, n, True)}"
+    backend = "hopper" if forward is not _triton() else "triton"
+    return Explanation(name, backend, "the fastest measured at every size", config)

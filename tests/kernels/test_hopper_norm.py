@@ -228,6 +228,18 @@ def test_large_means_lose_nothing(mean):
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_what_the_rounding_of_a_large_mean_leaves_out_is_taken_off_too():
+    x = inputs((3, 20_000), torch.float32, True, False, mean=1e5)[0]
+    y = rows.forward(x, None, None, 20_000, Norm(True), EPS, 0.0, False)[0]
+    true = torch.nn.functional.layer_norm(x.double(), (20_000,), None, None, EPS)
+    assert (y - true).abs().max() < 1e-4  # float32's steps are 0.008 there
+    x = x * 1e-2 + 1e5  # a deviation of about one step
+    y = rows.forward(x, None, None, 20_000, Norm(True), EPS, 0.0, False)[0]
+    true = torch.nn.functional.layer_norm(x.double(), (20_000,), None, None, EPS)
+    assert (y - true).abs().max() < 1e-3
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_a_mean_that_drifts_along_the_row_and_constant_rows():
     x, *rest = inputs((4, 20_000), torch.float32, True, False)
     x += torch.linspace(-500, 1500, 20_000)

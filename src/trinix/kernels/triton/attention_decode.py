@@ -60,6 +60,17 @@ def _exp(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _normalised(acc, total, EXACT: tl.constexpr):
+    """acc / total, and acc where total is 0. EXACT: correctly rounded; ``/`` may be 2 units in the last place off."""
+    total = tl.where(total == 0.0, 1.0, total)
+    if EXACT:
+        y = tl.math.div_rn(acc, total)
+    else:
+        y = acc / total
+    return y
+
+
+@triton.jit
 def _exact_tanh(x):
     """``_tanh`` by an exact exponential and division, for the scores of float32 inputs."""
     e = _exp(-2.0 * tl.abs(x), True)
@@ -135,7 +146,7 @@ def _log(x):
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # of the power of two that leaves sqrt(1/2) .. sqrt(2)
     m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    s = (m - 1.0) / (m + 1.0)
+    s = tl.math.div_rn(m - 1.0, m + 1.0)
     u = s * s
     tail = u * (0.6666666666666735 + u * (0.3999999999940942 + u * (0.2857142874366239 + u * 0.2222219843214978)))
     y = exponent.to(tl.float32) * 0.6931471805599453 + (2.0 * s + s * tail)
@@ -295,7 +306,7 @@ def _attend(
         total = total * decay + _exp(logit - base, EXACT)
         acc = acc * decay[:, None]
         m = new_m
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = _normalised(acc, total[:, None], q0.dtype == tl.float32)
     log_sum = tl.where(total == 0.0, float("-inf"), m + _log(tl.where(total == 0.0, 1.0, total)))
     log_sum = tl.where(outside, float("nan"), log_sum)
     heads = key_heads * GROUP
@@ -345,7 +356,7 @@ def _combine(
         acc = acc * decay + tl.sum(tl.where((weight == 0.0)[:, None], 0.0, part * weight[:, None]), 0)
         m = new_m
     some = tl.where(total == 0.0, 1.0, total)
-    y = acc / some
+    y = _normalised(acc, total, out.dtype.element_ty == tl.float32)
     tl.store(lse + r, tl.where(total == 0.0, float("-inf"), m + _log(some)))
     at = ((b.to(tl.int64) * seq + i) * heads + h) * DV
     d = tl.arange(0, WIDTH)

@@ -6,6 +6,7 @@ descriptors out of a cache, straight to the launcher that Triton built for this 
 its own path runs, and descriptors are made anew.
 """
 
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -17,6 +18,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _MOST = 256  # descriptors kept for one place in one plan: as many addresses as its tensors take in turn
 
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
+
+
+@functools.cache
+def is_hopper(index: int) -> bool:
+    """Whether a CUDA device is of compute capability 9.0; AMD's gfx90a calls itself that too."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
+
+
+@functools.cache
+def multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 class Box:

@@ -17,6 +17,7 @@ from trinix.kernels.hopper import attention_backward as backward_kernels
 from trinix.kernels.hopper import attention_backward_wide as wide_kernels
 from trinix.kernels.hopper import attention_forward as forward_kernels
 from trinix.kernels.hopper._launch import Binary, Box, raw_stream
+from trinix.kernels.hopper._launch import multiprocessors as _multiprocessors
 
 LOG2E = math.log2(math.e)
 _SHARED = 227 << 10  # bytes of shared memory that the programs of a multiprocessor have
@@ -76,11 +77,6 @@ def readable(t: Tensor) -> Tensor:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # ---- configurations ----------------------------------------------------------------------------------------------------

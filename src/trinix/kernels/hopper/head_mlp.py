@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from trinix.kernels.hopper._compat import tma_load, tma_store
 from trinix.kernels.hopper._launch import Binary, Box, raw_stream
+from trinix.kernels.hopper._launch import multiprocessors as processors
 
 # ---- activations: float32 in and out ------------------------------------------------------------------------------------
 # sigmoid(x) = (1 + tanh(x / 2)) / 2: one special-function instruction, and at most 2^-12 of error (tanh.approx has 2^-11).
@@ -741,11 +742,6 @@ def _fits(t: torch.Tensor) -> bool:
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-@functools.cache
-def processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 _binaries = {}

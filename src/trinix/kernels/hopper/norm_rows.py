@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.runtime import driver
 
 from trinix.kernels.hopper._launch import Binary, raw_stream
+from trinix.kernels.hopper._launch import is_hopper as _is_hopper
+from trinix.kernels.hopper._launch import multiprocessors as _multiprocessors
 
 # A tensor of the cluster is [CTAS, WARPS, 32 * UNIT]: for each thread of all programs the UNIT elements of 16 bytes. A piece
 # is VECTORS of them, SPAN elements apart, of which FULL lie within every piece. Lengths come in units of 16 bytes: a vector is
@@ -561,16 +563,6 @@ def describe(x: Tensor, n: int, backward: bool = False) -> str:
     p = plan(n, x.element_size(), False, backward, _multiprocessors(x.get_device()))
     text = f"rows in clusters of {p.config.ctas} programs, {p.config.num_warps} warps each"
     return f"{text}, {p.stages} rows under way" if backward else text
-
-
-@functools.cache
-def _is_hopper(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 # ---- launches -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from trinix.kernels.hopper import softmax_rows
 from trinix.kernels.hopper._compat import block_barrier, tma_load
 from trinix.kernels.hopper._launch import Binary, Box, raw_stream
+from trinix.kernels.hopper._launch import is_hopper as _is_hopper
+from trinix.kernels.hopper._launch import multiprocessors as _multiprocessors
 
 LOG2E = math.log2(math.e)
 SHARED_BYTES = 221 * 1024  # of the ring; statistics and barriers take the rest of the 227 KiB
@@ -391,16 +393,6 @@ def describe(x: Tensor, mask: None, dim: int, log: bool) -> str:
         return softmax_rows.describe(x.numel() // n, n, itemsize, _multiprocessors(x.get_device()))
     p = plan(n, c, itemsize, False)
     return f"forward: columns of {p.config.columns_bytes} bytes in {p.parts} parts of {p.rows} rows, {p.config.groups} x {p.config.num_warps} warps"
-
-
-@functools.cache
-def _is_hopper(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _is_row(x: Tensor, dim: int) -> bool:

@@ -1748,7 +1748,7 @@ def test_hopper_refuses_by_name_and_reason():
         ops.rms_norm_residual(x, x, 65_536, dropout_p=0.1, backend="hopper")
     with pytest.raises(trinix.Unsupported, match="'hopper' takes rows of 32768 bytes and more, got 2048"):
         ops.layer_norm(x[:, :1024], 1024, backend="hopper")
-    with pytest.raises(trinix.Unsupported, match="'hopper' needs tensors on one GPU"):
+    with pytest.raises(trinix.Unsupported, match="'hopper' needs a GPU tensor, got cpu"):
         ops.layer_norm(x.cpu(), 65_536, backend="hopper")
 
 

@@ -127,7 +127,7 @@ def test_what_is_refused_is_named():
     assert "too many" in rows.refused(17, 1 << 18, 2, 132)
     assert "rows, got" in rows.refused(1 << 21, 32_768, 2, 132)
     assert rows.refused(17, 1 << 17, 2, 132) is None
-    assert "one GPU" in rows.unsupported((torch.ones(2, 65_536), None), 65_536, None, 0.0)
+    assert "GPU tensor, got cpu" in rows.unsupported((torch.ones(2, 65_536), None), 65_536, None, 0.0)
     assert "float64" in rows.unsupported((torch.ones(2, 65_536).double(),), 65_536, None, 0.0)
 
 

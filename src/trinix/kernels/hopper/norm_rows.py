@@ -526,13 +526,13 @@ def wins(tensors: tuple, n: int, kind: str | None, p: float, backward: bool) -> 
 def unsupported(tensors: tuple, n: int, kind: str | None, p: float) -> str | None:
     """Why these kernels cannot run the call, or None. ``tensors``: x first, None where there is none."""
     x = tensors[0]
-    if not x.is_cuda:
-        return f"needs a GPU tensor, got {x.device.type}"
     for t in tensors:
         if t is None:
             continue
         if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"needs float16, bfloat16 or float32, got {str(t.dtype).removeprefix('torch.')}"
+        if not x.is_cuda:
+            return f"needs a GPU tensor, got {x.device.type}"
         if t.device != x.device:
             return f"needs tensors on one GPU, got {x.device} and {t.device}"
         if t.layout != torch.strided or t.is_nested:

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import gluon_on_cpu
+import trinix
 from trinix.kernels.hopper import norm_rows as rows
 from trinix.kernels.torch import norm as reference
 from trinix.kernels.triton.norm import Norm, Wanted
@@ -148,6 +149,19 @@ def test_what_these_kernels_add_is_named_too(monkeypatch):
     assert rows.wins((half,), 32_768, None, 0.0, True)
     assert rows.wins((torch.ones(2, 16_384),), 16_384, None, 0.0, True)
     assert not rows.wins((torch.ones(2, 16_384).half(),), 16_384, None, 0.0, True)
+
+
+def test_explain_counts_the_rows_under_way_of_the_form_that_runs(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(rows, "_is_hopper", lambda index: True)
+    monkeypatch.setattr(rows, "_multiprocessors", lambda index: 132)
+    x = torch.ones(2, 32_768)
+    told = [trinix.explain("rms_norm", x, 32_768), trinix.explain("rms_norm_residual", x, x, 32_768)]
+    for one, residual in zip(told, (False, True), strict=True):
+        stages = rows.plan(32_768, 4, residual, True, 132).stages
+        assert one.backend == "triton"
+        assert one.config.endswith(f"backward on hopper: rows in clusters of 8 programs, 8 warps each, {stages} rows under way")
+    assert told[0].config != told[1].config  # a residual takes room of them
 
 
 @pytest.fixture

@@ -593,6 +593,6 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     forward, backward = (_module("auto", tensors, n, kind, p, way) for way in (False, True))
     config = forward.describe(x, n)
     if backward is not forward:
-        config += f"; backward on hopper: {backward.describe(x, n, True)}"
+        config += f"; backward on hopper: {backward.describe(x, n, True, residual is not None)}"
     backend = "hopper" if forward is not _triton() else "triton"
     return Explanation(name, backend, "the fastest measured at every size", config)

@@ -561,8 +561,8 @@ def refused(rows: int, n: int, itemsize: int, multiprocessors: int) -> str | Non
     return None
 
 
-def describe(x: Tensor, n: int, backward: bool = False) -> str:
-    p = plan(n, x.element_size(), False, backward, _multiprocessors(x.get_device()))
+def describe(x: Tensor, n: int, backward: bool = False, residual: bool = False) -> str:
+    p = plan(n, x.element_size(), residual, backward, _multiprocessors(x.get_device()))
     text = f"rows in clusters of {p.config.ctas} programs, {p.config.num_warps} warps each"
     return f"{text}, {p.stages} rows under way" if backward else text
 

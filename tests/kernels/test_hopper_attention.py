@@ -374,7 +374,7 @@ def test_emulated_gradients_of_saved_tensors_that_a_hook_has_packed(monkeypatch)
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
 def test_emulated_lengths_slopes_and_sink(monkeypatch, d):
     queries, keys = [70, 140, 1, 0], [70, 160, 5, 30]
     shapes = [(sum(queries) + 3, 2, d), (sum(keys), 1, d), (sum(keys), 1, d)]
@@ -397,7 +397,7 @@ def test_emulated_lengths_slopes_and_sink(monkeypatch, d):
 
 
 @pytest.mark.parametrize("left", [-1, 90])
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
 def test_emulated_no_row_sees_the_next_sequence_through_a_window_to_the_right(monkeypatch, d, left):
     shapes = [(65 + 70, 1, d), (65 + 80, 1, d), (65 + 80, 1, d)]
     q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]

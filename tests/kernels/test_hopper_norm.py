@@ -160,7 +160,9 @@ def test_explain_counts_the_rows_under_way_of_the_form_that_runs(monkeypatch):
     for one, residual in zip(told, (False, True), strict=True):
         stages = rows.plan(32_768, 4, residual, True, 132).stages
         assert one.backend == "triton"
-        assert one.config.endswith(f"backward on hopper: rows in clusters of 8 programs, 8 warps each, {stages} rows under way")
+        assert one.config.endswith(
+            f"backward on hopper: rows in clusters of 8 programs, 8 warps each, {stages} rows under way"
+        )
     assert told[0].config != told[1].config  # a residual takes room of them
 
 

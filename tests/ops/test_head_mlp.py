@@ -5,6 +5,7 @@ Backend "triton" runs in Triton's interpreter on the CPU; the tests marked ``gpu
 import importlib
 import math
 import random
+import weakref
 
 import pytest
 import torch
@@ -187,6 +188,30 @@ def test_wide_heads_have_a_launch_for_each_gradient_where_they_fill_the_card(mon
         (True, False, True, False, False),
     ]
     kernels._backward_plan.cache_clear()
+
+
+def test_of_launches_apart_one_at_a_time_has_partial_sums(monkeypatch):
+    """Those of one need at most dO's size of memory."""
+    monkeypatch.setattr(kernels, "APART", {n: kernels.Config(16, 32, 4, 1) for n in kernels.APART})
+    monkeypatch.setattr(kernels, "LANES", 32)
+    monkeypatch.setattr(kernels, "_card", lambda index: (8, 227, False))
+    kernels._backward_plan.cache_clear()
+    problem = Numbers(1, 400, 136, 32, dtype=torch.bfloat16)
+    problem.oracle("silu")
+    made, alive, empty = [], [], torch.empty
+
+    def counted(*size, **more):
+        t = empty(*size, **more)
+        if more.get("dtype") == torch.float32 and t.numel():
+            alive.append(sum(one() is not None for one in made))
+            made.append(weakref.ref(t))
+        return t
+
+    monkeypatch.setattr(torch, "empty", counted)
+    x, w1, w2, *_ = problem.slots
+    kernels.backward(x, w1, w2, None, None, None, problem.dy, "silu", False, (True, True, True, *[False] * 3))
+    kernels._backward_plan.cache_clear()
+    assert alive == [0, 0]  # of dW1, of dW2
 
 
 def test_what_fills_a_processor_is_split_into_full_rounds():

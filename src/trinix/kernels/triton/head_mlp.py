@@ -853,6 +853,7 @@ def backward(
         if splits > 1 and total:
             outputs = tuple([x if t is None else t for t in outputs])
             partials_launch()(-(-total // PARTIAL_BLOCK), (partials, *outputs), (splits, *counts))
+        partials = into = None  # before the next launch's are made: of one at a time there is memory
     dw1, dwg, dw2, db1, db2 = sums
     return [dx, dw1, dw2, db1, db2, dwg]
 

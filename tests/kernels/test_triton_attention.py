@@ -21,9 +21,9 @@ FORWARD = T, T, T, T, "*u8", "*fp32", T, "*i64", "*i32", "*i32", T, "*fp32"
 BACKWARD = T, T, T, T, "*u8", "*fp32", "*i64", "*i32", "*i32", T, "*fp32", T, T, T
 
 
-def cases(d, dv, **options):
-    form, call = kernels.Form(d, dv, 8, **options), (d, dv, 2, "sm_90")
-    yield "forward", kernels.forward_launch(form, kernels.choose_forward(*call)), FORWARD
+def cases(d, dv, unit=8, **options):
+    form, call = kernels.Form(d, dv, unit, **options), (d, dv, 2, "sm_90")
+    yield "forward", kernels.forward_launch(form, kernels.choose_forward(*call, False, unit > 1)), FORWARD
     form = form._replace(raw=False)
     walks = [(kernels.choose_keys(*call), (True, True))]
     if split := kernels.choose_split(*call):
@@ -45,7 +45,8 @@ for name, launch, tensors in cases(*CALL, **OPTIONS):
         open(ptx, "w").write(binary.asm["ptx"])
         command = [PTXAS, "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    print(json.dumps({"name": name, "products": binary.asm["ptx"].count("wgmma.mma"), "warnings": sorted(set(re.findall("C75[0-9]{2}", log)))}))
+    print(json.dumps({"name": name, "products": binary.asm["ptx"].count("wgmma.mma"), "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
+                      "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log)))}))
 """
 
 
@@ -66,3 +67,10 @@ def test_no_product_waits_for_itself(d, options, fresh_process):
     for one in map(json.loads, lines):
         assert one["products"] >= 2, one
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"
+
+
+@pytest.mark.parametrize(("d", "dv", "unit"), [(129, 128, 1), (136, 200, 1), (136, 200, 8)])
+def test_forward_of_two_tiles_of_channels_spills_little(d, dv, unit, fresh_process):
+    code = COMPILE.replace("cases(*CALL, **OPTIONS)", f"[next(cases({d}, {dv}, {unit}, right=True))]")
+    (line,) = fresh_process(code).splitlines()
+    assert json.loads(line)["spills"] <= 64, line  # with the aligned tiles 1700

@@ -826,8 +826,9 @@ def score_channels(d: int) -> tuple[int, int]:
     return (128, 64) if 128 < d <= 192 else (block_of(d), 0)
 
 
-def choose_forward(d: int, dv: int, size: int, card: str, heavy: bool = False) -> Config:
-    """``size``: bytes of an element; ``card``: "sm_90", "nvidia" or "amd"; ``heavy``: tiles of a bias, a mask or dropout."""
+def choose_forward(d: int, dv: int, size: int, card: str, heavy: bool = False, aligned: bool = True) -> Config:
+    """``size``: bytes of an element; ``card``: "sm_90", "nvidia" or "amd"; ``heavy``: tiles of a bias, a mask or dropout;
+    ``aligned``: accesses of 16 bytes, without which the larger tiles of 129 to 192 channels spill 900 bytes a thread."""
     wide = max(block_of(d), block_of(dv))
     if size == 4:
         m = 64 if wide <= 64 else 32 if wide == 128 else 16
@@ -838,7 +839,7 @@ def choose_forward(d: int, dv: int, size: int, card: str, heavy: bool = False) -
         return Config(64, 64, 4, 3)
     if wide <= 128:
         return Config(64, 64, 8, 2) if heavy else Config(64, 64, 4, 3)
-    if card == "sm_90" and not heavy and score_channels(d)[1]:
+    if card == "sm_90" and aligned and not heavy and score_channels(d)[1]:
         return Config(128, 64, 8, 3 if dv <= 128 else 2)
     return Config(128, 32, 8, 3) if card == "sm_90" else Config(64, 32, 8, 2)
 
@@ -1192,7 +1193,7 @@ def _forward_call(facts, apart: bool = False) -> tuple[_Call, tuple, tuple]:
     """(the kernel's call, out's shape, lse's shape); ``apart``: the call that mends backward's statistics."""
     plan = _plan(facts)
     form = plan.form
-    config = choose_forward(form.d, form.dv, facts.dtype.itemsize, plan.card, form.heavy)
+    config = choose_forward(form.d, form.dv, facts.dtype.itemsize, plan.card, form.heavy, form.unit > 1)
     tiles = -(-plan.seq_q // config.m)
     scalars = (
         *plan.inputs, *plan.extras, plan.heads, plan.group, plan.seq_q, plan.seq_k, tiles, facts.left, facts.right,
@@ -1379,7 +1380,9 @@ def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
     device = q.get_device()
     call = q.shape[-1], v.shape[-1], q.element_size(), _card(device)
     heavy = options.bias is not None or options.mask is not None or options.dropout_p > 0
-    text = "forward " + _shown(choose_forward(*call, heavy))
+    strides = (n for t in (q, k, v) for n in t.stride()[:-1])
+    aligned = unit_of(q.element_size(), *call[:2], *strides) > 1
+    text = "forward " + _shown(choose_forward(*call, heavy, aligned))
     if grad:
         fused = not options.deterministic and choose_fused(*call)
         if not fused and (split := choose_split(*call, heavy)):

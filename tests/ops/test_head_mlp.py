@@ -465,6 +465,10 @@ def test_explain_says_which_backend_and_why():
     assert "needs a GPU tensor, got cpu" in text
     assert trinix.explain("head_mlp", x, w1, w2, "swiglu", w_gate=w1, backend="triton").op == "head_mlp[silu, gated]"
     assert "rows x" in trinix.explain("head_mlp", x, w1, w2, backend="triton").config
+    x, *wide = (torch.ones(2, 64, n, dtype=torch.bfloat16) for n in (64, 512, 512))
+    wide[1] = wide[1].mT  # few programs have a wide tile, a mean over heads has not
+    assert "x 128 hidden" in trinix.explain("head_mlp", x, *wide, backend="triton").config
+    assert "x 64 hidden" in trinix.explain("head_mlp", x, *wide, reduce="mean", backend="triton").config
 
 
 # ---- a citizen of PyTorch ------------------------------------------------------------------------------------------------

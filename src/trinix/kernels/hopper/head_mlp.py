@@ -882,7 +882,7 @@ def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple
     return [dx, dw1 if wanted[1] else None, dw2 if wanted[2] else None, None, None, None]
 
 
-def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool) -> str:
+def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool, mean: bool) -> str:
     """The configuration of a forward call, for ``trinix.explain``."""
     c = choose_forward(w1.shape[0], x.shape[-2], x.shape[-1], processors(x.get_device()))
     return f"{c.consumers} warpgroups of 64 rows, tiles of {c.hidden} hidden columns, {c.slots} slots"

@@ -858,10 +858,10 @@ def backward(
     return [dx, dw1, dw2, db1, db2, dwg]
 
 
-def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool) -> str:
+def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool, mean: bool) -> str:
     """The configuration of a forward call, for ``trinix.explain``."""
     h, d, e = w1.shape
-    config = _forward_config(h, x.shape[-2], d, e, x.dtype.itemsize, gated, True, False, x.get_device())
+    config = _forward_config(h, x.shape[-2], d, e, x.dtype.itemsize, gated, True, mean, x.get_device())
     return f"tile {config.rows} rows x {config.hidden} hidden, {config.num_warps} warps, {config.num_stages} stages"
 
 

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import gluon_on_cpu
+from trinix.kernels.hopper import row_vectors
 from trinix.kernels.hopper import softmax as hopper
 from trinix.kernels.hopper import softmax_rows as rows
 from trinix.kernels.torch import softmax as reference
@@ -268,7 +269,7 @@ def test_rows_that_clusters_win():
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The launches of rows run here, on float16 and float32 tensors, each cluster as one program."""
-    names = gluon_on_cpu.functions_of(rows)
+    names = gluon_on_cpu.functions_of(rows, **gluon_on_cpu.functions_of(row_vectors))
     monkeypatch.setattr(
         rows, "Binary", lambda kernel, device, examples, constants, **_: gluon_on_cpu.Binary(names, kernel, examples, constants)
     )  # fmt: skip

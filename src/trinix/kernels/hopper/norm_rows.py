@@ -25,6 +25,7 @@ from triton.runtime import driver
 from trinix.kernels.hopper._launch import Binary, raw_stream
 from trinix.kernels.hopper._launch import is_hopper as _is_hopper
 from trinix.kernels.hopper._launch import multiprocessors as _multiprocessors
+from trinix.kernels.hopper.row_vectors import load, load_all, store
 
 # A tensor of the cluster is [CTAS, WARPS, 32 * UNIT]: for each thread of all programs the UNIT elements of 16 bytes. A piece
 # is VECTORS of them, SPAN elements apart, of which FULL lie within every piece. Lengths come in units of 16 bytes: a vector is
@@ -136,32 +137,6 @@ def _wide(x):
 
 
 @gluon.jit
-def _load(t, u, at, end, FULL: gl.constexpr, SPAN: gl.constexpr):
-    if u < FULL:
-        vector = gl.load(t + u * SPAN + at)
-    else:
-        vector = gl.load(t + u * SPAN + at, mask=at + u * SPAN < end, other=0.0)
-    return vector
-
-
-@gluon.jit
-def _loaded(t, at, end, VECTORS: gl.constexpr, FULL: gl.constexpr, SPAN: gl.constexpr):
-    vectors = ()
-    for u in gl.static_range(VECTORS):
-        vectors = vectors + (_load(t, u, at, end, FULL, SPAN),)  # noqa: RUF005 - what Triton knows of tuples
-    return vectors
-
-
-@gluon.jit
-def _store(t, u, at, end, value, FULL: gl.constexpr, SPAN: gl.constexpr):
-    value = value.to(t.dtype.element_ty)
-    if u < FULL:
-        gl.store(t + u * SPAN + at, value)
-    else:
-        gl.store(t + u * SPAN + at, value, mask=at + u * SPAN < end)
-
-
-@gluon.jit
 def _places(n, piece, UNIT: gl.constexpr, CTAS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
     """Places of the first vectors in a row, and where each piece ends."""
     two: gl.constexpr = gl.SliceLayout(2, LAYOUT)
@@ -238,19 +213,19 @@ def _forward(
     at, end = _places(n, piece, UNIT, CTAS, WARPS, LAYOUT)
     every = gl.arange(0, CTAS * WARPS, ALL)
     start = row * (n * UNIT)
-    vectors = _loaded(x + start, at, end, VECTORS, FULL, SPAN)
+    vectors = load_all(x + start, at, end, 0.0, VECTORS, FULL, SPAN)
     if RESIDUAL:
-        others = _loaded(residual + start, at, end, VECTORS, FULL, SPAN)
+        others = load_all(residual + start, at, end, 0.0, VECTORS, FULL, SPAN)
         sums = ()
         for u in gl.static_range(VECTORS):
             total = (_wide(vectors[u]) + _wide(others[u])).to(h.dtype.element_ty)  # what is stored is normalised
-            _store(h + start, u, at, end, total, FULL, SPAN)
+            store(h + start, u, at, end, total, FULL, SPAN)
             sums = sums + (total,)  # noqa: RUF005
         vectors = sums
     ws = ()
     EARLY: gl.constexpr = 2 if VECTORS > 2 else VECTORS  # vectors of the weight under way while the warps meet
     if WEIGHT:
-        ws = _loaded(weight, at, end, EARLY, FULL, SPAN)
+        ws = load_all(weight, at, end, 0.0, EARLY, FULL, SPAN)
     mean, low, rstd = _statistics(vectors, base, every, at, end, length, eps, CENTER, x.dtype.element_ty == gl.float32, CTAS, WARPS,
                                   SPAN, VECTORS, FULL)  # fmt: skip
     if SAVE:
@@ -264,11 +239,11 @@ def _forward(
         v *= rstd
         if WEIGHT:
             if u >= EARLY:
-                ws = ws + (_load(weight, u, at, end, FULL, SPAN),)  # noqa: RUF005
+                ws = ws + (load(weight, u, at, end, 0.0, FULL, SPAN),)  # noqa: RUF005
             v = _weighted(v, ws, u, offset, WEIGHT, OFFSET)
         if BIAS:
-            v += _load(bias, u, at, end, FULL, SPAN).to(gl.float32)
-        _store(y + start, u, at, end, v, FULL, SPAN)
+            v += load(bias, u, at, end, 0.0, FULL, SPAN).to(gl.float32)
+        store(y + start, u, at, end, v, FULL, SPAN)
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------------
@@ -376,7 +351,7 @@ def _backward(
                    VECTORS)  # fmt: skip
     ws = ()
     if WEIGHT:
-        ws = _loaded(weight, at, end, VECTORS, FULL, SPAN)
+        ws = load_all(weight, at, end, 0.0, VECTORS, FULL, SPAN)
     dws = ()
     dbs = ()
     for _u in gl.static_range(VECTORS):
@@ -410,7 +385,7 @@ def _backward(
                     g -= plain
                 if RESIDUAL:
                     g += _vector(hs, slot, u, VECTORS, LAYOUT)
-                _store(dx + row * (n * UNIT), u, at, end, g, FULL, SPAN)
+                store(dx + row * (n * UNIT), u, at, end, g, FULL, SPAN)
         _fetch_all(x, dy, dh, stats, xs, gs, hs, rings, slot, row + STAGES * clusters, rows, n, at, end, warp, CENTER, RESIDUAL, UNIT,
                    SPAN, VECTORS)  # fmt: skip
         slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
@@ -425,9 +400,9 @@ def _backward(
     mine = partial + gl.program_id(0).to(gl.int64) * (n * (UNIT * (DW + DB)))
     for u in gl.static_range(VECTORS):
         if DW:
-            _store(mine, u, at, end, dws[u], FULL, SPAN)
+            store(mine, u, at, end, dws[u], FULL, SPAN)
         if DB:
-            _store(mine + n * (UNIT * DW), u, at, end, dbs[u], FULL, SPAN)
+            store(mine + n * (UNIT * DW), u, at, end, dbs[u], FULL, SPAN)
 
 
 @gluon.jit(do_not_specialize=["clusters", "n"])

@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from trinix.kernels.hopper._launch import Binary, raw_stream
+from trinix.kernels.hopper.row_vectors import load_all, store
 
 # A tensor of the cluster is [CTAS, SPAN]: a line for each program, and in it a vector of 16 bytes for each thread. A piece is VECTORS of
 # them, of which FULL lie within every piece. Lengths come in units of 16 bytes: a vector is in the row or not.
@@ -36,26 +37,6 @@ def _packed(x):
     if x.dtype.primitive_bitwidth == 16:
         x = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
     return x
-
-
-@gluon.jit
-def _load(x, at, end, other, VECTORS: gl.constexpr, FULL: gl.constexpr, SPAN: gl.constexpr):
-    vectors = ()
-    for u in gl.static_range(VECTORS):
-        if u < FULL:
-            vectors = vectors + (gl.load(x + u * SPAN + at),)  # noqa: RUF005 - what Triton knows of tuples
-        else:
-            vectors = vectors + (gl.load(x + u * SPAN + at, mask=at + u * SPAN < end, other=other),)  # noqa: RUF005
-    return vectors
-
-
-@gluon.jit
-def _store(y, u, at, end, value, FULL: gl.constexpr, SPAN: gl.constexpr):
-    value = value.to(y.dtype.element_ty)
-    if u < FULL:
-        gl.store(y + u * SPAN + at, value)
-    else:
-        gl.store(y + u * SPAN + at, value, mask=at + u * SPAN < end)
 
 
 @gluon.jit
@@ -80,7 +61,7 @@ def _forward(
 ):  # fmt: skip
     row = gl.program_id(0)
     line, start, at, end = _places(row, n, piece, UNIT, CTAS, SPAN, LAYOUT)
-    vectors = _load(x + start, at, end, float("-inf"), VECTORS, FULL, SPAN)
+    vectors = load_all(x + start, at, end, float("-inf"), VECTORS, FULL, SPAN)
     factor = scale * 1.4426950408889634
     tops = vectors[0].to(gl.float32)
     for u in gl.static_range(1, VECTORS):
@@ -111,7 +92,7 @@ def _forward(
             out = gl.fma(gl.fma(-out, gl.full_like(e, total), e), inverse, out)  # by what the product misses
         else:
             out = gl.exp2(z * factor - logarithm)
-        _store(y + start, u, at, end, out, FULL, SPAN)
+        store(y + start, u, at, end, out, FULL, SPAN)
 
 
 @gluon.jit(do_not_specialize=["n", "piece"])
@@ -122,8 +103,8 @@ def _backward(
 ):  # fmt: skip
     row = gl.program_id(0)
     line, start, at, end = _places(row, n, piece, UNIT, CTAS, SPAN, LAYOUT)
-    ys = _load(y + start, at, end, 0.0, VECTORS, FULL, SPAN)
-    gs = _load(dy + start, at, end, 0.0, VECTORS, FULL, SPAN)
+    ys = load_all(y + start, at, end, 0.0, VECTORS, FULL, SPAN)
+    gs = load_all(dy + start, at, end, 0.0, VECTORS, FULL, SPAN)
     totals = gs[0].to(gl.float32) if LOG else gs[0].to(gl.float32) * ys[0].to(gl.float32)
     for u in gl.static_range(1, VECTORS):
         totals += gs[u].to(gl.float32) if LOG else gs[u].to(gl.float32) * ys[u].to(gl.float32)
@@ -137,7 +118,7 @@ def _backward(
             g = scale * (g - gl.exp2(p * 1.4426950408889634) * total)
         else:
             g = scale * p * (g - total)
-        _store(dx + start, u, at, end, g, FULL, SPAN)
+        store(dx + start, u, at, end, g, FULL, SPAN)
 
 
 # ---- choice -------------------------------------------------------------------------------------------------------------

@@ -159,15 +159,20 @@ def _leaky_relu_dx(x, dy, a, b):
 
 
 @triton.jit
-def _tanh(x, a, b):
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
+def tanh_from(x, far):
+    """tanh x; ``far``: its size as (1 - e) / (1 + e), e = exp(-2 |x|)."""
     far = tl.where(x < 0, -far, far)
     # 1 - e cancels near 0: there an odd polynomial, relative error below 4e-8 for |x| < 0.55
     u = x * x
     p = -0.05391069905793123 + u * (0.02131609018225192 - u * 0.0066212847471014535)
     near = x + x * u * (-0.33333332081384404 + u * (0.133331214435843 + u * p))
     return tl.where(tl.abs(x) < 0.55, near, far)
+
+
+@triton.jit
+def _tanh(x, a, b):
+    e = tl.exp(-2.0 * tl.abs(x))
+    return tanh_from(x, (1.0 - e) / (1.0 + e))
 
 
 @triton.jit

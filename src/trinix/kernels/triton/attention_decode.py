@@ -23,7 +23,7 @@ import triton.language as tl
 
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launcher
-from trinix.kernels.triton.activation import _tanh
+from trinix.kernels.triton.activation import _tanh, tanh_from
 
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -74,12 +74,7 @@ def _normalised(acc, total, EXACT: tl.constexpr):
 def _exact_tanh(x):
     """``_tanh`` by an exact exponential and division, for the scores of float32 inputs."""
     e = _exp(-2.0 * tl.abs(x), True)
-    far = tl.math.div_rn(1.0 - e, 1.0 + e)
-    far = tl.where(x < 0, -far, far)
-    u = x * x
-    p = -0.05391069905793123 + u * (0.02131609018225192 - u * 0.0066212847471014535)
-    near = x + x * u * (-0.33333332081384404 + u * (0.133331214435843 + u * p))
-    return tl.where(tl.abs(x) < 0.55, near, far)
+    return tanh_from(x, tl.math.div_rn(1.0 - e, 1.0 + e))
 
 
 @triton.jit

@@ -499,7 +499,7 @@ def test_softcap_and_alibi(options, d):
     check(q, k, v, Options(scale=d**-0.5, **options))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 192])
 @pytest.mark.parametrize("options", [{}, CAUSAL, WINDOW, {"window_left": 90, "window_right": 100}], ids=str)
 @on_card
 def test_lengths_of_their_own(options, d):
@@ -528,8 +528,8 @@ def test_wide_heads_forward(options, dims):
     check_lse(lse, true[1])
 
 
-@pytest.mark.parametrize("dims", [(256, 256), (192, 128)], ids=str)
-@pytest.mark.parametrize("options", [{}, CAUSAL, WINDOW], ids=str)
+@pytest.mark.parametrize("dims", [(256, 256), (192, 128), (160, 96), (128, 256), (136, 256), (160, 200)], ids=str)
+@pytest.mark.parametrize("options", [{}, CAUSAL, WINDOW, CAUSAL | {"deterministic": True}], ids=str)
 @on_card
 def test_wide_heads_backward(options, dims):
     d, dv = dims
@@ -537,7 +537,7 @@ def test_wide_heads_backward(options, dims):
     check(q, k, v, Options(scale=d**-0.5, **options))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 192])
 @on_card
 def test_a_sink_and_its_gradient(d):
     q, k, v = made([(2, 300, 4, d), (2, 300, 2, d), (2, 300, 2, d)], torch.bfloat16)

@@ -4,8 +4,11 @@ First with a fake kernel on the CPU, which remembers what it was compiled for an
 ``gpu``, the same list with a real kernel and its results.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
+import threading
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+from trinix.kernels.hopper import _launch as hopper_launch
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton._launch import Launcher
 
@@ -304,15 +308,138 @@ def test_a_hook_sends_launches_to_the_normal_path_as_long_as_it_stays(name, rig)
     assert rig() == "fast"
 
 
-def test_a_tensor_on_another_device_than_the_current_one_takes_the_normal_path(rig, fake_driver, monkeypatch):
+@pytest.fixture
+def two_devices(fake_driver, monkeypatch):
+    """The launcher as on a machine with two cards; yields the current one, in a list, and the devices that were switched to."""
     current = [0]
+
+    @contextlib.contextmanager
+    def switch(device):
+        before, current[0] = current[0], getattr(device, "index", device)
+        fake_driver.append(current[0])
+        yield
+        current[0] = before
+
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", switch)
     monkeypatch.setattr(_launch._State, "many_devices", True)
+    return current, fake_driver
+
+
+def test_a_tensor_on_another_device_than_the_current_one_is_launched_there(two_devices, monkeypatch):
+    current, switched = two_devices
+    rig, at = Rig(), []
+    monkeypatch.setattr(FakeCompiled, "check", lambda *_: at.append(current[0]))
     assert [rig(), rig(card=1)] == ["normal", "normal"]
-    assert [rig(), rig(card=1)] == ["fast", "normal"]
+    assert switched == [0, 1]
+    assert [rig(), rig(card=1)] == ["fast", "fast"]
+    assert rig.sent[1] == 7001
     current[0] = 1
-    assert [rig(), rig(card=1)] == ["normal", "fast"]
-    assert fake_driver == [0, 1, 1, 0]  # the normal path switched to the tensor's device
+    assert [rig(), rig(card=1)] == ["fast", "fast"]
+    assert at == [0, 1, 0, 1]  # the kernel's device was the current one at every launch
+    assert switched == [0, 1, 1, 0]  # and nothing was switched where it was already
+    assert current == [1]
+
+
+class Alone:
+    """Something that no two threads may be in: Triton sets a new kernel's launcher before it has loaded the function."""
+
+    def __init__(self):
+        self.inside, self.together = 0, False
+
+    def __enter__(self):
+        self.inside += 1
+        self.together |= self.inside > 1
+        time.sleep(0.01)
+
+    def __exit__(self, *_):
+        self.inside -= 1
+
+
+def from_threads(call, count=4):
+    """``call()`` from several threads at once."""
+    start = threading.Barrier(count)
+
+    def run():
+        start.wait()
+        call()
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        for one in [pool.submit(run) for _ in range(count)]:
+            one.result()
+
+
+def test_threads_compile_a_kernel_one_after_the_other(fake_driver):
+    kernel, alone = FakeKernel(), Alone()
+    launch = Launcher(kernel, tensors=2).bind(FACTOR=FACTOR, BLOCK=BLOCK, num_warps=WARPS)
+    tensors = tuple(FakeTensor(torch.float32, p, 0) for p in (256, 512))
+
+    class Slow:
+        def __getitem__(self, grid):
+            inner = kernel[grid]
+
+            def launch(*arguments, **more):
+                with alone:
+                    return inner(*arguments, **more)
+
+            return launch
+
+        def __getattr__(self, name):
+            return getattr(kernel, name)
+
+    launch.kernel = Slow()
+    from_threads(lambda: launch(2, tensors, (48, 5, 0.5)))
+    assert not alone.together
+    assert len(kernel.log) == 4
+    launch(2, tensors, (48, 5, 0.5))
+    assert kernel.log[-1][0] == "fast"
+
+
+def test_threads_load_a_binary_of_hoppers_one_after_the_other(monkeypatch):
+    alone, launched = Alone(), []
+
+    class Compiled:  # one for all, as Triton keeps them
+        function, packed_metadata = None, ()
+        metadata = SimpleNamespace(global_scratch_size=1, tensordesc_meta=None)
+
+        @property
+        def run(self):
+            if self.function is None:
+                with alone:
+                    self.function = 5
+            return lambda *arguments: launched.append(arguments)
+
+    compiled = Compiled()
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    kernel = SimpleNamespace(run=lambda *bound, **more: compiled)
+    from_threads(lambda: hopper_launch.Binary(kernel, 0, (1,), {})(3, 7000, (2,)))
+    assert not alone.together
+    assert len(launched) == 4
+
+
+def test_a_binary_of_hoppers_is_launched_on_its_device(monkeypatch):
+    current, at = [0], []
+
+    @contextlib.contextmanager
+    def switch(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    metadata = SimpleNamespace(global_scratch_size=1, tensordesc_meta=None)
+    compiled = SimpleNamespace(
+        metadata=metadata, function=5, packed_metadata=(), run=lambda *arguments: at.append(current[0])
+    )
+    kernel = SimpleNamespace(run=lambda *bound, **more: at.append(("compiled", current[0])) or compiled)
+    binary = hopper_launch.Binary(kernel, 1, (1,), {})
+    for current[0] in (0, 1):
+        binary(3, 7000, (2,))
+    assert at == [("compiled", 1), 1, 1]
+    assert current == [1]
 
 
 @pytest.mark.parametrize(
@@ -700,9 +827,10 @@ def test_on_the_card_another_device_is_served_there(card):
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs a second CUDA GPU, this machine has {torch.cuda.device_count()}")
     assert [card(), card(card=1)] == ["normal", "normal"]
-    assert [card(), card(card=1)] == ["fast", "normal"]
+    assert [card(), card(card=1)] == ["fast", "fast"]
+    assert torch.cuda.current_device() == 0
     with torch.cuda.device(1):
-        assert [card(), card(card=1)] == ["normal", "fast"]
+        assert [card(), card(card=1)] == ["fast", "fast"]
 
 
 @gpu

@@ -7,6 +7,7 @@ its own path runs, and descriptors are made anew.
 """
 
 import functools
+import threading
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +19,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _MOST = 256  # descriptors kept for one place in one plan: as many addresses as its tensors take in turn
 
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
+_lock = (
+    threading.Lock()
+)  # Triton sets a new kernel's launcher before it has loaded the function: no thread may see it so
 
 
 @functools.cache
@@ -80,7 +84,7 @@ class Binary:
     def __init__(self, kernel, device: int, examples: tuple, constants: dict, **options):
         boxes = [a[0] for a in examples if isinstance(a, tuple)]
         bound = [a[0].example(a[1]) if isinstance(a, tuple) else a for a in examples]
-        with torch.cuda.device(device):
+        with _lock, torch.cuda.device(device):
             self.compiled = kernel.run(*bound, grid=(1,), warmup=True, **constants, **options)
             run = self.compiled.run  # loads it
         self.device = device

@@ -35,7 +35,9 @@ _static_launcher = getattr(torch._C, "_StaticCudaLauncher", None)
 _runtime = triton.knobs.runtime
 _NO_ENTER_HOOK = _runtime.launch_enter_hook  # chains that are empty until a profiler adds to them
 _NO_EXIT_HOOK = _runtime.launch_exit_hook
-_lock = threading.Lock()
+_lock = (
+    threading.RLock()
+)  # Triton sets a new kernel's launcher before it has loaded the function: no thread may see it so
 
 
 def _initial_reason() -> str | None:
@@ -146,17 +148,20 @@ class Launch:
             or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
             or _NO_EXIT_HOOK.calls
             or self.kernel.pre_run_hooks
-            or (_State.many_devices and torch._C._cuda_getDevice() != device)
         ):
             self._normal(blocks, tensors, scalars, None if fire or bits & 15 else key)
             return
         # pointers go as integers: nobody then asks the tensor or the driver about them
-        fire(blocks, _raw_stream(device), pointers + scalars)
+        if _State.many_devices and torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                fire(blocks, _raw_stream(device), pointers + scalars)
+        else:
+            fire(blocks, _raw_stream(device), pointers + scalars)
 
     def _normal(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple | None) -> None:
         """Triton's own path; keeps the kernel under ``key`` if later calls may launch it directly."""
         device = tensors[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with _lock, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             compiled = self.kernel[(blocks,)](*tensors, *scalars, **self.constants, **self.options)
             if key is None or _State.off or not _keepable(self.kernel, compiled):
                 return

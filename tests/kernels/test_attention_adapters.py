@@ -1,5 +1,6 @@
 """The adapters to cuDNN's and FlashAttention's kernels: what they refuse and why, and on the card the same numbers as ours."""
 
+import contextlib
 import importlib
 import sys
 import types
@@ -196,6 +197,24 @@ def test_each_package_is_called_as_it_wants(shape, package):
     with torch.no_grad():
         some = flash.backward(dout, None, q, k, v, *got, options, (False, True, False))
     assert [g is None for g in some] == [True, False, True, True, True]
+
+
+def test_each_package_runs_with_its_tensors_card_as_the_current_one(package, monkeypatch):
+    _, calls = package
+
+    @contextlib.contextmanager
+    def switch(index):
+        calls.append(index)
+        yield
+        calls.append("back")
+
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    q = normal((1, 4, 1, 8), torch.float32, seed=1)
+    options = Options(scale=0.3)
+    out, lse = flash.forward(q, q, q, options)
+    flash.backward(out, None, q, q, q, out, lse, options, (True,) * 3)
+    card = q.get_device()
+    assert calls == [card, "forward", "back", card, "backward", "back"]
 
 
 def test_a_gradient_of_lse_with_softcap_is_refused_in_words(package):

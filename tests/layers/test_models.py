@@ -1,5 +1,6 @@
 """The reference decoder: it learns, it generates the same with every cache as without, and it compiles whole."""
 
+import contextlib
 import copy
 import pickle
 
@@ -93,7 +94,7 @@ class Unrecorded:
 @torch.no_grad()
 def test_a_captured_step_looks_after_its_caches(monkeypatch):
     for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: Unrecorded())
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: Unrecorded())
     tokens = tokens_of("cpu", 2, 5)
     model = made("gpt", length=6)
     caches = model.caches(2, 9)
@@ -117,6 +118,37 @@ def test_a_captured_step_looks_after_its_caches(monkeypatch):
     for cache in caches:
         assert len(cache._free) == 2
         assert cache.page_table[:, 1].tolist() == [pages[1] for pages in cache._owned]
+
+
+@torch.no_grad()
+def test_a_step_is_captured_on_the_models_card_whichever_is_the_current_one(monkeypatch):
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def switch(index):
+        inside.append(index)
+        yield
+        inside.pop()
+
+    def asked(name):
+        def call(*arguments, **more):
+            seen.append((name, list(inside), more))
+            return side if name == "Stream" else Unrecorded()
+
+        return call
+
+    side = Unrecorded()
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, asked(name))
+    model, tokens = made("llama", layers=1), tokens_of("cpu", 2, 5)
+    caches = model.caches(2, 9)
+    model(tokens, caches)
+    model.captured(caches)
+    assert {name for name, _, _ in seen} == {"Stream", "current_stream", "stream", "CUDAGraph", "graph"}
+    assert all(at == [model.embedding.weight.get_device()] for _, at, _ in seen)
+    # PyTorch makes its own stream once in a process, on the card that captured first
+    assert [more for name, _, more in seen if name == "graph"] == [{"stream": side}]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -237,18 +237,20 @@ class Decoder(nn.Module):
             raise ValueError(
                 "Decoder: captured wants caches with their prompts, got an empty one; call the model first"
             )
-        tokens = torch.zeros(caches[0].lengths.shape[0], 1, dtype=torch.int64, device=self.embedding.weight.device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles and chooses what a capture must not
-            for _ in range(2):
-                self(tokens, caches, last=True)
-                for cache in caches:
-                    cache.rewind(1)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self(tokens, caches, last=True)
+        device = self.embedding.weight.device
+        tokens = torch.zeros(caches[0].lengths.shape[0], 1, dtype=torch.int64, device=device)
+        with torch.cuda.device(tokens.get_device()):  # streams are the current card's
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles and chooses what a capture must not
+                for _ in range(2):
+                    self(tokens, caches, last=True)
+                    for cache in caches:
+                        cache.rewind(1)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):  # its own default is of the card that first captured
+                logits = self(tokens, caches, last=True)
         for cache in caches:
             cache.count(-1)  # capturing ran nothing
             if isinstance(cache, PagedCache):

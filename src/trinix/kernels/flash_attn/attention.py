@@ -205,6 +205,18 @@ def _without_tail(t, ends, value=0.0, dim=0):
     return t.masked_fill_(behind.view(*(1,) * dim, -1, *(1,) * (t.ndim - dim - 1)), value)
 
 
+def _on_its_card(run):
+    """``run`` with the card of its first tensor as the current one: FlashAttention 4 launches on the current card's stream."""
+
+    @functools.wraps(run)
+    def there(*call):
+        with torch.cuda.device(call[0].get_device()):
+            return run(*call)
+
+    return there
+
+
+@_on_its_card
 def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     out, lse = _forward(_names(q, k, v, options, False)[0], q, k, v, options)
     if _empty_rows(q, k, options):
@@ -215,6 +227,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+@_on_its_card
 def backward(dout, dlse, q, k, v, out, lse, options, needs):
     name = _names(q, k, v, options, True)[0]
     if _empty_rows(q, k, options):

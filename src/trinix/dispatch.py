@@ -80,6 +80,8 @@ def number(op: str, name: str, value) -> float:
     if not isinstance(value, str):
         try:
             return float(value)
+        except OverflowError:
+            raise ValueError(f"{op}: {name} must be a number that a float holds, got one beyond 1.8e308") from None
         except (TypeError, ValueError):
             pass
     raise TypeError(f"{op}: {name} must be a number, got {value!r}; convert it with float()")

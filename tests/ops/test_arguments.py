@@ -47,6 +47,19 @@ def test_an_int_is_a_number(op, name):
     torch.testing.assert_close(getattr(ops, op)(*CALLS[op], **{name: value}), wanted)
 
 
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**5000)], ids=["400 digits", "5000 digits"]
+)  # the second, Python refuses to print
+@pytest.mark.parametrize(("op", "name"), CHECKED)
+def test_an_int_that_no_float_holds_is_refused_by_name(op, name, value):
+    function = getattr(ops, op)
+    for call in (function, lambda *a, **more: ops.explain(function, *a, **more)):
+        with pytest.raises(
+            ValueError, match=rf"^{op}: {name} must be a number that a float holds, got one beyond 1.8e308$"
+        ):
+            call(*CALLS[op], **{name: value})
+
+
 @pytest.mark.parametrize("value", [[], 3, None], ids=repr)
 @pytest.mark.parametrize("op", CALLS)
 def test_what_is_no_name_is_refused_with_the_names_there_are(op, value):

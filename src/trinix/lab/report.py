@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trinix.lab import record, roofline
+from trinix.lab import record, roofline, train
 from trinix.lab.case import Case, load_cases
 from trinix.lab.peers import PREPARE, RIVALS, trinix
 
@@ -99,6 +99,9 @@ def markdown(lines: list[dict], source: str) -> str:
         mine = [row for row in grouped if row.pass_ == pass_]
         if mine:
             out += [f"## {PASS_NAMES[pass_].capitalize()}", "", *_speed_table(mine, cases, columns), ""]
+    steps = [row for row in grouped if any(one["op"] == "train_step" for one in row.lines.values())]
+    if steps:
+        out += ["## Tokens a second", "", *_tokens_table(steps, columns), ""]
     out += ["## Memory beside the documents", "", *_memory_table(grouped, cases), ""]
     failed = [one for one in lines if not one["ok"]]
     if failed:
@@ -151,6 +154,24 @@ def _speed_table(mine: list[ResultRow], cases: dict[str, Case], columns: list[st
             )
         )
     return table
+
+
+def _tokens_table(steps: list[ResultRow], columns: list[str]) -> list[str]:
+    """Of training steps: what the wall clock leaves a program that does nothing else, and the peak on top of the parameters."""
+    impls = ["trinix", *columns]
+    head = ("case", *impls, *(f"{impl} MiB" for impl in impls))
+    out = [
+        "Tokens of a step over its wall ms: forward, loss and backward, without an optimizer. MiB: the measured peak over the "
+        "parameters and the tokens, gradients included.",
+        "",
+        _line(head),
+        _line(["---"] * len(head)),
+    ]
+    for row in steps:
+        timed = [row.line(impl) if (row.line(impl) or {}).get("ok") else None for impl in impls]
+        rates = [f"{train.tokens_of(row.case) / one['wall_ms'] * 1000:.0f}" if one else "" for one in timed]
+        out.append(_line([row.case, *rates, *(_number(one, "peak_mib", 0) for one in timed)]))
+    return out
 
 
 def _memory_table(grouped: list[ResultRow], cases: dict[str, Case]) -> list[str]:

@@ -2,6 +2,7 @@
 (gluon_on_cpu.py). On the card: the tests of the op."""
 
 import json
+import threading
 import types
 
 import numpy as np
@@ -94,13 +95,35 @@ def test_what_it_cannot_run_has_a_reason():
 # ---- the kernels themselves, in NumPy: warpgroups as threads, real barriers ---------------------------------------------------
 
 
-def _functions() -> dict:
+class Order:
+    """What a launch before the kernel in front has ended may not do: each role waits before anything else."""
+
+    def __init__(self):
+        self.early = False  # whether this launch is one
+        self.role = threading.local()
+
+    def wait(self):
+        self.role.waited = True
+
+    def check(self):
+        assert not self.early or getattr(self.role, "waited", False), "a role went ahead of the kernel in front"
+
+    def behind(self, access):
+        def checked(*arguments):
+            self.check()
+            access(*arguments)
+
+        return checked
+
+
+def _functions(order: Order) -> dict:
     """The kernels as plain Python."""
 
     instructions = {"tanh": np.tanh, "ex2": np.exp2, "rcp": np.reciprocal}
 
     def assembly(text, constraints, args, **_):
         if text.startswith("griddepcontrol"):  # launches come one after the other here
+            order.wait() if text.startswith("griddepcontrol.wait") else order.check()
             return None
         return gluon_on_cpu.Tensor(instructions[text.split(".")[0]](args[0].a))
 
@@ -113,9 +136,8 @@ def _functions() -> dict:
         arrive=lambda b, count: b.change(arrivals=count),
         expect=lambda b, n: b.change(arrivals=1, more_bytes=n),
     )
-    names = {
-        name: getattr(gluon_on_cpu, name) for name in ("tma_load", "tma_store", "warpgroup_mma", "warpgroup_mma_wait")
-    }
+    names = {name: getattr(gluon_on_cpu, name) for name in ("warpgroup_mma", "warpgroup_mma_wait")}
+    names |= {name: order.behind(getattr(gluon_on_cpu, name)) for name in ("tma_load", "tma_store")}
     names |= {"gl": language, "gluon": language, "mbarrier": mbarrier, "fence_async_shared": lambda: None}
     names["tma"] = types.SimpleNamespace(store_wait=lambda n: None)
     return gluon_on_cpu.functions_of(hopper, **names)
@@ -124,7 +146,8 @@ def _functions() -> dict:
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The backend's launches run here, for float16 tensors, on two multiprocessors."""
-    functions = _functions()
+    order = Order()
+    functions = _functions(order)
 
     class OnCpu(hopper._Plan):
         def __init__(self, kernel, tensors, blocks, items, integers, constants):
@@ -137,8 +160,11 @@ def on_cpu(monkeypatch):
                 hopper.Box(t.shape, t.stride(), (1, *b), t.dtype) for t, b in zip(tensors, self.blocks, strict=True)
             ]
             there = [gluon_on_cpu.Descriptor(t.data_ptr(), box) for t, box in zip(tensors, boxes, strict=True)]
+            # the rows' kernel follows the weights', which it does not need
+            order.early = self.constants["DEPENDENT"] and self.kernel is not functions["_backward_rows"]
             gluon_on_cpu.launch(self.kernel, self.programs, (*there, *self.integers), self.constants)
 
+    monkeypatch.setattr(hopper, "EARLY", True)
     monkeypatch.setattr(hopper, "_Plan", OnCpu)
     monkeypatch.setattr(hopper, "_plans", {})
     monkeypatch.setattr(hopper, "processors", lambda index: 2)

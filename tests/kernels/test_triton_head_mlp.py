@@ -19,11 +19,25 @@ PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bi
 WANTED = {"x": (True, (False,) * 5), "w1": (False, (True, *[False] * 4)), "w2": (False, (False, False, True, False, False))}
 
 
-def backward(dtype, d, config, precision, want_x=True, wanted=(True, False, True, False, False)):
+def backward(dtype, d, config, precision, want_x=True, wanted=(True, False, True, False, False), early=False):
     layout = kernels.Layout(True, 16 // dtype.itemsize, False, False)
     return kernels.backward_launch(
-        "silu", dtype, False, False, want_x, wanted, False, False, True, layout, d, config, precision, 32
+        "silu", dtype, False, False, want_x, wanted, False, False, True, layout, d, config, precision, 32, early
     )
+
+
+def early():
+    dtype, layout = torch.bfloat16, kernels.Layout(True, 8, False, False)
+    for now in (True, False):
+        for d in (64, 128):
+            config = kernels.choose_forward(2048, d, 2, False)
+            forward = kernels.forward_launch(
+                "silu", dtype, False, False, False, False, True, layout, d, config, None, 32, now
+            )
+            yield f"forward {now}", d, 90, forward, ("*bf16",) * 7
+            config = kernels.choose_backward(2048, d, 2, False)
+            yield f"backward {now}", d, 90, backward(dtype, d, config, None, early=now), ("*bf16",) * 12
+        yield f"add {now}", 0, 90, kernels.partials_launch(now), ("*fp32",) * 6
 
 
 def apart():
@@ -63,6 +77,8 @@ for name, d, arch, launch, tensors in CASES():
         "name": name, "d": d, "arch": arch, "kib": binary.metadata.shared / 1024, "kib_limit": kernels.APART_KIB,
         "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log))),
         "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
+        "waits": text.find("griddepcontrol.wait"),
+        "reads": re.search(r"\\b(ld|st|red|atom)\\.global|\\bcp\\.async\\.c", text).start(),
         "float64 on tensor cores": len(re.findall("mma.sync[^;]*f64", text)), "tf32": "tf32" in text,
     }))
 """
@@ -70,6 +86,14 @@ for name, d, arch, launch, tensors in CASES():
 
 def compiled(cases, fresh_process):
     return [json.loads(line) for line in fresh_process(COMPILE.replace("CASES", cases)).splitlines()]
+
+
+def test_a_kernel_launched_early_touches_no_tensor_before_it_has_waited(fresh_process):
+    lines = compiled("early", fresh_process)
+    assert len(lines) == 10
+    for one in lines:
+        early = one["name"].endswith("True")
+        assert (0 < one["waits"] < one["reads"]) if early else one["waits"] == -1, one
 
 
 def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill_little(fresh_process):

@@ -290,14 +290,35 @@ def _fill(slot, use, full, empty, a_desc, a_at, a_s, b_desc, b_at, b_s):
     tma_load(b_desc, b_at, full.index(slot), b_s.index(slot))
 
 
+# ---- launches before the kernel in front has ended ------------------------------------------------------------------------
+# The wait returns when that kernel has ended and what it wrote can be read; it had waited for its own, and so on, so all work
+# before is done. It holds back the threads that call it: every role calls it before its first access to global memory.
+# The next kernel may come in once a thread of every program has let it; only behind the wait, for rows' reads without one.
+
+
+@gluon.jit
+def _let_next_kernel_start():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _wait_for_kernel_before():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # ---- forward ------------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
 def _forward_producer(
     x_desc, w1_desc, w2_desc, x_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-    N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr,
+    N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        _wait_for_kernel_before()
+    _let_next_kernel_start()
     it = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -318,8 +339,10 @@ def _forward_producer(
 def _forward_consumer(
     me: gl.constexpr, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
     VALUE: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
-    W_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
+    W_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        _wait_for_kernel_before()
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -376,7 +399,8 @@ def _forward_consumer(
 def _forward(
     x_desc, w1_desc, w2_desc, o_desc, items, per_head, tiles,
     VALUE: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
-    W_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr, REGISTERS: gl.constexpr,
+    W_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     x_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], x_desc.layout)
     w1_s = gl.allocate_shared_memory(x_desc.dtype, [W_SLOTS, 1, D, N], w1_desc.layout)
@@ -392,10 +416,10 @@ def _forward(
     # behind a +, constexprs would turn into tensors.
     gl.warp_specialize([
         (_forward_producer, (x_desc, w1_desc, w2_desc, x_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head,
-                             tiles, N, CONSUMERS, W_SLOTS))
+                             tiles, N, CONSUMERS, W_SLOTS, DEPENDENT))
         if part == 0 else
         (_forward_consumer, (part - 1, o_desc, x_s, w1_s, w2_s, o_s, x_full, x_empty, w_full, w_empty, items, per_head,
-                             tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED))
+                             tiles, VALUE, N, D, CONSUMERS, W_SLOTS, X_REGISTERS, HALVED, DEPENDENT))
         for part in (0, 1, 2, 3)[:1 + CONSUMERS]
     ], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip
 
@@ -403,18 +427,6 @@ def _forward(
 # ---- backward -----------------------------------------------------------------------------------------------------------
 # Two kernels that do not need each other: the rows' starts where the weights' leaves multiprocessors idle, before that has
 # ended. At its own end it waits for the other's, so that whatever comes after it comes after both.
-
-
-@gluon.jit
-def _let_next_kernel_start():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _wait_for_kernel_before():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # ---- backward: rows -----------------------------------------------------------------------------------------------------
@@ -427,6 +439,7 @@ def _rows_producer(
     x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
     N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr, X_SLOTS: gl.constexpr,
 ):  # fmt: skip
+    _let_next_kernel_start()
     it = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -554,8 +567,11 @@ def _backward_rows(
 @gluon.jit
 def _weights_producer(
     x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
-    N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
+    N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        _wait_for_kernel_before()
+    _let_next_kernel_start()
     it = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -575,8 +591,10 @@ def _weights_producer(
 def _weights_consumer(
     me: gl.constexpr, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
     VALUE: gl.constexpr, DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
-    SLOTS: gl.constexpr, W1_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
+    SLOTS: gl.constexpr, W1_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        _wait_for_kernel_before()
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -639,9 +657,8 @@ def _weights_consumer(
 def _backward_weights(
     x_desc, y_desc, w1_desc, w2_desc, dw1_desc, dw2_desc, items, per_head, tiles,
     VALUE: gl.constexpr, DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
-    W1_REGISTERS: gl.constexpr, HALVED: gl.constexpr,
+    W1_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    _let_next_kernel_start()
     CONSUMERS: gl.constexpr = 2
     x_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, N, D], x_desc.layout)
     y_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, N, D], y_desc.layout)
@@ -652,10 +669,10 @@ def _backward_weights(
     fence_async_shared()
     gl.warp_specialize([
         (_weights_producer, (x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty,
-                             items, per_head, tiles, N, CONSUMERS, SLOTS))
+                             items, per_head, tiles, N, CONSUMERS, SLOTS, DEPENDENT))
         if part == 0 else
         (_weights_consumer, (part - 1, dw1_desc, dw2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items,
-                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, W1_REGISTERS, HALVED))
+                             per_head, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS, W1_REGISTERS, HALVED, DEPENDENT))
         for part in (0, 1, 2)
     ], [4] * CONSUMERS, [240] * CONSUMERS)  # fmt: skip
 
@@ -665,6 +682,7 @@ def _backward_weights(
 DTYPES = (torch.float16, torch.bfloat16)
 WIDTHS = (64, 128, 256)
 BACKWARD_WIDTHS = (64, 128)  # at 256 the weights' sums fill the registers
+EARLY = False  # forward and the weights' kernel begin before the kernel in front has ended
 
 
 class ForwardConfig(NamedTuple):
@@ -793,7 +811,7 @@ def _forward_constants(kind: str, d: int, c: ForwardConfig) -> dict:
     halved = kind in OF_HALF
     return {
         "VALUE": (OF_HALF if halved else FORMULAS)[kind][0], "N": c.hidden, "D": d, "CONSUMERS": c.consumers,
-        "W_SLOTS": c.slots, "X_REGISTERS": c.x_registers, "HALVED": halved,
+        "W_SLOTS": c.slots, "X_REGISTERS": c.x_registers, "HALVED": halved, "DEPENDENT": EARLY,
         "REGISTERS": 240 if c.consumers == 2 else 160,
     }  # fmt: skip
 
@@ -846,7 +864,7 @@ def _weights_constants(kind: str, d: int, c: WeightsConfig) -> dict:
     value, dx = (OF_HALF if halved else FORMULAS)[kind]
     return {
         "VALUE": value, "DX": dx, "N": c.rows, "D": d, "SLOTS": c.slots, "W1_REGISTERS": c.w1_registers,
-        "HALVED": halved,
+        "HALVED": halved, "DEPENDENT": EARLY,
     }  # fmt: skip
 
 

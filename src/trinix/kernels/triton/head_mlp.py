@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trinix.kernels.triton import activation
+from trinix.kernels.triton import activation, norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
 from trinix.kernels.triton.activation import DTYPES, LANES
@@ -299,7 +299,11 @@ def _forward(
     HAS_B2: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr, INNER: tl.constexpr,
     UNIT: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:  # it touches no tensor before all work in front has ended, and what that wrote can be read
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     E *= UNIT
     x_h, x_b, w1_h, w1_o, wg_h, wg_o = x_h * UNIT, x_b * UNIT, w1_h * UNIT, w1_o * UNIT, wg_h * UNIT, wg_o * UNIT
     w2_h, w2_o, o_h, o_b = w2_h * UNIT, w2_o * UNIT, o_h * UNIT, o_b * UNIT
@@ -510,7 +514,11 @@ def _backward(
     WANT_B2: tl.constexpr, SHARED: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr,
     EVEN: tl.constexpr, INNER: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:  # it touches no tensor before all work in front has ended, and what that wrote can be read
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     E *= UNIT
     x_h, x_b, w1_h, w1_o, wg_h, wg_o = x_h * UNIT, x_b * UNIT, w1_h * UNIT, w1_o * UNIT, wg_h * UNIT, wg_o * UNIT
     w2_h, w2_o, y_h, y_b, dx_h, dx_b = w2_h * UNIT, w2_o * UNIT, y_h * UNIT, y_b * UNIT, dx_h * UNIT, dx_b * UNIT
@@ -536,9 +544,12 @@ def _backward(
 @triton.jit(do_not_specialize=["splits", "n0", "n1", "n2", "n3", "n4"])
 def _add_partials(
     partials, out0, out1, out2, out3, out4,
-    splits: "i32", n0: "i64", n1: "i64", n2: "i64", n3: "i64", n4: "i64", BLOCK: tl.constexpr,
+    splits: "i32", n0: "i64", n1: "i64", n2: "i64", n3: "i64", n4: "i64", BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Five sums over the splits, one behind the other in ``partials`` [splits, n0 + .. + n4]."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = n0 + n1 + n2 + n3 + n4
     live = i < total
@@ -656,21 +667,21 @@ def unsupported(x: torch.Tensor, w1: torch.Tensor, *rest) -> str | None:
 @functools.cache
 def forward_launch(
     kind: str, dtype: torch.dtype, gated: bool, has_b1: bool, has_b2: bool, mean: bool, even: bool, layout: "Layout",
-    d: int, config: Config, precision: str | None, lanes: int = LANES,
+    d: int, config: Config, precision: str | None, lanes: int = LANES, dependent: bool = False,
 ) -> Launch:  # fmt: skip
     value, _, a, b = formula(kind, dtype, lanes)
     return _FORWARD.bind(
         num_warps=config.num_warps, num_stages=config.num_stages,
         VALUE=value, A=a, B_=b, GATED=gated, HAS_B1=has_b1, HAS_B2=has_b2, MEAN=mean, W1_T=layout.w1_transposed,
         W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d, BD=_tile_of(d), BB=config.rows,
-        BE=config.hidden, PRECISION=precision,
+        BE=config.hidden, PRECISION=precision, DEPENDENT=dependent, launch_pdl=dependent,
     )  # fmt: skip
 
 
 @functools.cache
 def backward_launch(
     kind: str, dtype: torch.dtype, gated: bool, has_b1: bool, want_x: bool, wanted: tuple, shared: bool, mean: bool,
-    even: bool, layout: "Layout", d: int, config: Config, precision: str | None, lanes: int = LANES,
+    even: bool, layout: "Layout", d: int, config: Config, precision: str | None, lanes: int = LANES, dependent: bool = False,
 ) -> Launch:  # fmt: skip
     """``wanted``: of W1, the gate's weight, W2, b1, b2."""
     value, dx, a, b = formula(kind, dtype, lanes)
@@ -679,13 +690,20 @@ def backward_launch(
         num_warps=config.num_warps, num_stages=config.num_stages,
         VALUE=value, DX=dx, A=a, B_=b, GATED=gated, HAS_B1=has_b1, WANT_X=want_x, **want, SHARED=shared, MEAN=mean,
         W1_T=layout.w1_transposed, W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d,
-        BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION=precision,
+        BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION=precision, DEPENDENT=dependent, launch_pdl=dependent,
     )  # fmt: skip
 
 
 @functools.cache
-def partials_launch() -> Launch:
-    return _ADD_PARTIALS.bind(num_warps=4, BLOCK=PARTIAL_BLOCK)
+def partials_launch(dependent: bool = False) -> Launch:
+    return _ADD_PARTIALS.bind(num_warps=4, BLOCK=PARTIAL_BLOCK, DEPENDENT=dependent, launch_pdl=dependent)
+
+
+EARLY = False  # where the card can, kernels are launched before the one in front has ended
+
+
+def _dependent(index: int) -> bool:
+    return EARLY and index >= 0 and norm.dependent_launch(index)
 
 
 @functools.cache
@@ -750,7 +768,9 @@ def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides,
     config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.unit > 1, mean, index)
     precision = precision_of(dtype, _card(index)[2])
     even = e % config.hidden == 0
-    launch = forward_launch(kind, dtype, gated, has_b1, has_b2, mean, even, layout, d, config, precision)
+    launch = forward_launch(
+        kind, dtype, gated, has_b1, has_b2, mean, even, layout, d, config, precision, LANES, _dependent(index)
+    )
     blocks = -(-b // config.rows) * (1 if mean else h)
     return launch, blocks, (h, b, e // layout.unit, *strides)
 
@@ -805,7 +825,8 @@ def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, share
     for config, with_x, of_weights in parts:
         even = e > 0 and e % config.hidden == 0  # a weights program runs for b2 without any column to read
         launch = backward_launch(
-            kind, dtype, gated, has_b1, with_x, of_weights, shared, mean, even, layout, d, config, precision_of(dtype, double)
+            kind, dtype, gated, has_b1, with_x, of_weights, shared, mean, even, layout, d, config, precision_of(dtype, double),
+            LANES, _dependent(index),
         )  # fmt: skip
         programs = h * -(-max(e, 1) // config.hidden) if any(of_weights) else 0
         elements = h * d * e * sum(of_weights[:3]) + h * e * of_weights[3] + h * d * of_weights[4]
@@ -852,7 +873,8 @@ def backward(
             launch(blocks, _pointers(x, e, w1, w_gate, w2, b1, dy, dx, *into), arguments)
         if splits > 1 and total:
             outputs = tuple([x if t is None else t for t in outputs])
-            partials_launch()(-(-total // PARTIAL_BLOCK), (partials, *outputs), (splits, *counts))
+            add = partials_launch(_dependent(x.get_device()))
+            add(-(-total // PARTIAL_BLOCK), (partials, *outputs), (splits, *counts))
         partials = into = None  # before the next launch's are made: of one at a time there is memory
     dw1, dwg, dw2, db1, db2 = sums
     return [dx, dw1, dw2, db1, db2, dwg]

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import trinix
 from trinix import models
@@ -176,6 +178,29 @@ def test_every_parameter_learns_and_the_whole_compiles(shape, fresh_dynamo, devi
     assert all(bool(g.any()) for g in grads[0])
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_that_backward_computes_again_have_the_same_gradients(shape, backend, device):
+    model, tokens = made(shape, device, dropout=0.2, layers=1), tokens_of(device, 1, 6)
+    again = [0]
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(lambda *_: again.__setitem__(0, again[0] + 1))
+    results = []
+    for checkpointed in (False, False, True):  # the second call of a kind may go another way than the first
+        for block in model.blocks:
+            whole = type(block).forward.__get__(block)
+            block.forward = functools.partial(checkpoint, whole, use_reentrant=False) if checkpointed else whole
+        model.zero_grad()
+        torch.manual_seed(2)  # dropout's, which the second computation has to draw again
+        with trinix.use_backend(backend):
+            loss = model.loss(tokens)
+            loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert again == [4 * len(model.blocks)]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
 @pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
@@ -343,6 +368,23 @@ def test_sizes_of_no_model_are_refused(name):
     for wrong in (0, -1, 2.0, True, [2]):
         with pytest.raises(ValueError, match=f"Config: {name} must be an int from 1 on, got"):
             models.llama(**{name: wrong})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_that_was_made_without_memory_begins_as_a_new_one_does(shape):
+    wanted, model = made(shape), made(shape, "meta").to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    torch.manual_seed(1)
+    model.reset_parameters()
+    assert (model.output.weight is model.embedding.weight) == model.config.tied
+    for (name, new), old in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        new, old = new.detach(), old.detach()
+        torch.testing.assert_close(
+            new.mean(), old.mean(), atol=4 * float(old.std()) / old.numel() ** 0.5, rtol=0, msg=name
+        )
+        torch.testing.assert_close(new.std(), old.std(), atol=0, rtol=4 / (2 * old.numel()) ** 0.5, msg=name)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(wanted.named_buffers()))
 
 
 def test_the_embedding_may_be_the_output():

@@ -51,8 +51,10 @@ class FastRoPEPositionEmbedding(nn.Module):
         self.interleaved = interleaved
         self.scaling = scaling
         cos, sin = ops.rope_table(max_position_embeddings, dim, base=base, scaling=scaling)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("first_cos", cos, persistent=False)
+        self.register_buffer("first_sin", sin, persistent=False)
+        # (cos, sin) once it has grown: no buffer, for DistributedDataParallel writes rank 0's over every rank's, of whatever length
+        self.longer: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -77,6 +79,21 @@ class FastRoPEPositionEmbedding(nn.Module):
             cu_seqlens=cu_seqlens, inplace=inplace, backend=self._backend(q, k, self.cos, self.sin),
         )  # fmt: skip
 
+    @property
+    def cos(self) -> Tensor:
+        """The table as long as it is, ``[P, R/2]``."""
+        return self._tables()[0]
+
+    @property
+    def sin(self) -> Tensor:
+        return self._tables()[1]
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        longer = self.longer  # DataParallel's replicas have that of the first card
+        if longer is None or longer[0].device != self.first_cos.device:
+            return self.first_cos, self.first_sin
+        return longer
+
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), ``[length, R/2]`` each."""
         self.grow(length)
@@ -85,7 +102,7 @@ class FastRoPEPositionEmbedding(nn.Module):
     def grow(self, length: int) -> None:
         """Make the table at least ``length`` rows long; by a half at least, so that a growing cache seldom does it."""
         if length > self.cos.shape[0]:
-            self._fill(max(length, self.cos.shape[0] * 3 // 2))
+            self.longer = self._made(max(length, self.cos.shape[0] * 3 // 2))
 
     def apply_rotary_pos_emb(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None
@@ -102,16 +119,16 @@ class FastRoPEPositionEmbedding(nn.Module):
         return "triton" if triton_can_rotate(*tensors) else "auto"
 
     @torch.inference_mode(False)  # autograd refuses to save a table that an evaluation made
-    def _fill(self, length: int) -> None:
-        table = ops.rope_table(length, self.dim, base=self.base, scaling=self.scaling, device=self.cos.device)
-        self.cos, self.sin = table
+    def _made(self, length: int) -> tuple[Tensor, Tensor]:
+        return ops.rope_table(length, self.dim, base=self.base, scaling=self.scaling, device=self.first_cos.device)
 
     def _apply(self, fn, recurse=True):
         """half() would round the table, to_empty() would lose it: what moves is computed anew where it went."""
-        before = self.cos
+        before = self.first_cos
         super()._apply(fn, recurse)
-        if self.cos is not before:
-            self._fill(self.cos.shape[0])
+        if self.first_cos is not before:
+            self.first_cos, self.first_sin = self._made(before.shape[0])
+            self.longer = self.longer and self._made(self.longer[0].shape[0])
         return self
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from trinix.layers.activation import FastGELU
 from trinix.layers.arguments import check_sizes
 from trinix.layers.attention import FastGroupedQueryAttention
 from trinix.layers.cache import DynamicCache, LatentCache, PagedCache, StaticCache
+from trinix.layers.embedding import FastRoPEPositionEmbedding
 from trinix.layers.glu import FastSwiGLU
 from trinix.layers.latent_attention import FastMultiHeadLatentAttention
 from trinix.layers.linear import FastLinear
@@ -122,11 +123,21 @@ class Decoder(nn.Module):
         norm = FastFusedResidualRMSNorm if config.gated else FastFusedResidualLayerNorm
         self.norm = norm(config.dim, 1e-5, **place)
         self.output = FastLinear(config.dim, config.vocabulary, False, **place)
+        self._draw_tables()
+        _tie(self)
+        self.register_load_state_dict_post_hook(_tie)
+
+    def reset_parameters(self) -> None:
+        """New weights for the whole model: after ``to_empty()`` of one that was made on the meta device."""
+        for module in reversed([*self.modules()][1:]):  # a layer draws for its projections, after they have
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self._draw_tables()
+
+    def _draw_tables(self) -> None:
         for table in (self.embedding, self.positions):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
-        _tie(self)
-        self.register_load_state_dict_post_hook(_tie)
 
     def _apply(self, fn, recurse=True):
         """to_empty() makes a new parameter for every place."""
@@ -268,7 +279,7 @@ class Decoder(nn.Module):
             return logits
 
         # the graph reads these, also when a longer prompt has put others in their place
-        step.tables = list(self.buffers())
+        step.tables = [(m.cos, m.sin) for m in self.modules() if isinstance(m, FastRoPEPositionEmbedding)]
         return step
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trinix.lab import measure
+
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
@@ -105,6 +107,38 @@ def test_traffic_is_counted_by_operation():
     x, residual, weight = space["inputs_of"](4, 64)
     moved = sum(step.read + step.written for step in space["traffic"](space["one_by_one"], x, residual, weight))
     assert moved == 10 * x.nbytes + weight.nbytes + 6 * 8  # and the rows' numbers
+
+
+class Clock:
+    """Stands for ``measure.Gpu``: every call runs, the kernels above all in half of the others' time."""
+
+    def device_ms(self, calls):
+        for call in calls.values():
+            call()
+        return {name: measure.Spread(*[1.0 if "above" in name else 2.0] * 3) for name in calls}
+
+    def peak_mib(self, call):
+        return 5.0 + (call() is None)
+
+
+SIZES = {
+    "simple_fusion.py": ((8,), "the kernel runs at 200.0% of a copy's rate"),
+    "layer_norm.py": ((4, 24), "the kernels run at 200.0% of a copy's rate forward, 500.0% forward and backward"),
+    "memory_analysis.py": ((4, 1024), "the kernel runs at 425.0% of a copy's rate"),  # 4 n and the weight
+    "flash_attention_lite.py": (
+        (1, 2, 20, 16),
+        "the kernels run at 2.00 of the speed of PyTorch's fused attention, forward and backward",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_it_says_is_what_the_clock_said(file, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "Gpu", Clock)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    sizes, said = SIZES[file]
+    run(FOLDER / file, "tutorial")["measure"](*sizes)
+    assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 @pytest.mark.gpu

@@ -496,6 +496,27 @@ def test_a_kernel_that_may_start_early_goes_through_tritons_launcher_which_knows
     assert early.options["launch_pdl"] is True
 
 
+@pytest.mark.parametrize("pdl", [True, False])
+def test_tritons_c_function_is_given_what_its_launcher_gives_it(pdl, monkeypatch):
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    sent = []
+    run = object.__new__(CudaLauncher)
+    vars(run).update(
+        launch=lambda *arguments: sent.append(arguments), num_ctas=1, launch_cooperative_grid=False, launch_pdl=pdl,
+        global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
+    )  # fmt: skip
+    if triton.__version__.startswith("3.7."):
+        run.arg_annotations, run.kernel_signature = [], b""
+    function, packed = 5000, (WARPS, 1, 1088)
+    for version in (triton.__version__, "4.0.0"):  # of the second nothing is known
+        monkeypatch.setattr(triton, "__version__", version)
+        _launch._tritons_fire(function, run, packed, (FACTOR, BLOCK))(9, 7000, (256, 512, 48, 5, 0.5))
+    run(9, 1, 1, 7000, function, packed, None, None, None, 256, 512, 48, 5, 0.5, FACTOR, BLOCK)
+    assert len(sent) == 3
+    assert sent[0] == sent[1] == sent[2]
+
+
 def test_a_launch_that_gives_no_kernel_back_is_not_kept(rig):
     assert not _launch._keepable(rig.kernel, None)
 

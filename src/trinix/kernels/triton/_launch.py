@@ -3,7 +3,8 @@
 The normal path, ``kernel[grid](...)``, rebinds and re-specialises its arguments each time: about 12 us more than the CUDA
 launch itself on the H100 machine. Here the first call of each specialisation takes the normal path and keeps the
 ``CompiledKernel`` that it returns; later calls launch its function directly, through PyTorch's own C launcher for Triton
-kernels (4.7 us) where this PyTorch has it, else through ``CompiledKernel.run`` (6.2 us).
+kernels (4.7 us) where this PyTorch has it. Kernels that may start before the one in front has ended need an attribute that it
+lacks: they go through the C function behind Triton's launcher (as fast), or ``CompiledKernel.run`` (a microsecond more).
 
 A kept binary is only right for arguments that Triton would specialise in the same way, so the key holds everything that
 Triton looks at: device, the dtype of every tensor, and for every specialised integer whether it is 1, divisible by 16,
@@ -191,11 +192,34 @@ def _fire(compiled, constants: tuple):
         def fire(blocks, stream, arguments):
             launch(function, blocks, 1, 1, num_warps, shared, types, arguments + unused, stream)
 
-    else:
-        run, packed = compiled.run, compiled.packed_metadata
+        return fire
+    return _tritons_fire(function, compiled.run, compiled.packed_metadata, constants)
+
+
+def _tritons_fire(function, run, packed, constants):
+    """The same through Triton's launcher: the C function behind it where it is known (3.6, 3.7), else as it stands."""
+    launch = getattr(run, "launch", None)
+    if launch is None or not triton.__version__.startswith(("3.6.", "3.7.")):
 
         def fire(blocks, stream, arguments):
             run(blocks, 1, 1, stream, function, packed, None, None, None, *arguments, *constants)
+
+    elif hasattr(run, "arg_annotations"):  # 3.7
+        pdl, annotations, signature = run.launch_pdl, run.arg_annotations, run.kernel_signature
+
+        def fire(blocks, stream, arguments):
+            launch(
+                blocks, 1, 1, stream, function, False, pdl, packed, None, None, None, None, None, annotations, signature,
+                arguments + constants,
+            )  # fmt: skip
+
+    else:
+        pdl = run.launch_pdl
+
+        def fire(blocks, stream, arguments):
+            launch(
+                blocks, 1, 1, stream, function, False, pdl, None, None, packed, None, None, None, *arguments, *constants
+            )
 
     return fire
 

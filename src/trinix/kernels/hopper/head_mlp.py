@@ -682,7 +682,7 @@ def _backward_weights(
 DTYPES = (torch.float16, torch.bfloat16)
 WIDTHS = (64, 128, 256)
 BACKWARD_WIDTHS = (64, 128)  # at 256 the weights' sums fill the registers
-EARLY = False  # forward and the weights' kernel begin before the kernel in front has ended
+EARLY = True  # forward and the weights' kernel begin before the kernel in front has ended
 
 
 class ForwardConfig(NamedTuple):

@@ -699,7 +699,7 @@ def partials_launch(dependent: bool = False) -> Launch:
     return _ADD_PARTIALS.bind(num_warps=4, BLOCK=PARTIAL_BLOCK, DEPENDENT=dependent, launch_pdl=dependent)
 
 
-EARLY = False  # where the card can, kernels are launched before the one in front has ended
+EARLY = True  # where the card can, kernels are launched before the one in front has ended
 
 
 def _dependent(index: int) -> bool:

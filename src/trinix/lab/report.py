@@ -162,7 +162,7 @@ def _tokens_table(steps: list[ResultRow], columns: list[str]) -> list[str]:
     head = ("case", *impls, *(f"{impl} MiB" for impl in impls))
     out = [
         "Tokens of a step over its wall ms: forward, loss and backward, without an optimizer. MiB: the measured peak over the "
-        "parameters and the tokens, gradients included.",
+        "parameters and the tokens, gradients included. *share*, above, is of a product of matrices with as many operations.",
         "",
         _line(head),
         _line(["---"] * len(head)),

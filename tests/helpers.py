@@ -1,6 +1,8 @@
 """What the tests of several ops share."""
 
+import concurrent.futures
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -50,18 +52,31 @@ def skip_below(gib):
         pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} GiB are free")
 
 
-def captured(run):
-    """(graph, its result): ``run`` warmed up on a side stream, then captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+def captured(run, device=None):
+    """(graph, its result): ``run`` warmed up on a side stream of ``device``, by default the current one, then captured."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):  # its default is a stream of the device that first captured
+            result = run()
     return graph, result
+
+
+def from_threads(*calls):
+    """What the calls return, each from a thread of its own, all begun at once."""
+    start = threading.Barrier(len(calls))
+
+    def run(call):
+        start.wait()
+        return call()
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        return [one.result() for one in [pool.submit(run, call) for call in calls]]
 
 
 def small_layer(case):

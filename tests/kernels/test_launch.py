@@ -4,10 +4,8 @@ First with a fake kernel on the CPU, which remembers what it was compiled for an
 ``gpu``, the same list with a real kernel and its results.
 """
 
-import concurrent.futures
 import contextlib
 import ctypes
-import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+from helpers import from_threads
 from trinix.kernels.hopper import _launch as hopper_launch
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton._launch import Launcher
@@ -356,19 +355,6 @@ class Alone:
         self.inside -= 1
 
 
-def from_threads(call, count=4):
-    """``call()`` from several threads at once."""
-    start = threading.Barrier(count)
-
-    def run():
-        start.wait()
-        call()
-
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        for one in [pool.submit(run) for _ in range(count)]:
-            one.result()
-
-
 def test_threads_compile_a_kernel_one_after_the_other(fake_driver):
     kernel, alone = FakeKernel(), Alone()
     launch = Launcher(kernel, tensors=2).bind(FACTOR=FACTOR, BLOCK=BLOCK, num_warps=WARPS)
@@ -388,7 +374,7 @@ def test_threads_compile_a_kernel_one_after_the_other(fake_driver):
             return getattr(kernel, name)
 
     launch.kernel = Slow()
-    from_threads(lambda: launch(2, tensors, (48, 5, 0.5)))
+    from_threads(*[lambda: launch(2, tensors, (48, 5, 0.5))] * 4)
     assert not alone.together
     assert len(kernel.log) == 4
     launch(2, tensors, (48, 5, 0.5))
@@ -413,7 +399,7 @@ def test_threads_load_a_binary_of_hoppers_one_after_the_other(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     kernel = SimpleNamespace(run=lambda *bound, **more: compiled)
-    from_threads(lambda: hopper_launch.Binary(kernel, 0, (1,), {})(3, 7000, (2,)))
+    from_threads(*[lambda: hopper_launch.Binary(kernel, 0, (1,), {})(3, 7000, (2,))] * 4)
     assert not alone.together
     assert len(launched) == 4
 

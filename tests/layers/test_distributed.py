@@ -69,8 +69,9 @@ def test_two_processes_learn_what_one_does(shape, way, on_the_cpu):
 def test_two_cards_learn_what_one_does(shape, way, on_two_cards):
     result, single = on_two_cards[shape][way], on_two_cards[shape]["single"]["losses"]
     rounding = torch.finfo(torch.bfloat16 if "autocast" in shape else torch.float32).eps
-    # both sum up the same roundings in another order
-    assert result["losses"] == pytest.approx(single, rel=4 * rounding)
+    assert len(set(single)) == len(single) > 2
+    # the same numbers are added up in another order
+    assert result["losses"] == pytest.approx(single, rel=(2 if "autocast" in shape else 32) * rounding)
 
 
 def test_a_table_that_has_grown_is_no_buffer_and_belongs_to_its_card():

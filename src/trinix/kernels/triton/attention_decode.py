@@ -6,8 +6,9 @@ A program takes one key head of one sequence and a share of its cache: the query
 rows of its tile, so that every key is read once. The host knows capacities only, so that a CUDA graph may be replayed with
 other lengths: it chooses how many shares there are, and a program works out its own from the lengths. New tokens are one more
 step of a sequence's last share: it reads them where they are, and stores them into the cache behind all that anybody reads
-there, so no program waits for another. Shares write normalised float32 parts with their logarithms, and a second kernel adds
-them up; where every sequence is one share there is no second kernel.
+there, so no program waits for another. Shares write float32 parts with their maxima and sums, and a second kernel adds them up
+(not with the sums' logarithms: one near 8 is rounded by 5e-7, and so is its part's weight); where every sequence is one share there
+is no second kernel.
 
 A key's channels are two parts where their number is no power of two: 576 is 512 + 64. Values that are the keys' first
 channels, in the same memory, are not read again (latent attention).
@@ -23,7 +24,7 @@ import triton.language as tl
 
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launcher
-from trinix.kernels.triton.activation import _tanh, tanh_from
+from trinix.kernels.triton.activation import tanh_from
 
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,12 +51,15 @@ def _store_rows(base, at, live, values, D: tl.constexpr, FIRST: tl.constexpr, WI
 
 @triton.jit
 def _exp(x, EXACT: tl.constexpr):
-    """exp(x) for x up to 0. EXACT: to 2 units in the last place; tl.exp rounds x log2(e), at x = -10 by 5e-7 of the result."""
+    """exp(x) for x up to 0. EXACT: to a unit in the last place; tl.exp rounds x log2(e), at x = -10 by 5e-7 of the result, and
+    the hardware's exponential is 2 units off by itself."""
     if EXACT:
         x = tl.where(x < -200.0, -200.0, x)  # where it is 0; NaN stays
         n = tl.floor(x * 1.4426950408889634 + 0.5)
         rest = (x - n * 0.693359375) + n * 2.12194440e-4  # less n log(2), the first product exact
-        return tl.exp2(n) * tl.exp(rest)
+        # (exp(rest) - 1 - rest) / rest^2 to 3e-9 of exp(rest), rest in -log(2)/2 .. log(2)/2
+        tail = 0.49999993 + rest * (0.16666515 + rest * (0.041668457 + rest * (0.008369419 + rest * 0.0013813145)))
+        return tl.exp2(n) * (1.0 + (rest + rest * rest * tail))
     return tl.exp(x)
 
 
@@ -72,7 +76,7 @@ def _normalised(acc, total, EXACT: tl.constexpr):
 
 @triton.jit
 def _exact_tanh(x):
-    """``_tanh`` by an exact exponential and division, for the scores of float32 inputs."""
+    """Of scores: an exponential and a division to a unit in the last place. lse is float32 whatever the inputs are."""
     e = _exp(-2.0 * tl.abs(x), True)
     return tanh_from(x, tl.math.div_rn(1.0 - e, 1.0 + e))
 
@@ -102,10 +106,7 @@ def _scores(q0, q1, k0, k1, scale, softcap, TAIL: tl.constexpr, SOFTCAP: tl.cons
             s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
     s *= scale
     if SOFTCAP:
-        if q0.dtype == tl.float32:
-            s = softcap * _exact_tanh(tl.math.div_rn(s, softcap))
-        else:
-            s = softcap * _tanh(s / softcap, 0.0, 0.0)
+        s = softcap * _exact_tanh(tl.math.div_rn(s, softcap))
     return s
 
 
@@ -301,17 +302,18 @@ def _attend(
         total = total * decay + _exp(logit - base, EXACT)
         acc = acc * decay[:, None]
         m = new_m
-    acc = _normalised(acc, total[:, None], q0.dtype == tl.float32)
-    log_sum = tl.where(total == 0.0, float("-inf"), m + _log(tl.where(total == 0.0, 1.0, total)))
-    log_sum = tl.where(outside, float("nan"), log_sum)
     heads = key_heads * GROUP
     if PARTS:
         at = (entry * heads + h).to(tl.int64) * seq + i
         rows = tl.cast(entries, tl.int64) * heads * seq
-        tl.store(out + rows * DV + at, log_sum, mask=inside)  # behind all parts
+        tl.store(out + rows * DV + at, tl.where(outside, float("nan"), m), mask=inside)  # behind all parts
+        tl.store(out + rows * (DV + 1) + at, total, mask=inside)
         _store_rows(out, at * DV, inside & (total != 0.0), acc, DV, 0, WIDTH)
     else:
+        acc = _normalised(acc, total[:, None], q0.dtype == tl.float32)
         acc = tl.where(outside, float("nan"), acc)
+        log_sum = tl.where(total == 0.0, float("-inf"), m + _log(tl.where(total == 0.0, 1.0, total)))
+        log_sum = tl.where(outside, float("nan"), log_sum)
         tl.store(lse + (b * heads + h) * seq + i, log_sum, mask=inside)
         _store_rows(out, ((b * seq + i) * heads + h) * DV, inside, acc.to(out.dtype.element_ty), DV, 0, WIDTH)
 
@@ -321,14 +323,15 @@ def _combine(
     parts, sink, out, lse, entries: "i32", splits: "i32", heads: "i32", seq: "i32",
     DV: tl.constexpr, SINK: tl.constexpr, DEPENDENT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out of one query and head from its normalised parts, weighted by their sums."""
+    """out of one query and head from its parts: each a maximum, a sum and a sum of values, both less that maximum."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()  # a product of one row may come in now, and fetch its weights
     r = tl.program_id(0)
     i = r % seq
     h = r // seq % heads
     b = r // seq // heads
-    logs = parts + tl.cast(entries, tl.int64) * heads * seq * DV
+    tops = parts + tl.cast(entries, tl.int64) * heads * seq * DV
+    sums = tops + tl.cast(entries, tl.int64) * heads * seq
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     m = float("-inf")
@@ -340,13 +343,14 @@ def _combine(
     for start in tl.range(0, splits, CHUNK):
         n = start + tl.arange(0, CHUNK)
         at = ((b * splits + n).to(tl.int64) * heads + h) * seq + i
-        log = tl.load(logs + at, mask=n < splits, other=float("-inf"))
+        top = tl.load(tops + at, mask=n < splits, other=float("-inf"))
+        one_sum = tl.load(sums + at, mask=n < splits, other=0.0)
         part = _load_rows(parts, at * DV, n < splits, DV, 0, WIDTH)
-        new_m = tl.maximum(m, tl.max(log, 0))
+        new_m = tl.maximum(m, tl.max(top, 0))
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
-        weight = _exp(log - base, True)
+        weight = _exp(top - base, True)
         decay = _exp(m - base, True)
-        total = total * decay + tl.sum(weight, 0)
+        total = total * decay + tl.sum(weight * one_sum, 0)
         # an empty share has written no part
         acc = acc * decay + tl.sum(tl.where((weight == 0.0)[:, None], 0.0, part * weight[:, None]), 0)
         m = new_m
@@ -513,7 +517,7 @@ class Plan(NamedTuple):
     counts: tuple
     splits: int
     entries: int  # parts of one head and query
-    numbers: int  # float32 numbers of the parts and their logarithms
+    numbers: int  # float32 numbers of the parts, their maxima and sums
     config: Config
 
 
@@ -568,7 +572,7 @@ def plan(
     attend = attend_launch(d, dv, group, unit, flags, config)
     combine = combine_launch(dv, sink, dependent, splits > 8) if parts else None
     return Plan(
-        attend, combine, key_heads * tiles * entries, counts, splits, entries, entries * heads * seq * (dv + 1), config
+        attend, combine, key_heads * tiles * entries, counts, splits, entries, entries * heads * seq * (dv + 2), config
     )
 
 

@@ -64,7 +64,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", [f"{shape}{more}" for shape in SHAPES for more in ("", ", autocast")])
+@pytest.mark.parametrize("shape", ["gpt", "llama, autocast"])
 def test_two_cards_learn_what_one_does(shape, way, on_two_cards):
     result, single = on_two_cards[shape][way], on_two_cards[shape]["single"]["losses"]
     rounding = torch.finfo(torch.bfloat16 if "autocast" in shape else torch.float32).eps

@@ -144,7 +144,9 @@ CALLS = {
     "swiglu": Call(lambda gate, up: ops.swiglu(gate, up, backend="triton"), ((64, 1000), (64, 1000))),
     "geglu, packed": Call(lambda x: ops.geglu(x, backend="triton"), ((64, 1000),)),
     "reglu, interleaved": Call(lambda x: ops.reglu(x, layout="interleaved", backend="triton"), ((64, 1000),)),
-    "a product and its glu": Call(lambda x, w, b: linear_glu(x, w, b, "swiglu"), ((300, 64), (256, 64), (256,))),
+    "a product and its glu": Call(
+        lambda x, w, b: linear_glu(x, w, b, "swiglu"), ((300, 64), (256, 64), (256,)), exact=False
+    ),
     "rope": Call(
         lambda q, k: ops.rope(q, k, *_table(q), offset=3, backend="triton"), ((2, 100, 4, 64), (2, 100, 2, 64))
     ),
@@ -162,7 +164,7 @@ CALLS = {
         _attention("hopper", causal=True), _heads(2, 200, 4, 64, key_heads=2), exact=False
     ),
     "attention on Hopper, drawn": Call(_attention("hopper"), _heads(2, 1500, 12, 64), exact=False),
-    "attention on Hopper, few drawn": Call(_attention("hopper", window=(90, 0)), _heads(1, 600, 3, 128), exact=False),
+    "attention on Hopper, few drawn": Call(_attention("hopper"), _heads(1, 600, 3, 128), exact=False),
     "attention on Hopper, the same bits": Call(
         _attention("hopper", causal=True, deterministic=True), _heads(2, 1000, 6, 128)
     ),

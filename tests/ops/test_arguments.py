@@ -60,6 +60,13 @@ def test_an_int_that_no_float_holds_is_refused_by_name(op, name, value):
             call(*CALLS[op], **{name: value})
 
 
+def test_a_rope_tables_base_is_a_number():
+    with pytest.raises(TypeError, match=r"^rope_table: base must be a number, got '1e4'; convert it with float\(\)$"):
+        ops.rope_table(8, 4, base="1e4")
+    with pytest.raises(ValueError, match=r"^rope_table: base must be a number that a float holds"):
+        ops.rope_table(8, 4, base=10**400)
+
+
 @pytest.mark.parametrize("value", [[], 3, None], ids=repr)
 @pytest.mark.parametrize("op", CALLS)
 def test_what_is_no_name_is_refused_with_the_names_there_are(op, value):

@@ -215,7 +215,7 @@ def rope_table(
     """
     if type(rotary_dim) is not int or rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rope_table: rotary_dim must be an even int from 2 on, got {rotary_dim!r}")
-    scaling = _check_scaling(scaling)
+    base, scaling = dispatch.number("rope_table", "base", base), _check_scaling(scaling)
     if isinstance(positions, Tensor):
         if positions.ndim != 1:
             raise ValueError(f"rope_table: positions must be an int or [P], got {list(positions.shape)}; flatten them")

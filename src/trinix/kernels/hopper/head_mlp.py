@@ -884,7 +884,9 @@ def _weights_plan(kind, x, w1, w2, dy, dw1, dw2):
 
 def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple) -> list[torch.Tensor | None]:
     """The gradients of (x, w1, w2, b1, b2, w_gate), None where ``wanted`` says so."""
-    dx = dw1 = dw2 = None
+    dw1 = dw2 = None
+    # made first: the rows' kernel overlaps with what other threads launch behind the weights', and with what they free
+    dx = torch.empty_like(x) if wanted[0] else None
     # clone: a dense gradient at an odd address, as of torch.cat, is contiguous
     dy = dy if _fits(dy) else dy.clone(memory_format=torch.contiguous_format)
     key = _key(kind, x, w1, w2, dy.stride())
@@ -894,7 +896,6 @@ def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple
         plan = _planned((*key, "weights"), lambda: _weights_plan(kind, x, w1, w2, dy, dw1, dw2))
         plan(x, dy, w1, w2, dw1, dw2)
     if wanted[0]:
-        dx = torch.empty_like(x)
         plan = _planned((*key, "rows", weights), lambda: _rows_plan(kind, x, w1, w2, dy, dx, weights))
         plan(x, dy, w1, w2, dx)
     return [dx, dw1 if wanted[1] else None, dw2 if wanted[2] else None, None, None, None]

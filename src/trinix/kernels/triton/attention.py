@@ -1333,7 +1333,7 @@ def backward(
         options.deterministic,
     )  # fmt: skip
     like = torch.zeros_like if varlen else torch.empty_like  # zeros for rows that belong to no sequence
-    dq = dk = dv = dbias = dsink = None
+    dk = dv = dbias = dsink = None
     numbers = 2 if options.bias is None else 3
     stats = torch.empty((*lse.shape[:-1], numbers, lse.shape[-1]), dtype=torch.float32, device=lse.device)
     sum_q = torch.empty(q.shape, dtype=torch.float32, device=q.device) if plan.fused else q
@@ -1342,6 +1342,8 @@ def backward(
     if options.bias is not None:
         _forward_call(facts, True)[0](q, k, v, *extras, stats, lse)
     read = q, k, v, bias, mask, slopes, seed, ends_q, ends_k, dout, stats
+    # made now: its kernel overlaps with what is launched from here on, by other threads too, and with what they free
+    dq = like(q) if plan.queries else None
     if plan.keys:
         if plan.parts == 1:
             dk, dv = like(k), like(v)
@@ -1351,7 +1353,6 @@ def backward(
         for call in plan.keys:
             call(*read, sum_q, dk, dv)
     if plan.queries:  # with no other kernel in front of it: it may overlap with the walks over queries
-        dq = like(q)
         plan.queries(*read, dq)
     elif plan.fused:
         dq = sum_q.to(q.dtype)

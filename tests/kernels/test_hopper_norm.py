@@ -148,8 +148,9 @@ def test_what_these_kernels_add_is_named_too(monkeypatch):
     half = x.view(4, -1)
     assert not rows.wins((half,), 32_768, None, 0.0, False)  # the portable forward reads it once
     assert rows.wins((half,), 32_768, None, 0.0, True)
-    assert rows.wins((torch.ones(2, 16_384),), 16_384, None, 0.0, True)
-    assert not rows.wins((torch.ones(2, 16_384).half(),), 16_384, None, 0.0, True)
+    for dtype in (torch.float16, torch.float32):
+        assert rows.wins((torch.ones(2, 16_384, dtype=dtype),), 16_384, None, 0.0, True)
+        assert not rows.wins((torch.ones(2, 16_376, dtype=dtype),), 16_376, None, 0.0, True)
 
 
 def test_explain_counts_the_rows_under_way_of_the_form_that_runs(monkeypatch):

@@ -442,11 +442,16 @@ class Plan(NamedTuple):
     stages: int  # rows under way, in backward
 
 
-# (bytes of a row, configuration): K-rms-2048x65536, K-ln-2048x65536, K-rms-4096x32768, K-ln-4096x32768; of float32, which needs
-# fewer registers, K-rmsr-2048x16384-fp32
+# (bytes of a row, configuration): N-ln-6, K-rms-2048x65536, K-ln-2048x65536, K-rms-4096x32768, K-ln-4096x32768; of float32, which
+# needs fewer registers, K-rmsr-2048x16384-fp32
 _FORWARD = ((64 << 10, Config(4, 4, 6)), (128 << 10, Config(8, 4, 6)), (256 << 10, Config(8, 8, 3)))
 _BACKWARD = {
-    2: ((64 << 10, Config(8, 8, 2)), (128 << 10, Config(16, 8, 2)), (256 << 10, Config(16, 16, 1))),
+    2: (
+        (32 << 10, Config(2, 16, 1)),
+        (64 << 10, Config(8, 8, 2)),
+        (128 << 10, Config(16, 8, 2)),
+        (256 << 10, Config(16, 16, 1)),
+    ),
     4: ((64 << 10, Config(4, 8, 2)), (128 << 10, Config(8, 8, 2)), (256 << 10, Config(16, 8, 2))),
 }
 _PORTABLE = 8  # programs of a cluster that every Hopper card takes; the others only a whole one
@@ -480,19 +485,15 @@ def plan(n: int, itemsize: int, residual: bool, backward: bool, multiprocessors:
     return Plan(config, piece, vectors, 65536 // (threads * config.per_sm) // 8 * 8, stages)
 
 
-# Behind these columns the portable kernels read a row twice; of 16384 float32 columns they hold, and spill, dW and db.
-_FORWARD_FROM, _BACKWARD_FROM = 32768, 16384
+# Behind 32768 columns the portable forward reads a row twice. The portable backward does behind 16384, and of 16384 it spills dW
+# and db.
+_FORWARD_BEHIND, _BACKWARD_FROM = 32768, 16384
 
 
 def wins(tensors: tuple, n: int, kind: str | None, p: float, backward: bool) -> bool:
     """Whether a pass that reads ``tensors`` runs here, faster than in the portable kernels and without a copy."""
-    itemsize = tensors[0].element_size()
-    if backward:
-        long = n > _BACKWARD_FROM or (n == _BACKWARD_FROM and itemsize == 4)
-    else:
-        long = n > _FORWARD_FROM
     return (
-        long
+        (n >= _BACKWARD_FROM if backward else n > _FORWARD_BEHIND)
         and unsupported(tensors, n, kind, p) is None
         and all(t is None or (t.is_contiguous() and not t.data_ptr() % 16) for t in tensors)
     )

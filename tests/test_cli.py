@@ -51,7 +51,7 @@ def test_help_lists_every_command(command):
     [
         ("doctor", []),
         ("ops", []),
-        ("bench", ["--op", "--suite", "--case", "--resume", "--impl", "--out"]),
+        ("bench", ["--op", "--suite", "--case", "--resume", "--impl", "--warm", "--out"]),
         ("report", ["--results"]),
     ],
 )
@@ -131,6 +131,7 @@ def test_ops_lists_every_op_with_each_backend(command):
         (["--op", "reluu"], "trinix: bench: op must be among ['activation', "),
         (["--impl", "eagle"], "trinix: bench: impl must be among ['trinix', "),
         (["--case", "eagle"], "trinix: bench: case 'eagle' matches none of the "),
+        (["--warm", "-1"], "trinix: bench: warm must be 0 or a number of processes, got -1"),
     ],
 )
 def test_bench_refuses_what_it_does_not_know_and_lists_what_it_does(words, message, command, tmp_path):

@@ -46,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
         "that lack an --impl of this run",
     )
     bench.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
+    bench.add_argument(
+        "--warm",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compile what the cases need in N processes before the clocks start (default: 0, each when it is its turn)",
+    )
     bench.add_argument("--out", type=Path, default=Path("out"), help="folder of result files (default: out)")
     bench.set_defaults(run=_bench)
 
@@ -85,6 +92,7 @@ def _bench(arguments) -> int:
         impls=arguments.impl,
         ids=arguments.case,
         resume=arguments.resume,
+        warm=arguments.warm,
         out=arguments.out,
         console=console,
     )

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from trinix import device
 from trinix.lab import aot, gate, interpret, measure, record, report, run
+from trinix.lab import warm as ahead
 from trinix.lab.case import Case, load_cases
 from trinix.lab.peers import PREPARE, trinix
 
@@ -30,13 +31,17 @@ def bench(
     impls: Sequence[str] = (),
     ids: Sequence[str] = (),
     resume: bool = False,
+    warm: int = 0,
     out: Path,
     console: Console,
 ) -> int:
     """Run and report; returns the exit status: 0, 1 if a result of trinix failed, 130 after Ctrl-C.
 
-    ``ids`` (patterns of case ids) and ``resume`` are ``_collect``'s.
+    ``ids`` (patterns of case ids) and ``resume`` are ``_collect``'s; ``warm`` is the number of processes that compile before the
+    clocks start.
     """
+    if warm < 0:
+        raise ValueError(f"bench: warm must be 0 or a number of processes, got {warm}")
     if unknown := set(impls) - set(PREPARE):
         raise ValueError(f"bench: impl must be among {list(PREPARE)}, got {sorted(unknown)}")
     cases = load_cases(suite, ops)
@@ -45,7 +50,7 @@ def bench(
             raise ValueError(
                 f"bench: case {pattern!r} matches none of the {len(cases)} cases that --suite and --op leave"
             )
-    return bench_cases(cases, impls or tuple(PREPARE), out, console, ids=ids, resume=resume)
+    return bench_cases(cases, impls or tuple(PREPARE), out, console, ids=ids, resume=resume, warm=warm)
 
 
 def bench_cases(
@@ -59,17 +64,22 @@ def bench_cases(
     runs: int | None = None,
     ids: Sequence[str] = (),
     resume: bool = False,
+    warm: int = 0,
 ) -> int:
     """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels=False`` leaves only the CPU times there.
 
-    ``runs`` is ``measure.Gpu``'s, ``ids`` and ``resume`` are ``_collect``'s.
+    ``runs`` is ``measure.Gpu``'s, ``ids`` and ``resume`` are ``_collect``'s, ``warm`` is ``bench``'s.
     """
     chosen = {"ids": ids, "resume": resume}
     out.mkdir(parents=True, exist_ok=True)  # a file in its place is an error now, not after the first hour
     card = device.card()
     if card:
         console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
+        if warm:
+            _compile_ahead(_chosen(cases, ids), impls, warm, console)
         return _on_gpu(cases, impls, out / card.slug, console, runs, chosen)
+    if warm:
+        console.print("No GPU here: nothing is compiled ahead (--warm).")
     if kernels:
         console.print(
             "No GPU here: kernels in the interpreter, PyTorch's CPU times, the compilers' report. No GPU speed."
@@ -77,6 +87,21 @@ def bench_cases(
     else:
         console.print("No GPU here: PyTorch's CPU times only. They say nothing about a GPU kernel.")
     return _without_gpu(cases, impls, out / "cpu", console, kernels, cpu_elements, chosen)
+
+
+def _chosen(cases: Sequence[Case], ids: Sequence[str]) -> list[Case]:
+    """The cases that are run: built, and of one of the patterns where there are any."""
+    return [c for c in cases if trinix.is_built(c) and (not ids or any(fnmatchcase(c.id, pattern) for pattern in ids))]
+
+
+def _compile_ahead(cases: Sequence[Case], impls: Sequence[str], processes: int, console: Console) -> None:
+    with _progress(console) as progress:
+        task = progress.add_task(f"compiling in {processes} processes", total=None)
+        failed = ahead.compile_all(
+            cases, impls, processes, progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    if failed:
+        console.print(Text(f"{len(failed)} could not be compiled ahead: {failed[0]}"))
 
 
 def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None, chosen: dict) -> int:
@@ -108,8 +133,8 @@ def _collect(
     holds with every implementation asked for are not run again; others are, with all that either run names, since only what
     was interleaved can be compared. A file is finished once it has every case of ``cases``; until then it stays partial.
     """
-    built = [c for c in cases if trinix.is_built(c)]
-    chosen = [c for c in built if not ids or any(fnmatchcase(c.id, pattern) for pattern in ids)]
+    built = _chosen(cases, ())
+    chosen = _chosen(cases, ids)
     lines: list[dict] = []
     with _progress(console) as progress:
         task = progress.add_task("", total=len(chosen))

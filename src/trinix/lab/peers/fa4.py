@@ -1,12 +1,16 @@
 """flash-attn-4 (written against 4.0.0b36): CuTe kernels for Hopper and later."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
 
 from trinix.lab import attention, layers
 from trinix.lab.case import Case
+
+# It reads this when it is imported: what it compiles stays on disk, where ``trinix bench --warm`` and the next run find it.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 PACKAGES = {
     "flash_attn.cute": "flash-attn-4",

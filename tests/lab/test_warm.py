@@ -1,0 +1,65 @@
+"""Compiling ahead of the clocks: who is called, what becomes of failures, and that the clocks come after it."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from trinix import device
+from trinix.lab import bench, run, warm
+from trinix.lab.case import Case
+
+
+def case(id_="tiny", op="activation", args=None, shape=None):
+    return Case(
+        id=id_, op=op, args=args or {"kind": "mish"}, shape=shape or {"x": (3, 5)}, dtype=torch.float32,
+        passes=("fwd", "bwd"), document="-", gpu="-", suites=("full",),
+    )  # fmt: skip
+
+
+def test_what_compiles_nothing_is_no_job():
+    cases = case("a"), case("b")
+    assert [(c.id, impl) for c, impl in warm.jobs(cases, ("trinix", "eager", "compile", "cudnn"))] == [
+        ("a", "trinix"), ("a", "compile"), ("b", "trinix"), ("b", "compile"),
+    ]  # fmt: skip
+
+
+def test_processes_run_every_pass_and_say_what_failed():
+    cases = case("good"), case("bad", args={"kind": "mush"})
+    (reason,) = warm.compile_all(cases, ["trinix", "eager"], 1, device="cpu")
+    assert reason.startswith("bad trinix: ")
+    assert "mush" in reason
+
+
+def test_a_pass_that_fails_is_told(monkeypatch):
+    ran = []
+
+    def pass_call(pass_, call, inputs):
+        ran.append(pass_)
+        return lambda: call(*inputs.tensors)
+
+    monkeypatch.setattr(run, "pass_call", pass_call)
+    assert warm._once(case(), "trinix", "cpu") is None
+    assert ran == ["fwd", "bwd"]
+    monkeypatch.setitem(warm.PREPARE, "liger", lambda case: 1 / 0)
+    assert warm._once(case(), "liger", "cpu") == "tiny liger: ZeroDivisionError: division by zero"
+    monkeypatch.setitem(warm.PREPARE, "liger", lambda case: "not installed")
+    assert warm._once(case(), "liger", "cpu") is None
+
+
+@pytest.mark.parametrize("ids", [(), ["b*"]])
+def test_clocks_start_after_it(monkeypatch, tmp_path, ids):
+    order = []
+    monkeypatch.setattr(device, "card", lambda *index: device.Card("Some card", "sm_90", 132, 80.0))
+
+    def compile_all(cases, impls, processes, *, progress):
+        order.append([c.id for c in cases])
+        return ["no"]
+
+    monkeypatch.setattr(bench.ahead, "compile_all", compile_all)
+    monkeypatch.setattr(bench, "_on_gpu", lambda *call: order.append("clocks") or 0)
+    screen = Console(file=io.StringIO(), width=200)
+    assert bench.bench_cases([case("a"), case("b")], ["trinix"], tmp_path, screen, ids=ids, warm=4) == 0
+    assert order == [["a", "b"] if not ids else ["b"], "clocks"]
+    assert "1 could not be compiled ahead: no" in screen.file.getvalue()

@@ -745,6 +745,7 @@ def test_a_rival_that_is_not_installed_says_so(impl, monkeypatch):
 )
 def test_a_budget_cuts_repetitions_first_and_rounds_then(cost_s, wanted):
     assert measure._plan(cost_s, 0.6, 10, (2, 20)) == wanted
+    assert measure._plan(cost_s, 0.6, 10, (2, 20), fewest=5) == (max(5, wanted[0]), wanted[1])
 
 
 def test_a_total_may_find_in_the_cache_what_its_forward_left():

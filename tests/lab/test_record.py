@@ -31,6 +31,15 @@ def test_a_line_is_stamped_with_versions_and_a_time_with_its_zone():
     assert datetime.fromisoformat(one["time"]).utcoffset() is not None
 
 
+def test_versions_name_the_rivals_that_are_installed(monkeypatch):
+    monkeypatch.setattr(record, "version_of", lambda package: "4.0" if package == "flash-attn-4" else None)
+    record.stamp.cache_clear()
+    versions = record.stamp()["versions"]
+    record.stamp.cache_clear()
+    assert versions["flash-attn-4"] == "4.0"
+    assert "liger-kernel" not in versions
+
+
 def test_a_line_refuses_fields_that_it_does_not_know():
     with pytest.raises(KeyError, match="device_mss"):
         some(device_mss=1.0)

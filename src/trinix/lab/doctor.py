@@ -104,7 +104,8 @@ def _peers() -> list[str]:
         if importlib.util.find_spec(module) is None:
             lines.append(f"no  peer {package}: not installed (a rival in the lab, never needed)")
         else:
-            lines.append(f"ok  peer {package} {version_of(package) or ''}".rstrip())
+            version = version_of(package) or version_of(f"{package}-4")  # flash-attn-4 is a package beside flash-attn
+            lines.append(f"ok  peer {package} {version or ''}".rstrip())
     return lines
 
 

@@ -28,12 +28,17 @@ def line(**known) -> dict:
     return {field: values.get(field) for field in FIELDS}
 
 
+RIVALS = ("liger-kernel", "quack-kernels", "flash-attn-4", "flash-attn")  # packages, named in the versions where they are there
+
+
 @cache
 def stamp() -> dict:
     """What produced a result: card, versions, commit."""
     card = device.card()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": version_of("triton")}
+    versions |= {package: version for package in RIVALS if (version := version_of(package))}
     if card:
+        versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader,nounits") or None
     return {"gpu": card.name if card else None, "versions": versions, "commit": _commit()}
 

@@ -28,7 +28,8 @@ def line(**known) -> dict:
     return {field: values.get(field) for field in FIELDS}
 
 
-RIVALS = ("liger-kernel", "quack-kernels", "flash-attn-4", "flash-attn")  # packages, named in the versions where they are there
+# packages, named in the versions where they are installed
+RIVALS = ("liger-kernel", "quack-kernels", "flash-attn-4", "flash-attn")
 
 
 @cache

@@ -19,9 +19,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _MOST = 256  # descriptors kept for one place in one plan: as many addresses as its tensors take in turn
 
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
-_lock = (
-    threading.Lock()
-)  # Triton sets a new kernel's launcher before it has loaded the function: no thread may see it so
+# Triton sets a new kernel's launcher before it has loaded the function: no thread may see it so
+_lock = threading.Lock()
 
 
 @functools.cache

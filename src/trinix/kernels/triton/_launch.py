@@ -36,9 +36,8 @@ _static_launcher = getattr(torch._C, "_StaticCudaLauncher", None)
 _runtime = triton.knobs.runtime
 _NO_ENTER_HOOK = _runtime.launch_enter_hook  # chains that are empty until a profiler adds to them
 _NO_EXIT_HOOK = _runtime.launch_exit_hook
-_lock = (
-    threading.RLock()
-)  # Triton sets a new kernel's launcher before it has loaded the function: no thread may see it so
+# Triton sets a new kernel's launcher before it has loaded the function: no thread may see it so
+_lock = threading.RLock()
 
 
 def _initial_reason() -> str | None:

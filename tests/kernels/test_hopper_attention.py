@@ -74,6 +74,8 @@ for case in compile_cases():
         "name": case.name, "shared": binary.metadata.shared, "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
         "loops": len(found), "spills": max(sum("LDL" in i or "STL" in i for i in b) for b in found),
         "reductions": re.findall(r"\\b(?:RED|ATOM|UTMAREDG)[^;]*", sass),
+        "waits": binary.asm["ptx"].find("griddepcontrol.wait"),
+        "reads": re.search(r"\\b(ld|st|red|atom)\\.global|\\bcp\\.async\\.bulk", binary.asm["ptx"]).start(),
     }))
 """
 
@@ -104,6 +106,16 @@ def test_every_binary_compiles_well(prefix, fresh_process):
         sums = [i for i in one["reductions"] if ".F32" in i or i.startswith("UTMAREDG")]
         assert bool(sums) == prefix.startswith("backward"), one
         assert all(".F32x4" in i or i.startswith("UTMAREDG") for i in sums), one
+
+
+def test_a_forward_kernel_launched_early_touches_no_tensor_before_it_has_waited(fresh_process):
+    """In the text of the binary, where roles stand behind the place that hands them out."""
+    lines = [json.loads(line) for line in fresh_process(COMPILE.replace("PREFIX", repr("early"))).splitlines()]
+    assert len(lines) == 3
+    for one in lines:
+        assert 0 < one["waits"] < one["reads"], one
+        assert not one["warnings"], one
+        assert not one["spills"], one
 
 
 # ---- choices -----------------------------------------------------------------------------------------------------------

@@ -40,7 +40,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trinix.kernels.hopper._compat import tma_load, tma_reduce_add, tma_store
-from trinix.kernels.hopper.attention_scores import keep_columns, named_arrive, named_wait, sequence, tanh_over_2
+from trinix.kernels.hopper.attention_scores import (
+    follow,
+    keep_columns,
+    named_arrive,
+    named_wait,
+    sequence,
+    tanh_over_2,
+)
 
 TURNS, COLUMNS, WIDE = (gl.constexpr(i) for i in range(3))
 BLOCK = 128  # rows of a program of ``before``; every sequence's padded rows start and end at multiples of it
@@ -67,8 +74,10 @@ def before(
     out, dout, lse, dlse, lse2, delta, sums, turns, sinks, d_sinks, cu_q, H, seq_q, padded, rows_all, blocks, out_b: "i64", out_s: "i64",
     out_h: "i64", dout_b: "i64", dout_s: "i64", dout_h: "i64", DV, D: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK: tl.constexpr, VARLEN: tl.constexpr, DLSE: tl.constexpr, SINK: tl.constexpr, DETERMINISTIC: tl.constexpr,
-    DRAWN: tl.constexpr,
+    DRAWN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     if DRAWN:  # the counter of items
         tl.store(turns, 0, mask=tl.program_id(0) == 0)
@@ -156,14 +165,6 @@ def _wait_for_other(ME: gl.constexpr):
 @gluon.jit
 def _tell_other(ME: gl.constexpr):
     named_arrive(9 - ME)
-
-
-@gluon.jit
-def follow():
-    """Wait for the kernel before this one, and let the next one in, which waits for the end of this one."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 # ---- work --------------------------------------------------------------------------------------------------------------

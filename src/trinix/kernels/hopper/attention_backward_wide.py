@@ -31,9 +31,8 @@ from trinix.kernels.hopper.attention_backward import (
     _queries_that_see,
     _query_tiles,
     add_from_registers,
-    follow,
 )
-from trinix.kernels.hopper.attention_scores import keep_columns, sequence, tanh_over_2
+from trinix.kernels.hopper.attention_scores import follow, keep_columns, sequence, tanh_over_2
 
 
 @gluon.jit

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from trinix.kernels.hopper._compat import block_barrier, tma_load, tma_store
 from trinix.kernels.hopper.attention_scores import (
+    follow,
     keep_columns,
     key_tiles,
     keys_visited,
@@ -442,7 +443,7 @@ def attention_forward(
     N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, ONE_MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
-    VARLEN: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
+    VARLEN: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(q_desc.dtype, [Q_BUFFERS * CONSUMERS, 1, M, 1, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, N, 1, D], k_desc.layout)
@@ -469,6 +470,8 @@ def attention_forward(
         mbarrier.init(work_full.index(i), count=1)
         mbarrier.init(work_empty.index(i), count=CONSUMERS)
     fence_async_shared()
+    if DEPENDENT:
+        follow()
     # Part 0 is the producer, the others are consumers. The argument tuples must be written out here: through a variable, or
     # behind a +, constexprs would turn into tensors.
     gl.warp_specialize([
@@ -505,7 +508,7 @@ _SHORT_RUNTIME = "H", "group", "row_blocks", "falling", "seq_q", "seq_k", "left"
 def attention_forward_short(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, H, group, row_blocks, falling, seq_q, seq_k, left, right, scale: "fp32",
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BATCH_LAST: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, TAIL: gl.constexpr, ONE_MASK: gl.constexpr, GROUPED: gl.constexpr,
+    RIGHT: gl.constexpr, TAIL: gl.constexpr, ONE_MASK: gl.constexpr, GROUPED: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """A program a block of rows, one warpgroup that loads for itself: no roles to hand out, no counter, no barrier for free slots.
 
@@ -539,6 +542,8 @@ def attention_forward_short(
     row = m * M
     first, last = keys_visited(row, seq_q, seq_k, left, right, M, N, LEFT, RIGHT)
     tiles = last - first
+    if DEPENDENT:
+        follow()
     # Each slot's first tile. Q comes with the first of K.
     mbarrier.expect(k_full.index(0), q_desc.block_type.nbytes + k_desc.block_type.nbytes)
     mbarrier.expect(v_full.index(0), v_desc.block_type.nbytes)

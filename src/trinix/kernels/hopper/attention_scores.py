@@ -1,5 +1,5 @@
 """What both attention kernels ask about an item of work and about scores: where it lies, which keys it sees, what they become.
-And hardware barriers between two warpgroups."""
+Hardware barriers between two warpgroups, and the wait for the kernel in front."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,6 +15,16 @@ def named_wait(BARRIER: gl.constexpr):
 def named_arrive(BARRIER: gl.constexpr):
     """Come to a hardware barrier of two warpgroups and go on."""
     gl.inline_asm_elementwise(f"bar.arrive {BARRIER}, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def follow():
+    """Wait for the kernel before this one, and let the next one in, which waits for the end of this one.
+
+    What was written before is then visible to the whole program: roles that are handed out behind it need not wait."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

@@ -65,7 +65,14 @@ def test_every_norm_kernel_width_and_dtype_is_listed():
     widths = (128, 768, 1024, 4096, 8192)
     names = [f"layer-{n}/{way}" for n in widths for way in ("fwd", "bwd")] + [f"rms-{n}/bwd" for n in widths]
     names += [f"{form}/{way}" for form in ("residual-4096", "wide-65536") for way in ("fwd", "bwd")]
-    names += ["layer-12288/bwd", "rms-16384/bwd", "wide-sums-65536/bwd", "add-partials/bwd"]
+    names += [
+        "rms-mish-4096/bwd",
+        "rms-1001/bwd",
+        "layer-12288/bwd",
+        "rms-16384/bwd",
+        "wide-sums-65536/bwd",
+        "add-partials/bwd",
+    ]
     assert listed("norm") == {f"norm/{name}/{d}" for name in names for d in ("float16", "bfloat16", "float32")}
 
 

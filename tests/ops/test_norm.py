@@ -204,7 +204,7 @@ def test_the_residual_may_have_any_layout(layout):
         as_dense("layer_norm_residual", n, inputs, [new(*residual.shape) for _ in range(2)])
 
 
-@pytest.mark.parametrize("form", ["layer_norm", "rms_norm_residual"])
+@pytest.mark.parametrize("form", ["layer_norm", "rms_norm", "rms_norm_activation", "rms_norm_residual"])
 @pytest.mark.parametrize(("rows", "width"), [(203, 128), (77, 200), (23, 1001), (7, 3000)])
 def test_a_backward_program_walks_many_tiles(form, rows, width):
     for dtype in (torch.float32, torch.bfloat16):

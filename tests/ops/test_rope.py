@@ -816,8 +816,14 @@ def test_configurations_fit_their_tensors(lanes):
                     assert 1 <= c.num_warps <= 8
                     assert c.parts == -(-heads // c.heads)
                     assert c.parts * c.heads < heads + c.heads * max(1, c.parts)
-                    back = kernels.choose_norm_backward(tokens, heads, width, itemsize, lanes, 132)
-                    assert 1 <= back.parts <= tokens
+                    for heads_k in {1, heads}:
+                        back = kernels.choose_norm_backward(tokens, heads, heads_k, width, itemsize, lanes, 132)
+                        assert 1 <= back.split < back.programs <= max(2, 4 * 132)
+                        # neither side's programs have much more to do than the other's
+                        tiles = (tokens * -(-heads // back.heads), tokens * -(-heads_k // back.heads_k))
+                        turns = [-(-tiles[0] // back.split), -(-tiles[1] // (back.programs - back.split))]
+                        work = (turns[0] - 1) * back.heads, (turns[1] - 1) * back.heads_k
+                        assert abs(work[0] - work[1]) <= 0.1 * max(work) + 2 * max(back.heads, back.heads_k)
 
 
 # ---- a citizen of PyTorch ----------------------------------------------------------------------------------------------

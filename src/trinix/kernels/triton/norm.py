@@ -75,6 +75,26 @@ def _affine(v, weight, bias, col, live, offset, WEIGHT: tl.constexpr, BIAS: tl.c
     return _scaled(v, w, b, offset, WEIGHT, BIAS)
 
 
+# exp and 1 / x take care of denormal numbers, in 5 and 6 instructions; the sums of a row's backward leave no time for them.
+# Here a denormal e is as good as 0, and the divisor is never below 2.
+
+
+@triton.jit
+def _mish_dx_flushed(x, dy, a, b):
+    """``activation``'s derivative of mish, on NVIDIA: 14 instructions an element for 28."""
+    x = tl.where(x > 20.0, 20.0, x)
+    e = _approximate("ex2.approx.ftz.f32 $0, $1;", x * 1.4426950408889634)
+    m = e * e + e
+    n = m + e
+    r = _approximate("rcp.approx.ftz.f32 $0, $1;", n + 2.0)
+    return dy * (r * (n + (4.0 * x) * (m * r)))
+
+
+@triton.jit
+def _approximate(INSTRUCTION: tl.constexpr, x):
+    return tl.inline_asm_elementwise(INSTRUCTION, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit(do_not_specialize=["rows", "xi", "xs0", "xs1"])
 def _forward(
     x, weight, bias, y, stats, rows: "i64", xi: "i64", xs0: "i64", xs1: "i64", eps: "fp32", offset: "fp32",
@@ -143,7 +163,7 @@ def _backward(
     N: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, DEPENDENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, KEPT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -151,23 +171,43 @@ def _backward(
     live = (col < N)[None, :]
     if WEIGHT:
         w = tl.load(weight + col[None, :], mask=live, other=0.0).to(tl.float32) + offset
-    dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    if ACT is not None:
+        b = _parameter(bias, col, live, BIAS)
+    dw = tl.zeros((KEPT, BLOCK), tl.float32)
+    db = tl.zeros((KEPT, BLOCK), tl.float32)
+    if AHEAD:
+        row = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        some = live & (row < rows)[:, None]
+        next_x = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=some, other=0.0)
+        next_dy = tl.load(_tile(dy, row, col, gi, gs0, gs1, N, G_UNIT), mask=some, other=0.0)
     for i in tl.range(0, tl.cdiv(rows, programs.to(tl.int64) * ROWS).to(tl.int32), num_stages=STAGES):
         row = (i * programs + pid).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         some = live & (row < rows)[:, None]
-        v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=some, other=0.0).to(tl.float32)
-        g = tl.load(_tile(dy, row, col, gi, gs0, gs1, N, G_UNIT), mask=some, other=0.0).to(tl.float32)
+        if AHEAD:
+            v = next_x.to(tl.float32)
+            g = next_dy.to(tl.float32)
+            later = row + programs.to(tl.int64) * ROWS
+            coming = live & (later < rows)[:, None]
+            next_x = tl.load(_tile(x, later, col, xi, xs0, xs1, N, X_UNIT), mask=coming, other=0.0)
+            next_dy = tl.load(_tile(dy, later, col, gi, gs0, gs1, N, G_UNIT), mask=coming, other=0.0)
+        else:
+            v = tl.load(_tile(x, row, col, xi, xs0, xs1, N, X_UNIT), mask=some, other=0.0).to(tl.float32)
+            g = tl.load(_tile(dy, row, col, gi, gs0, gs1, N, G_UNIT), mask=some, other=0.0).to(tl.float32)
         rstd = tl.load(stats + row, mask=row < rows, other=0.0)
         if CENTER:
             v = v - tl.load(stats + rows + row, mask=row < rows, other=0.0)[:, None]
         v = v * rstd[:, None]  # columns past N: their g is 0
         if ACT is not None:
-            g = ACT(_affine(v, weight, bias, col, live, offset, WEIGHT, BIAS), g, 0.0, 0.0)
+            u = v
+            if WEIGHT:
+                u = u * w
+            if BIAS:
+                u = u + b.to(tl.float32)
+            g = ACT(u, g, 0.0, 0.0)
         if DW:
-            dw += g * v
+            dw += g * v if KEPT == ROWS else tl.sum(g * v, 0, keep_dims=True)
         if DB:
-            db += g
+            db += g if KEPT == ROWS else tl.sum(g, 0, keep_dims=True)
         if DX:
             if WEIGHT:
                 g = g * w
@@ -455,6 +495,7 @@ _BACKWARD_WIDE_SUMS = Launcher(_backward_wide_sums, tensors=6)
 _BACKWARD_WIDE = Launcher(_backward_wide, tensors=11)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLUSHED = {"mish": _mish_dx_flushed}  # derivatives instead, on NVIDIA
 CHUNK = 4096  # columns at a time of ``_backward_chunks``
 WIDE_FORWARD_BLOCK = (
     16384  # columns at a time of the kernels that walk a wide row: few programs, so that L2 holds their rows
@@ -480,6 +521,8 @@ class BackwardConfig(NamedTuple):
     num_warps: int
     num_stages: int  # rows in flight, through shared memory from 2 on
     programs_per_sm: int
+    kept: int | None = None  # rows of dW's and db's sums in registers: as many as a program's, or 1
+    ahead: bool = False  # the next rows are loaded into registers while these are used
 
 
 def _power_of_two(n: int) -> int:
@@ -505,10 +548,14 @@ def choose_forward(n: int, itemsize: int, lanes: int) -> ForwardConfig | None:
     return ForwardConfig(rows, max(1, warps * 32 // lanes))
 
 
-def choose_backward(n: int, itemsize: int, lanes: int, residual: bool = False) -> BackwardConfig | None:
+def choose_backward(
+    n: int, itemsize: int, lanes: int, residual: bool = False, kind: str | None = None
+) -> BackwardConfig | None:
     """Rows, warps and stages of a backward program, and programs a multiprocessor; None: too wide for registers.
 
-    From K-ln-* and K-rms-*, the best of 2 to 171 tried.
+    From K-ln-* and K-rms-*, the best of 2 to 171 tried; two programs where an activation has one wait for its arithmetic
+    from K-rmsa-mish-4096; rows that asynchronous copies do not take (of an odd number of half-precision elements) from
+    K-ln-16384x1001 and K-rms-16384x1001.
     """
     block = _power_of_two(n)
     if block > 8192:
@@ -527,6 +574,10 @@ def choose_backward(n: int, itemsize: int, lanes: int, residual: bool = False) -
             256: (4, 2, 4, 4), 512: (4, 4, 3, 2), 1024: (4, 4, 3, 2), 2048: (2, 8, 4, 1), 4096: (1, 8, 4, 1),
             8192: (1, 16, 3, 1),
         }[block])  # fmt: skip
+    if kind == "mish" and itemsize == 2 and block == 4096:
+        config = BackwardConfig(rows=1, num_warps=8, num_stages=3, programs_per_sm=2)
+    if lanes == 32 and itemsize == 2 and n % 2 and block == 1024 and not residual and kind is None:
+        config = BackwardConfig(rows=2, num_warps=4, num_stages=1, programs_per_sm=4, kept=1, ahead=True)
     if residual and block == 4096:  # one more tile in flight: registers
         config = config._replace(num_warps=16)
     if lanes == 64:  # a multiprocessor of AMD's has 64 KiB of shared memory
@@ -657,14 +708,17 @@ def backward_launch(norm: Norm, n: int, itemsize: int, weight: bool, bias: bool,
                     config: BackwardConfig | None = None) -> tuple[BackwardConfig, Launch] | None:  # fmt: skip
     # a short row's g w - mean(g w) cancels, of one element to 0: both have to see the same rounded product, so no fused
     # multiply-add there
-    config = config or choose_backward(n, itemsize, lanes, residual)
+    config = config or choose_backward(n, itemsize, lanes, residual, norm.kind)
     if config is None:
         return None
     _, derivative = activation_formula(norm.kind)
+    if lanes == 32 and not INTERPRETED:
+        derivative = FLUSHED.get(norm.kind, derivative)
     return config, _BACKWARD.bind(
         N=n, CENTER=norm.center, WEIGHT=weight, BIAS=bias, ACT=derivative, RESIDUAL=residual, DROPOUT=dropout,
         DX=wanted.dx, DW=wanted.dw, DB=wanted.db, X_UNIT=x_unit, G_UNIT=g_unit, DEPENDENT=dependent,
-        ROWS=config.rows, BLOCK=_power_of_two(n), STAGES=config.num_stages, fp_fusion=n >= 32, num_warps=config.num_warps,
+        ROWS=config.rows, BLOCK=_power_of_two(n), STAGES=config.num_stages, KEPT=config.kept or config.rows,
+        AHEAD=config.ahead, fp_fusion=n >= 32, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -845,9 +899,12 @@ def compile_cases(lanes: int = LANES):
         yield compile_case(f"norm/add-partials/bwd/{suffix}", add, 0.1, (f, t, t), access_bits=16)
         _, fwd = residual_launch(rms, 4096, size, True, False, False, True, 0, 0, False, lanes)
         yield compile_case(f"norm/residual-4096/fwd/{suffix}", fwd, 4 * size, (t, t, t, t, t, t, f, "*i64"))
-        _, bwd = backward_launch(
-            rms, 4096, size, True, False, True, False, Wanted(True, True, False), 0, 0, False, lanes
-        )
+        wanted = Wanted(True, True, False)
+        for name, form, n in (("rms-mish-4096", Norm(False, "mish"), 4096), ("rms-1001", rms, 1001)):
+            _, bwd = backward_launch(form, n, size, True, False, False, False, wanted, 0, 0, False, lanes)
+            bits = 128 if n % 2 == 0 else 8 * size
+            yield compile_case(f"norm/{name}/bwd/{suffix}", bwd, 3 * size, tensors, access_bits=bits)
+        _, bwd = backward_launch(rms, 4096, size, True, False, True, False, wanted, 0, 0, False, lanes)
         yield compile_case(f"norm/residual-4096/bwd/{suffix}", bwd, 4 * size, tensors)
         chunks = chunks_launch(layer, 12288, True, False, every, 0, 0, False, lanes)
         yield compile_case(f"norm/layer-12288/bwd/{suffix}", chunks, 3 * size, (t, t, t, t, f, t, f))

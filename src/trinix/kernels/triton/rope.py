@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trinix.kernels.triton import norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
 
@@ -271,19 +272,21 @@ def _norm_rotate(
     )  # fmt: skip
 
 
-# Backward takes 1 / rms again from x, which it reads anyway. A fixed number of programs share the tokens; each keeps the
-# weights' gradients of its tokens in registers, writes them once, and a second kernel adds them up in a fixed order.
+# Backward takes 1 / rms again from x, which it reads anyway. A fixed number of programs share the tiles of q, the others
+# those of k; each keeps its weight's gradients in registers, writes them once, and a second kernel adds them up in a fixed
+# order.
 
 
 @triton.jit
 def _norm_rotate_backward_side(
-    x, dy, dx, w, partial, cos, sin, places, eps, shift, first, rows, count, places_b, places_s,
+    x, dy, dx, w, partial, program, programs, cos, sin, places, eps, shift, first, rows, count, places_b, places_s,
     tokens, length, cos_row, sin_row, x_b, x_s, x_h, x_d, dy_b, dy_s, dy_h, dy_d, dx_b, dx_s, dx_h, dx_d,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
-    HEADS: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
+    HEADS: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     MASKED: tl.constexpr = (H % HEADS != 0) or (COLS != HALF)
+    TILES: tl.constexpr = (H + HEADS - 1) // HEADS  # of a token
     col = tl.arange(0, COLS)[None, :]
     wa, wb = _weights(w, col, shift, HALF, INTERLEAVED)
     dwa = tl.zeros((HEADS, COLS), tl.float32)
@@ -292,7 +295,8 @@ def _norm_rotate_backward_side(
         more = tl.arange(0, REST)[None, :]
         wr = tl.load(w + 2 * HALF + more, mask=more < D - 2 * HALF, other=0.0).to(tl.float32) + shift
         dwr = tl.zeros((HEADS, REST), tl.float32)
-    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+    for tile in tl.range(program, tokens * TILES, programs, num_stages=STAGES):
+        token = tile // TILES
         batch = (token // length).to(tl.int64)
         at = (token % length).to(tl.int64)
         place = _position(places, token, batch, at, first, count, places_b, places_s, MODE)
@@ -301,48 +305,45 @@ def _norm_rotate_backward_side(
         x_token = x + batch * (x_b // VEC * VEC) + at * (x_s // VEC * VEC)
         dy_token = dy + batch * (dy_b // VEC * VEC) + at * (dy_s // VEC * VEC)
         dx_token = dx + batch * (dx_b // VEC * VEC) + at * (dx_s // VEC * VEC)
-        for start in range(0, H, HEADS):
-            head = start + tl.arange(0, HEADS)[:, None]
-            a, b = _load_pairs(
-                x_token, head, col, x_h // VEC * VEC, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED
-            )
-            ga, gb = _load_pairs(
-                dy_token, head, col, dy_h // VEC * VEC, dy_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED
-            )
-            squares = tl.sum(a * a + b * b, 1)[:, None]
+        head = tile % TILES * HEADS + tl.arange(0, HEADS)[:, None]
+        a, b = _load_pairs(x_token, head, col, x_h // VEC * VEC, x_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED)
+        ga, gb = _load_pairs(
+            dy_token, head, col, dy_h // VEC * VEC, dy_d, H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED
+        )
+        squares = tl.sum(a * a + b * b, 1)[:, None]
+        if REST > 0:
+            from_x, live = _rest(head, x_h // VEC * VEC, x_d, H, D, HALF, REST, DENSE)
+            from_dy, _ = _rest(head, dy_h // VEC * VEC, dy_d, H, D, HALF, REST, DENSE)
+            r = tl.load(x_token + from_x, mask=live, other=0.0).to(tl.float32)
+            gr = tl.load(dy_token + from_dy, mask=live, other=0.0).to(tl.float32)
+            squares += tl.sum(r * r, 1)[:, None]
+        scale = 1.0 / tl.sqrt_rn(squares / D + eps)
+        a *= scale
+        b *= scale
+        ha = ga * c + gb * s
+        hb = gb * c - ga * s
+        dwa += ha * a
+        dwb += hb * b
+        ha *= wa
+        hb *= wb
+        along = tl.sum(ha * a + hb * b, 1)[:, None]
+        if REST > 0:
+            r *= scale
+            dwr += gr * r
+            gr *= wr
+            along += tl.sum(gr * r, 1)[:, None]
+        if DX:
+            along = along / D
+            _store_pairs(
+                dx_token, (ha - a * along) * scale, (hb - b * along) * scale, head, col, dx_h // VEC * VEC, dx_d,
+                H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED,
+            )  # fmt: skip
             if REST > 0:
-                from_x, live = _rest(head, x_h // VEC * VEC, x_d, H, D, HALF, REST, DENSE)
-                from_dy, _ = _rest(head, dy_h // VEC * VEC, dy_d, H, D, HALF, REST, DENSE)
-                r = tl.load(x_token + from_x, mask=live, other=0.0).to(tl.float32)
-                gr = tl.load(dy_token + from_dy, mask=live, other=0.0).to(tl.float32)
-                squares += tl.sum(r * r, 1)[:, None]
-            scale = 1.0 / tl.sqrt_rn(squares / D + eps)
-            a *= scale
-            b *= scale
-            ha = ga * c + gb * s
-            hb = gb * c - ga * s
-            dwa += ha * a
-            dwb += hb * b
-            ha *= wa
-            hb *= wb
-            along = tl.sum(ha * a + hb * b, 1)[:, None]
-            if REST > 0:
-                r *= scale
-                dwr += gr * r
-                gr *= wr
-                along += tl.sum(gr * r, 1)[:, None]
-            if DX:
-                along = along / D
-                _store_pairs(
-                    dx_token, (ha - a * along) * scale, (hb - b * along) * scale, head, col, dx_h // VEC * VEC, dx_d,
-                    H, HALF, COLS, INTERLEAVED, DENSE, HEADS, MASKED,
-                )  # fmt: skip
-                if REST > 0:
-                    to, _ = _rest(head, dx_h // VEC * VEC, dx_d, H, D, HALF, REST, DENSE)
-                    tl.store(dx_token + to, ((gr - r * along) * scale).to(dx.dtype.element_ty), mask=live)
+                to, _ = _rest(head, dx_h // VEC * VEC, dx_d, H, D, HALF, REST, DENSE)
+                tl.store(dx_token + to, ((gr - r * along) * scale).to(dx.dtype.element_ty), mask=live)
     if DW:
         one = tl.arange(0, COLS)
-        partial += tl.program_id(0) * D
+        partial += program * D
         tl.store(partial + (2 * one if INTERLEAVED else one), tl.sum(dwa, 0), mask=one < HALF)
         tl.store(partial + (2 * one + 1 if INTERLEAVED else HALF + one), tl.sum(dwb, 0), mask=one < HALF)
         if REST > 0:
@@ -352,7 +353,7 @@ def _norm_rotate_backward_side(
 
 @triton.jit(
     do_not_specialize=[
-        "first", "rows", "count", "places_b", "places_s", "tokens", "length", "cos_row", "sin_row",
+        "first", "rows", "count", "places_b", "places_s", "split", "tokens", "length", "cos_row", "sin_row",
         "q_b", "q_s", "q_h", "q_d", "k_b", "k_s", "k_h", "k_d",
         "gq_b", "gq_s", "gq_h", "gq_d", "gk_b", "gk_s", "gk_h", "gk_d",
         "dq_b", "dq_s", "dq_h", "dq_d", "dk_b", "dk_s", "dk_h", "dk_d",
@@ -361,37 +362,48 @@ def _norm_rotate_backward_side(
 def _norm_rotate_backward(
     q, k, gq, gk, dq, dk, qw, kw, partials, cos, sin, places, eps: "fp32", shift: "fp32",
     first: "i64", rows: "i64", count: "i32", places_b: "i64", places_s: "i64",
-    tokens: "i32", length: "i32", cos_row: "i64", sin_row: "i64",
+    split: "i32", tokens: "i32", length: "i32", cos_row: "i64", sin_row: "i64",
     q_b: "i64", q_s: "i64", q_h: "i64", q_d: "i64", k_b: "i64", k_s: "i64", k_h: "i64", k_d: "i64",
     gq_b: "i64", gq_s: "i64", gq_h: "i64", gq_d: "i64", gk_b: "i64", gk_s: "i64", gk_h: "i64", gk_d: "i64",
     dq_b: "i64", dq_s: "i64", dq_h: "i64", dq_d: "i64", dk_b: "i64", dk_s: "i64", dk_h: "i64", dk_d: "i64",
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, MODE: tl.constexpr, DENSE: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
-    HEADS: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_K: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    # q's tokens first, then k's: one side's accumulators at a time
-    _norm_rotate_backward_side(
-        q, gq, dq, qw, partials, cos, sin, places, eps, shift, first, rows, count, places_b, places_s,
-        tokens, length, cos_row, sin_row, q_b, q_s, q_h, q_d, gq_b, gq_s, gq_h, gq_d, dq_b, dq_s, dq_h, dq_d,
-        H, D, HALF, COLS, REST, INTERLEAVED, MODE, DENSE, VEC, TABLE_VEC, HEADS, DX, DW,
-    )  # fmt: skip
-    _norm_rotate_backward_side(
-        k, gk, dk, kw, partials + tl.num_programs(0) * D, cos, sin, places, eps, shift, first, rows, count,
-        places_b, places_s, tokens, length, cos_row, sin_row, k_b, k_s, k_h, k_d, gk_b, gk_s, gk_h, gk_d,
-        dk_b, dk_s, dk_h, dk_d, HK, D, HALF, COLS, REST, INTERLEAVED, MODE, DENSE, VEC, TABLE_VEC, HEADS, DX, DW,
-    )  # fmt: skip
+    program = tl.program_id(0)
+    if program < split:
+        _norm_rotate_backward_side(
+            q, gq, dq, qw, partials, program, split, cos, sin, places, eps, shift, first, rows, count, places_b,
+            places_s, tokens, length, cos_row, sin_row, q_b, q_s, q_h, q_d, gq_b, gq_s, gq_h, gq_d, dq_b, dq_s, dq_h,
+            dq_d, H, D, HALF, COLS, REST, INTERLEAVED, MODE, DENSE, VEC, TABLE_VEC, HEADS, DX, DW, STAGES,
+        )  # fmt: skip
+    else:
+        _norm_rotate_backward_side(
+            k, gk, dk, kw, partials + split.to(tl.int64) * D, program - split, tl.num_programs(0) - split, cos, sin,
+            places, eps, shift, first, rows, count, places_b, places_s, tokens, length, cos_row, sin_row, k_b, k_s, k_h,
+            k_d, gk_b, gk_s, gk_h, gk_d, dk_b, dk_s, dk_h, dk_d, HK, D, HALF, COLS, REST, INTERLEAVED, MODE, DENSE, VEC,
+            TABLE_VEC, HEADS_K, DX, DW, STAGES,
+        )  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the adding kernel may come in now; it waits for the end of this one
 
 
-@triton.jit(do_not_specialize=["programs"])
-def _sum_partials(partials, dqw, dkw, programs: "i32", D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+@triton.jit(do_not_specialize=["split", "programs"])
+def _sum_partials(partials, dqw, dkw, split: "i32", programs: "i32", D: tl.constexpr, DEPENDENT: tl.constexpr,
+                  ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Sums of the first ``split`` rows of D, and of those from there to ``programs``."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     BLOCKS: tl.constexpr = (D + COLS - 1) // COLS
     side = tl.program_id(0) // BLOCKS
     col = tl.program_id(0) % BLOCKS * COLS + tl.arange(0, COLS)[None, :]
+    end = tl.where(side == 0, split, programs)
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, programs, ROWS):
+    for start in range(tl.where(side == 0, 0, split), end, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        live = (row < programs) & (col < D)
-        total += tl.load(partials + (side * programs + row) * D + col, mask=live, other=0.0)
+        live = (row < end) & (col < D)
+        total += tl.load(partials + row * D + col, mask=live, other=0.0)
     v = tl.sum(total, 0)[None, :]
     if side == 0:
         tl.store(dqw + col, v.to(dqw.dtype.element_ty), mask=col < D)
@@ -417,6 +429,15 @@ class Config(NamedTuple):
     num_warps: int
 
 
+class BackwardConfig(NamedTuple):
+    heads: int  # of a tile of q
+    heads_k: int
+    split: int  # programs for q
+    programs: int  # for q and k
+    num_warps: int
+    num_stages: int  # tiles under way, through shared memory from 2 on
+
+
 def choose_rotation(heads: int, width: int, itemsize: int, lanes: int) -> Config:
     """The configuration of the forward kernels and of the plain rotation's backward; ``heads`` is the larger of q's and k's.
 
@@ -429,13 +450,22 @@ def choose_rotation(heads: int, width: int, itemsize: int, lanes: int) -> Config
     return Config(tile, -(-heads // tile), num_warps)
 
 
-def choose_norm_backward(tokens: int, heads: int, width: int, itemsize: int, lanes: int, processors: int) -> Config:
-    """``parts`` is the number of programs here, which share all tokens. Whole tiles where that leaves 8 heads."""
+def choose_norm_backward(
+    tokens: int, heads: int, heads_k: int, width: int, itemsize: int, lanes: int, processors: int
+) -> BackwardConfig:
+    """Whole tiles where that leaves 8 heads; programs for q and for k as either has elements."""
     width = _power_of_two(width)
-    tile = min(max(1, 2048 // width), _power_of_two(heads))
-    while tile > 8 and heads % tile and tile * width * itemsize > 32 * lanes:
+    most = max(heads, heads_k)
+    tile = min(max(1, 2048 // width), _power_of_two(most))
+    while tile > 8 and most % tile and tile * width * itemsize > 32 * lanes:
         tile //= 2
-    return Config(tile, min(tokens, 4 * processors), min(8, max(1, tile * width * itemsize // (32 * lanes))))
+    num_warps = min(8, max(1, tile * width * itemsize // (32 * lanes)))
+    of_q, of_k = (min(tile, _power_of_two(n)) for n in (heads, heads_k))
+    tiles_q, tiles_k = (max(1, tokens * -(-n // size)) for n, size in ((heads, of_q), (heads_k, of_k)))
+    programs = min(tiles_q + tiles_k, 4 * processors)
+    share = round(programs * tiles_q * of_q / (tiles_q * of_q + tiles_k * of_k))
+    num_stages = 3 if lanes == 32 and itemsize == 2 else 1  # from K-qkrope-gqa, where two are worse than one
+    return BackwardConfig(of_q, of_k, min(max(1, share), programs - 1), programs, num_warps, num_stages)
 
 
 def _power_of_two(n: int) -> int:
@@ -470,6 +500,7 @@ class _Plan(NamedTuple):
     launch: Launch
     blocks: int
     scalars: tuple
+    split: int = 0
 
 
 def _strides(stride: tuple) -> tuple:
@@ -521,17 +552,18 @@ def _plan(dtype, views, heads_k, half, tables, interleaved, inverse, mode, inpla
 
 
 @functools.lru_cache(maxsize=512)
-def _backward_plan(dtype, views, half, tables, interleaved, mode, dx, dw, processors, lanes=LANES) -> _Plan:
+def _backward_plan(
+    dtype, views, half, tables, interleaved, mode, dx, dw, processors, dependent, lanes=LANES, config=None
+) -> _Plan:  # fmt: skip
     shape, heads_k = views[0][0], views[1][0][-2]
     sizes = _sizes(shape, heads_k, half)
     layout, scalars = _layout(dtype.itemsize, tables, views)
     tokens = shape[:-2].numel()
-    c = choose_norm_backward(
-        tokens, max(shape[-2], heads_k), shape[-1], dtype.itemsize, lanes, processors
-    )  # fmt: skip
-    constants = sizes | {"INTERLEAVED": interleaved, "MODE": mode} | layout | {"HEADS": c.heads, "DX": dx, "DW": dw}
-    launch = _bound(_NORM_ROTATE_BACKWARD, c.num_warps, *constants.items())
-    return _Plan(launch, c.parts, (tokens, shape[-3], *scalars))
+    c = config or choose_norm_backward(tokens, shape[-2], heads_k, shape[-1], dtype.itemsize, lanes, processors)
+    constants = sizes | {"INTERLEAVED": interleaved, "MODE": mode} | layout
+    constants |= {"HEADS": c.heads, "HEADS_K": c.heads_k, "DX": dx, "DW": dw, "STAGES": c.num_stages}
+    launch = _bound(_NORM_ROTATE_BACKWARD, c.num_warps, *(constants | {"DEPENDENT": dependent}).items())
+    return _Plan(launch, c.programs, (c.split, tokens, shape[-3], *scalars), c.split)
 
 
 @functools.cache
@@ -624,26 +656,27 @@ def norm_rotate_backward(
         return (dq, dk, dqw, dkw) if dx else (None, None, dqw, dkw)
     views = tuple((t.shape, t.stride()) for t in (q, k, gq, gk, dq, dk))
     cos, sin, tables = _tables(cos, sin)
-    plan = _backward_plan(
-        q.dtype, views, half, tables, interleaved, mode, dx, dw, _processors(q.device)
-    )  # fmt: skip
+    dependent = dw and q.is_cuda and norm.dependent_launch(q.get_device())
+    plan = _backward_plan(q.dtype, views, half, tables, interleaved, mode, dx, dw, _processors(q.device), dependent)
     width = q.shape[-1]
-    partials = torch.empty(2 * plan.blocks * width if dw else 1, dtype=torch.float32, device=q.device)
+    partials = torch.empty(plan.blocks * width if dw else 1, dtype=torch.float32, device=q.device)
     plan.launch(
         plan.blocks,
         (q, k, gq, gk, dq, dk, qw, kw, partials, cos, sin, cos if places is None else places),
         (eps, shift, first, cos.shape[0], *_place_scalars(places, mode), *plan.scalars),
     )
     if dw:
-        blocks, launch = sum_launch(width)
-        launch(blocks, (partials, dqw, dkw), (plan.blocks,))
+        blocks, launch = sum_launch(width, dependent)
+        launch(blocks, (partials, dqw, dkw), (plan.split, plan.blocks))
     return (dq, dk, dqw, dkw) if dx else (None, None, dqw, dkw)
 
 
 @functools.cache
-def sum_launch(width: int) -> tuple[int, Launch]:
-    """(programs, launch) that adds up both weights' partial gradients of ``width`` channels."""
-    return 2 * -(-width // 32), _SUM_PARTIALS.bind(D=width, ROWS=128, COLS=32, num_warps=8)
+def sum_launch(width: int, dependent: bool) -> tuple[int, Launch]:
+    """(programs, launch) that adds up both weights' partial gradients of ``width`` channels, most of a column at once."""
+    return 2 * -(-width // 8), _SUM_PARTIALS.bind(
+        D=width, DEPENDENT=dependent, ROWS=512, COLS=8, num_warps=4, launch_pdl=dependent
+    )
 
 
 def describe(q: torch.Tensor, k: torch.Tensor | None, half: int) -> str:
@@ -680,11 +713,11 @@ def compile_cases(lanes: int = LANES):
             launch = _plan(*common, None, "offset", False, lanes).launch
             yield compile_case(f"rope/norm-{name}/fwd/{suffix}", launch, 2 * size, (t, t, t, t, t, t, f, f, f))
             launch = _backward_plan(
-                dtype, tuple(dense * 3), half, tables, interleaved, "offset", True, True, 132, lanes
+                dtype, tuple(dense * 3), half, tables, interleaved, "offset", True, True, 132, False, lanes
             ).launch
             yield compile_case(f"rope/norm-{name}/bwd/{suffix}", launch, 3 * size, (t, t, t, t, t, t, t, t, f, f, f, f))
     launch = _plan(
         torch.bfloat16, tuple(dense * 2), heads_k, half, tables, interleaved, False, "sequences", False, lanes
     ).launch
     yield compile_case("rope/sequences/fwd/bfloat16", launch, 4, ("*bf16",) * 4 + (f, f, "*i32"))
-    yield compile_case("rope/weights/bwd/float32", sum_launch(128)[1], 4, ("*fp32",) * 3, access_bits=32)
+    yield compile_case("rope/weights/bwd/float32", sum_launch(128, False)[1], 4, ("*fp32",) * 3, access_bits=32)

@@ -217,6 +217,38 @@ def test_each_package_runs_with_its_tensors_card_as_the_current_one(package, mon
     assert calls == [card, "forward", "back", card, "backward", "back"]
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_cudnn_is_asked_on_its_tensors_card(takes, monkeypatch):
+    """And no filter of warnings, which are the whole process's, is changed for a call that it takes."""
+    asked, inside = [], []
+
+    @contextlib.contextmanager
+    def within(place):
+        inside.append(place)
+        yield []
+        inside.pop()
+
+    def can_use(parameters, debug=False):
+        asked.append((debug, *inside))
+        return takes
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device", within)
+    monkeypatch.setattr(cudnn.switches, "SDPAParams", lambda *parameters: parameters)
+    monkeypatch.setattr(cudnn.switches, "can_use_cudnn_attention", can_use)
+    monkeypatch.setattr(cudnn, "_heads_first", lambda *tensors: tensors)
+    q = types.SimpleNamespace(
+        device=torch.device("cuda", 1), dtype=torch.float16, shape=(1, 128, 2, 64), data_ptr=lambda: 256,
+        stride=lambda *at: 1 if at else (16384, 128, 64, 1), get_device=lambda: 1,
+    )  # fmt: skip
+    if takes:
+        filters = types.SimpleNamespace(catch_warnings=lambda record: within("filters"))
+        monkeypatch.setattr(cudnn, "warnings", filters)
+    reason = cudnn.unsupported(q, q, q, Options(scale=1.0), False)
+    assert asked == ([(False, 1)] if takes else [(False, 1), (True, 1)])
+    assert reason is None if takes else reason.startswith("is refused by PyTorch: ")
+
+
 def test_a_gradient_of_lse_with_softcap_is_refused_in_words(package):
     name, _ = package
     if "4" in name:

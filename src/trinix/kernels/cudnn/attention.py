@@ -34,11 +34,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
     if any(t.data_ptr() & 15 or t.stride(-1) != 1 or any(s % 8 for s in t.stride()[:-1]) for t in (q, k, v)):
         return "needs rows that begin at multiples of 16 bytes, with the last dimension dense"
     asked = switches.SDPAParams(*_heads_first(q, k, v), None, 0.0, _causal(q, options), q.shape[2] != k.shape[2])
-    with torch.cuda.device(q.get_device()), warnings.catch_warnings(record=True) as said:  # it asks the current card
+    with torch.cuda.device(q.get_device()):  # it asks the current card
         if switches.can_use_cudnn_attention(asked):
             return None
-        warnings.simplefilter("always")
-        switches.can_use_cudnn_attention(asked, debug=True)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            switches.can_use_cudnn_attention(asked, debug=True)
     return f"is refused by PyTorch: {'; '.join(str(w.message).partition(' (Triggered')[0] for w in said)}"
 
 

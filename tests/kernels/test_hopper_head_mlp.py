@@ -222,6 +222,18 @@ def test_the_copy_engine_is_given_no_gradient_at_an_odd_address(monkeypatch):
         assert torch.equal(rows, dy)
 
 
+def test_every_gradient_has_its_memory_before_a_kernel_is_launched(monkeypatch):
+    """The rows' kernel begins beside the weights': what another thread frees in between may still be read."""
+    order = []
+    monkeypatch.setattr(hopper, "_planned", lambda key, make: lambda *tensors: order.append("launch"))
+    x, w1, w2 = (torch.zeros(s, dtype=torch.float16) for s in ((2, 3, 64), (2, 64, 8), (2, 8, 64)))
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: order.append("memory") or make(*a, **k))
+    hopper.backward(x, w1, w2, None, None, None, x, "silu", False, (True, True, True, False, False, False))
+    assert order == ["memory"] * 3 + ["launch"] * 2
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_three_warpgroups_hold_the_budget_too(monkeypatch):
     monkeypatch.setattr(hopper, "choose_forward", lambda *_: hopper.ForwardConfig(64, 3, 6, True))

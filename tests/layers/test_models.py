@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -151,6 +152,23 @@ def test_a_step_is_captured_on_the_models_card_whichever_is_the_current_one(monk
     assert all(at == [model.embedding.weight.get_device()] for _, at, _ in seen)
     # PyTorch makes its own stream once in a process, on the card that captured first
     assert [more for name, _, more in seen if name == "graph"] == [{"stream": side}]
+
+
+@torch.no_grad()
+def test_a_captured_step_keeps_the_tables_that_its_graph_reads(monkeypatch):
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: Unrecorded())
+    model = made("llama", layers=1)
+    position = model.blocks[0].attention.position
+    position.grow(position.cos.shape[0] + 1)
+    caches = model.caches(2, 9)
+    model(tokens_of("cpu", 2, 5), caches)
+    step = model.captured(caches)
+    read = weakref.ref(position.cos)
+    position.grow(2 * position.cos.shape[0])
+    assert read() is not None
+    del step
+    assert read() is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)

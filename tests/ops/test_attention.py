@@ -774,6 +774,29 @@ def test_a_wrong_delta_fails(monkeypatch):
     assert any(fault.startswith("dq") for fault in CASES["plain"]().faults("triton"))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are left out")
+def test_every_gradient_has_its_memory_before_kernels_overlap(monkeypatch):
+    """dq's kernel begins beside dk's and dv's: what another thread frees in between may still be read."""
+    order, plan_of = [], kernels._backward_plan
+
+    def kernel(*tensors):
+        order.append("kernel")
+
+    def plan(*call):
+        made = plan_of(*call)
+        return made._replace(keys=(kernel,) * len(made.keys), queries=made.queries and kernel)
+
+    monkeypatch.setattr(kernels, "_backward_plan", plan)
+    q, k, v = (normal((1, 20, 2, 16), torch.float32, seed=i).requires_grad_() for i in range(3))
+    out = attention(q, k, v, deterministic=True, backend="triton")
+    for name in ("empty", "empty_like", "zeros", "zeros_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **more: order.append("memory") or make(*a, **more))
+    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert order.count("kernel") > 1
+    assert order[order.index("kernel") :] == ["kernel"] * order.count("kernel")
+
+
 def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     def first(*call, fa4=False):
         return contract.order((9, 0), *call, fa4 and contract.fa4_is_faster(*call))[0]

@@ -88,3 +88,14 @@ def test_a_table_that_has_grown_is_no_buffer_and_belongs_to_its_card():
     assert replica.sin.is_meta
     assert replica.sin.shape == (10, 4)
     assert not module.cos.is_meta
+
+
+def test_a_table_that_has_grown_goes_where_the_module_goes():
+    module = trinix.FastRoPEPositionEmbedding(8, 4)
+    module.grow(10)
+    wanted = module.cos.clone(), module.sin.clone()
+    module.to("meta")
+    assert module.cos.is_meta
+    assert module.sin.shape == (10, 4)
+    module.to_empty(device="cpu").half()
+    torch.testing.assert_close((module.cos, module.sin), wanted, rtol=0, atol=0)

@@ -74,9 +74,10 @@ class FastRoPEPositionEmbedding(nn.Module):
         counted = position_ids is None and offset is not None and not isinstance(offset, Tensor)  # a SymInt is no int
         if counted and isinstance(q, Tensor) and q.dim() > 2:
             self.grow(offset + q.shape[-3])
+        cos, sin = self._tables()
         return ops.rope(
-            q, k, self.cos, self.sin, interleaved=self.interleaved, position_ids=position_ids, offset=offset,
-            cu_seqlens=cu_seqlens, inplace=inplace, backend=self._backend(q, k, self.cos, self.sin),
+            q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids, offset=offset,
+            cu_seqlens=cu_seqlens, inplace=inplace, backend=self._backend(q, k, cos, sin),
         )  # fmt: skip
 
     @property

@@ -1,6 +1,8 @@
 """Compiling ahead of the clocks: who is called, what becomes of failures, and that the clocks come after it."""
 
 import io
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -46,6 +48,25 @@ def test_a_pass_that_fails_is_told(monkeypatch):
     assert warm._once(case(), "liger", "cpu") == "tiny liger: ZeroDivisionError: division by zero"
     monkeypatch.setitem(warm.PREPARE, "liger", lambda case: "not installed")
     assert warm._once(case(), "liger", "cpu") is None
+
+
+def test_a_process_that_is_killed_leaves_the_rest_to_the_clocks(monkeypatch):
+    class Pool:
+        def __init__(self, *arguments, **more):
+            self.killed = Future()
+            self.killed.set_exception(BrokenProcessPool("killed"))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, *call):
+            return self.killed
+
+    monkeypatch.setattr(warm, "ProcessPoolExecutor", Pool)
+    assert warm.compile_all([case()], ["trinix"], 1) == ["a process has ended: killed"]
 
 
 @pytest.mark.parametrize("ids", [(), ["b*"]])

@@ -789,3 +789,11 @@ def test_every_clock_tells_a_long_call_from_a_short_one_within_its_budget(clock)
 
 def test_a_call_that_launches_nothing_has_no_device_time(clock):
     assert clock.device_ms({"nothing": lambda: None})["nothing"].p50 < 0.001
+
+
+def test_a_call_that_no_budget_pays_is_timed_in_five_rounds(clock, monkeypatch):
+    calls = []
+    monkeypatch.setattr(clock, "_spin_us", lambda call: 1.0)
+    monkeypatch.setattr(clock, "_once", lambda call, spin: 1.0)
+    clock.device_ms({"long": lambda: calls.append("one")})
+    assert len(calls) == 5 * 2

@@ -6,6 +6,7 @@ First with a fake kernel on the CPU, which remembers what it was compiled for an
 
 import contextlib
 import ctypes
+import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -297,6 +298,23 @@ def test_a_misaligned_pointer_takes_the_normal_path_and_leaves_no_kernel_behind(
     assert [rig(addresses=addresses), rig(addresses=addresses)] == ["normal", "normal"]
     assert not rig.launch.keep
     assert [rig(), rig(), rig(addresses=addresses), rig()] == ["normal", "fast", "normal", "fast"]
+
+
+def test_a_known_kernel_on_the_normal_path_waits_for_no_other_thread(rig):
+    """Its launch may itself wait for room in a queue, behind work that another thread has yet to launch."""
+    done = []
+    rig(addresses=(260, 512))
+    with _launch._lock:
+        other = threading.Thread(target=lambda: done.append(rig(addresses=(260, 512))), daemon=True)
+        other.start()
+        other.join(20)
+        assert done == ["normal"]
+        new = threading.Thread(target=lambda: done.append(rig(addresses=(260, 520))), daemon=True)
+        new.start()
+        new.join(0.2)
+        assert done == ["normal"], "one that is new is compiled by one thread at a time"
+    new.join(20)
+    assert done == ["normal", "normal"]
 
 
 @pytest.mark.parametrize("name", HOOKS)

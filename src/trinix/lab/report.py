@@ -102,7 +102,8 @@ def markdown(lines: list[dict], source: str) -> str:
     steps = [row for row in grouped if any(one["op"] == "train_step" for one in row.lines.values())]
     if steps:
         out += ["## Tokens a second", "", *_tokens_table(steps, columns), ""]
-    out += ["## Memory beside the documents", "", *_memory_table(grouped, cases), ""]
+    if memory := _memory_rows(grouped, cases):
+        out += ["## Memory beside the documents", "", *_memory_table(memory), ""]
     failed = [one for one in lines if not one["ok"]]
     if failed:
         out += ["## Not timed", ""]
@@ -174,20 +175,25 @@ def _tokens_table(steps: list[ResultRow], columns: list[str]) -> list[str]:
     return out
 
 
-def _memory_table(grouped: list[ResultRow], cases: dict[str, Case]) -> list[str]:
+def _memory_rows(grouped: list[ResultRow], cases: dict[str, Case]) -> list[str]:
+    """Of the cases whose documents published a figure."""
+    rows = []
+    for row in grouped:
+        case = cases.get(row.case)
+        if case and any(r.pass_ == row.pass_ and r.unit == "MiB" for r in case.rows):
+            totals = [_total_mib(row.line(i)) for i in ("trinix", "trinix:triton", "eager")]
+            rows.append(_line([row.case, row.pass_, *totals, _published(case, row.pass_, "MiB")]))
+    return rows
+
+
+def _memory_table(rows: list[str]) -> list[str]:
     out = [
         "The documents count inputs, output and x.grad as they stand (backward: x, output, dy, dx and an accumulated x.grad); ours "
         "is the measured peak over the inputs plus the inputs; backward keeps what forward saved, not its output.",
         "",
     ]
     head = ("case", "pass", "trinix MiB", "trinix:triton MiB", "eager MiB", "published MiB")
-    table = [_line(head), _line(["---"] * len(head))]
-    for row in grouped:
-        case = cases.get(row.case)
-        if case and any(r.pass_ == row.pass_ and r.unit == "MiB" for r in case.rows):
-            totals = [_total_mib(row.line(i)) for i in ("trinix", "trinix:triton", "eager")]
-            table.append(_line([row.case, row.pass_, *totals, _published(case, row.pass_, "MiB")]))
-    return out + table
+    return [*out, _line(head), _line(["---"] * len(head)), *rows]
 
 
 def _cpu_section(lines: list[dict]) -> list[str]:

@@ -115,7 +115,7 @@ class Launcher:
 class Launch:
     """One kernel with its constants: ``launch(blocks, tensors, scalars)``, ``blocks`` along the grid's x axis."""
 
-    __slots__ = ("constants", "keep", "kernel", "options", "specialized")
+    __slots__ = ("constants", "keep", "kernel", "known", "options", "specialized")
 
     def __init__(self, launcher: Launcher, constants: dict, options: dict):
         self.kernel = launcher.kernel
@@ -123,6 +123,7 @@ class Launch:
         self.options = options
         self.specialized = launcher.specialized
         self.keep = {}  # key -> fire(blocks, stream, arguments) of a compiled kernel
+        self.known = set()  # (key, which pointers are aligned) of those that Triton's own path has compiled and loaded
 
     def __call__(self, blocks: int, tensors: tuple, scalars: tuple) -> None:
         # Written for the clock (a microsecond here is a tenth of an eager call): no helper calls, no generator.
@@ -149,7 +150,7 @@ class Launch:
             or _NO_EXIT_HOOK.calls
             or self.kernel.pre_run_hooks
         ):
-            self._normal(blocks, tensors, scalars, None if fire or bits & 15 else key)
+            self._normal(blocks, tensors, scalars, key, fire is None and not bits & 15)
             return
         # pointers go as integers: nobody then asks the tensor or the driver about them
         if _State.many_devices and torch._C._cuda_getDevice() != device:
@@ -158,12 +159,16 @@ class Launch:
         else:
             fire(blocks, _raw_stream(device), pointers + scalars)
 
-    def _normal(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple | None) -> None:
-        """Triton's own path; keeps the kernel under ``key`` if later calls may launch it directly."""
+    def _normal(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple, keep: bool) -> None:
+        """Triton's own path; with ``keep`` it keeps the kernel under ``key`` if later calls may launch it directly."""
         device = tensors[0].device
-        with _lock, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        known = key, *[not t.data_ptr() & 15 for t in tensors]
+        # a launch may wait for room in its queue, behind what another thread has yet to launch: only a new kernel's has the lock
+        alone = contextlib.nullcontext() if known in self.known else _lock
+        with alone, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             compiled = self.kernel[(blocks,)](*tensors, *scalars, **self.constants, **self.options)
-            if key is None or _State.off or not _keepable(self.kernel, compiled):
+            self.known.add(known)
+            if not keep or _State.off or not _keepable(self.kernel, compiled):
                 return
             if not _State.checked and not _self_check(device):
                 return

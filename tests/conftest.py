@@ -6,9 +6,16 @@ A kernel that leaves part of its output unwritten must not pass because the memo
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 import textwrap
+
+if platform.machine() == "x86_64":
+    # PyTorch's and NumPy's products in the same order of adding on every machine: a budget is twice PyTorch's own error, and of a
+    # few numbers that is chance. With 512-bit vectors one query's dq was at 1.4 of its budget, without at 0.8.
+    os.environ.setdefault("MKL_CBWR", "AVX2")
+    os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 
 import pytest
 import torch

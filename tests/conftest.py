@@ -12,10 +12,9 @@ import sys
 import textwrap
 
 if platform.machine() == "x86_64":
-    # PyTorch's and NumPy's products in the same order of adding on every machine: a budget is twice PyTorch's own error, and of a
-    # few numbers that is chance. With 512-bit vectors one query's dq was at 1.4 of its budget, without at 0.8.
+    # PyTorch's products in the same order of adding on every machine: a budget is twice PyTorch's own error, which of a few
+    # numbers is chance.
     os.environ.setdefault("MKL_CBWR", "AVX2")
-    os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 
 import pytest
 import torch
@@ -32,8 +31,10 @@ def pytest_configure(config):
     torch.utils.deterministic.fill_uninitialized_memory = True
     if interpreted() and importlib.util.find_spec("triton"):
         import footprints
+        from trinix.lab.interpret import round_products_once
 
         footprints.install()
+        round_products_once()
 
 
 def interpreted() -> bool:

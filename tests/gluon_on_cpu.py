@@ -347,9 +347,10 @@ class Product:
             acc = self.acc
             if isinstance(acc, Product):
                 acc = acc.finish()
-            self.value = self.a.a.astype(np.float32) @ self.b.a.astype(np.float32)
+            total = self.a.a.astype(np.float64) @ self.b.a.astype(np.float64)  # rounded once, as in round_products_once
             if acc is not None:
-                self.value = self.value + acc
+                total = total + acc
+            self.value = total.astype(np.float32)
         return self.value
 
 

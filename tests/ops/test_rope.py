@@ -426,11 +426,14 @@ def test_linear_and_ntk_scaling():
     same(rope_table(5, 16, scaling={"type": "default"}), rope_table(5, 16))
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+
+
 def test_llama3_scaling_pair_by_pair():
-    scaling = {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }  # fmt: skip
     wanted = []
     for f in plain_frequencies(128, 500000.0):
         wavelength = 2 * math.pi / f
@@ -441,7 +444,7 @@ def test_llama3_scaling_pair_by_pair():
         else:
             smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
             wanted.append((1 - smooth) * f / 8.0 + smooth * f)
-    got = angles(rope_table(2, 128, base=500000.0, scaling=scaling))
+    got = angles(rope_table(2, 128, base=500000.0, scaling=LLAMA3))
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-9)
     assert len({round(g / f, 6) for g, f in zip(wanted, plain_frequencies(128, 500000.0), strict=True)}) > 3
 
@@ -456,7 +459,7 @@ def test_llama3_scaling_pair_by_pair():
     ],
 )
 def test_yarn_scaling_pair_by_pair(more, attention):
-    scaling = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, **more}
+    scaling = {**YARN, **more}
     fast, slow = more.get("beta_fast", 32.0), more.get("beta_slow", 1.0)
 
     def pair_with(turns):
@@ -494,11 +497,31 @@ def test_yarn_scaling_pair_by_pair(more, attention):
         ((4, 8, {"type": "linear"}), ValueError, r"scaling 'linear' needs \['factor'\], got \[\]"),
         ((4, 8, {"type": "linear", "factor": 2.0, "beta": 1}), ValueError, r"got \['beta', 'factor'\]"),
         ((4, 8, {"type": "linear", "factor": -2.0}), ValueError, "factor must be positive, got -2.0"),
+        ((4, 8, {"type": "linear", "factor": float("nan")}), ValueError, "factor must be positive, got nan"),
+        ((4, 8, {"type": "linear", "factor": "4"}), TypeError, "scaling's factor must be a number, got '4'"),
+        ((4, 8, {"type": "ntk", "factor": 1e300}), ValueError, "gives no frequencies that float64 holds"),
+        (
+            (4, 8, {**YARN, "original_max_position_embeddings": None}),
+            TypeError,
+            "position_embeddings must be a number, got None",
+        ),
+        ((4, 8, {**YARN, "beta_fast": 0}), ValueError, "beta_fast must be positive, got 0"),
+        ((4, 8, YARN, 1.0), ValueError, "base 1.0 with scaling .* gives no frequencies"),
+        (
+            (4, 8, {**LLAMA3, "low_freq_factor": 4}),
+            ValueError,
+            "low_freq_factor must be below its high_freq_factor, got 4.0 and 4.0",
+        ),
+        ((4, 8, None, -1.0), ValueError, "base must be positive, got -1.0"),
     ],
 )
 def test_a_table_that_cannot_be_made_says_what_is_wanted(arguments, error, text):
     with pytest.raises(error, match=text):
-        rope_table(*arguments[:2], scaling=arguments[2] if len(arguments) > 2 else None)
+        rope_table(*arguments[:2], **dict(zip(("scaling", "base"), arguments[2:], strict=False)))
+
+
+def test_optional_keys_of_yarn_may_be_none():
+    same(rope_table(4, 8, scaling={**YARN, "attention_factor": None, "mscale": None}), rope_table(4, 8, scaling=YARN))
 
 
 # ---- which gradients, what is saved --------------------------------------------------------------------------------------

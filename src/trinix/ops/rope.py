@@ -33,6 +33,7 @@ through the formula. Under ``torch.compile`` "auto" hands the compiler the plain
 
 import functools
 import inspect
+import math
 
 import torch
 from torch import Tensor
@@ -216,6 +217,8 @@ def rope_table(
     if type(rotary_dim) is not int or rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rope_table: rotary_dim must be an even int from 2 on, got {rotary_dim!r}")
     base, scaling = dispatch.number("rope_table", "base", base), _check_scaling(scaling)
+    if not 0 < base < math.inf:
+        raise ValueError(f"rope_table: base must be positive, got {base}")
     if isinstance(positions, Tensor):
         if positions.ndim != 1:
             raise ValueError(f"rope_table: positions must be an int or [P], got {list(positions.shape)}; flatten them")
@@ -224,7 +227,12 @@ def rope_table(
         places = torch.arange(positions, dtype=torch.float64, device=device)
     else:
         raise TypeError(f"rope_table: positions must be an int from 0 on or a tensor [P], got {positions!r}")
-    frequency, factor = reference.inverse_frequencies(rotary_dim, base, scaling, places.device)
+    try:
+        frequency, factor = reference.inverse_frequencies(rotary_dim, base, scaling, places.device)
+    except (OverflowError, ZeroDivisionError):
+        raise ValueError(
+            f"rope_table: base {base} with scaling {scaling} gives no frequencies that float64 holds"
+        ) from None
     angle = places[:, None] * frequency
     return (angle.cos() * factor).float(), (angle.sin() * factor).float()
 
@@ -244,8 +252,18 @@ def _check_scaling(scaling: dict | None) -> dict | None:
     if missing or unknown:
         wanted = f"needs {list(needed)}" + (f" and takes {list(possible)}" if possible else "")
         raise ValueError(f"rope_table: scaling {kind!r} {wanted}, got {sorted(rest)}")
-    if rest.get("factor", 1.0) <= 0:
-        raise ValueError(f"rope_table: scaling's factor must be positive, got {rest['factor']!r}")
+    for key, value in rest.items():
+        scale = key in ("mscale", "mscale_all_dim")
+        if key == "truncate" or (value is None and (scale or key == "attention_factor")):
+            continue
+        rest[key] = dispatch.number("rope_table", f"scaling's {key}", value)
+        if not 0 < rest[key] < math.inf and not (scale and rest[key] == 0):
+            raise ValueError(f"rope_table: scaling's {key} must be positive, got {value!r}")
+    if kind == "llama3" and rest["low_freq_factor"] >= rest["high_freq_factor"]:
+        raise ValueError(
+            f"rope_table: scaling's low_freq_factor must be below its high_freq_factor, got {rest['low_freq_factor']} "
+            f"and {rest['high_freq_factor']}"
+        )
     return {"type": kind, **rest}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trinix import device
-from trinix.lab import attention, gate, run
+from trinix.lab import attention, doctor, gate, record, run
 from trinix.lab.case import Case, load_cases
 from trinix.lab.peers import PREPARE, fa4
 
@@ -56,12 +56,16 @@ def test_fa4_names_the_package_that_it_lacks(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     said = []
-    for module in fa4.PACKAGES:
+    for module in fa4.MODULES:
         said.append(fa4.prepare(tiny()))
+        assert f"no  peer flash-attn-4: {said[-1]}" in "\n".join(doctor._peers())
         there.add(module)
-    assert [s.partition(" ")[0] for s in said] == list(fa4.PACKAGES.values())
+    assert [s.partition(" ")[0] for s in said] == [record.PACKAGES[module] for module in fa4.MODULES]
     assert "site.addsitedir" in said[-1]
+    there.add("flash_attn")  # the folder of both
     assert fa4.lacking() is None
+    assert "ok  peer flash-attn-4" in doctor._peers()
+    assert "no  peer flash-attn: not installed" in "\n".join(doctor._peers())
     assert fa4.prepare(tiny()) == "timed on a GPU only"
     assert fa4.prepare(CASES["AD-1-1024"]) is None
 

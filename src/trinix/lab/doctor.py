@@ -11,17 +11,11 @@ from pathlib import Path
 import torch
 
 from trinix import device, dispatch, ops
-from trinix.lab.record import version_of
+from trinix.lab.peers import fa4
+from trinix.lab.record import PACKAGES, version_of
 
 # torch minor -> the Triton that its GPU builds bring
 PAIRS = {"2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
-PEERS = {
-    "liger_kernel": "liger-kernel",
-    "quack": "quack-kernels",
-    "flashmlp": "flashmlp",
-    "flash_attn": "flash-attn",
-    "fla": "flash-linear-attention",
-}
 
 
 def report() -> str:
@@ -99,14 +93,17 @@ def _launcher() -> str:
 
 
 def _peers() -> list[str]:
-    lines = []
-    for module, package in PEERS.items():
-        if importlib.util.find_spec(module) is None:
-            lines.append(f"no  peer {package}: not installed (a rival in the lab, never needed)")
-        else:
-            version = version_of(package) or version_of(f"{package}-4")  # flash-attn-4 is a package beside flash-attn
-            lines.append(f"ok  peer {package} {version or ''}".rstrip())
-    return lines
+    found = {PACKAGES[module]: importlib.util.find_spec(module) for module in ("liger_kernel", "quack", "flashmlp")}
+    lacking = {package: None if spec else "not installed" for package, spec in found.items()}
+    # flash-attn-4 lies in flash-attn's folder, which tells nothing of flash-attn
+    lacking["flash-attn"] = None if version_of("flash-attn") else "not installed"
+    lacking["flash-attn-4"] = fa4.lacking()
+    return [
+        f"no  peer {package}: {reason} (a rival in the lab, never needed)"
+        if reason
+        else f"ok  peer {package} {version_of(package) or ''}".rstrip()
+        for package, reason in lacking.items()
+    ]
 
 
 def ops_table() -> str:

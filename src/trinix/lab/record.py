@@ -28,8 +28,16 @@ def line(**known) -> dict:
     return {field: values.get(field) for field in FIELDS}
 
 
-# packages, named in the versions where they are installed
-RIVALS = ("liger-kernel", "quack-kernels", "flash-attn-4", "flash-attn")
+# What other people's kernels are imported from -> its package, named in the versions where it is installed.
+PACKAGES = {
+    "liger_kernel": "liger-kernel",
+    "quack": "quack-kernels",
+    "flashmlp": "flashmlp",
+    "flash_attn": "flash-attn",
+    "flash_attn.cute": "flash-attn-4",
+    "tvm_ffi": "apache-tvm-ffi",
+    "cutlass": "nvidia-cutlass-dsl",
+}
 
 
 @cache
@@ -37,7 +45,7 @@ def stamp() -> dict:
     """What produced a result: card, versions, commit."""
     card = device.card()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": version_of("triton")}
-    versions |= {package: version for package in RIVALS if (version := version_of(package))}
+    versions |= {package: version for package in PACKAGES.values() if (version := version_of(package))}
     if card:
         versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader,nounits") or None

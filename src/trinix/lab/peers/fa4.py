@@ -8,21 +8,18 @@ import torch
 
 from trinix.lab import attention, layers
 from trinix.lab.case import Case
+from trinix.lab.record import PACKAGES
 
 # It reads this when it is imported: what it compiles stays on disk, where ``trinix bench --warm`` and the next run find it.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
-PACKAGES = {
-    "flash_attn.cute": "flash-attn-4",
-    "quack": "quack-kernels",
-    "tvm_ffi": "apache-tvm-ffi",
-    "cutlass": "nvidia-cutlass-dsl",
-}
+MODULES = ("flash_attn.cute", "quack", "tvm_ffi", "cutlass")
 
 
 def lacking() -> str | None:
     """What is not there, in words."""
-    for module, package in PACKAGES.items():
+    for module in MODULES:
+        package = PACKAGES[module]
         try:
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:  # of the part before the dot

@@ -521,6 +521,25 @@ def test_tritons_c_function_is_given_what_its_launcher_gives_it(pdl, monkeypatch
     assert sent[0] == sent[1] == sent[2]
 
 
+@pytest.mark.parametrize("facts", [(False, False), (True, False), (False, True)], ids=str)
+def test_hoppers_launches_have_the_attributes_that_triton_gives_them(facts):
+    """Programs that wait for one another have to be there at once: without the attribute those of two streams need not be."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    sent = []
+    run = object.__new__(CudaLauncher)
+    vars(run).update(
+        launch=lambda *arguments: sent.append(arguments), num_ctas=1, launch_cooperative_grid=facts[0], launch_pdl=facts[1],
+        global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
+    )  # fmt: skip
+    if triton.__version__.startswith("3.7."):
+        run.arg_annotations, run.kernel_signature = [], b""
+    compiled = SimpleNamespace(function=5000, packed_metadata=(WARPS, 1, 1088), metadata=run)
+    hopper_launch._direct(compiled, run, (FACTOR, BLOCK))(9, 1, 1, 7000, (256, 512, 48, 5, 0.5))
+    run(9, 1, 1, 7000, 5000, (WARPS, 1, 1088), None, None, None, 256, 512, 48, 5, 0.5, FACTOR, BLOCK)
+    assert sent[0] == sent[1]
+
+
 def test_a_launch_that_gives_no_kernel_back_is_not_kept(rig):
     assert not _launch._keepable(rig.kernel, None)
 

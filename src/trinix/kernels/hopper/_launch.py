@@ -128,21 +128,22 @@ def _direct(compiled, run, constants):
         launch = launch.__closure__[names.index("launcher")].cell_contents
     if launch is None:
         return None
-    function, packed, pdl = compiled.function, compiled.packed_metadata, run.launch_pdl
+    function, packed = compiled.function, compiled.packed_metadata
+    together, pdl = run.launch_cooperative_grid, run.launch_pdl
     if hasattr(run, "arg_annotations"):  # Triton 3.7
         annotations, signature = run.arg_annotations, run.kernel_signature
 
         def direct(blocks, y, z, stream, arguments):
             launch(
-                blocks, y, z, stream, function, False, pdl, packed, None, None, None, None, None, annotations, signature,
-                arguments + constants,
+                blocks, y, z, stream, function, together, pdl, packed, None, None, None, None, None, annotations,
+                signature, arguments + constants,
             )  # fmt: skip
 
     else:  # Triton 3.6
 
         def direct(blocks, y, z, stream, arguments):
             launch(
-                blocks, y, z, stream, function, False, pdl, None, None, packed, None, None, None, *arguments, *constants
+                blocks, y, z, stream, function, together, pdl, None, None, packed, None, None, None, *arguments, *constants
             )
 
     return direct

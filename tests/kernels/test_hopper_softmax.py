@@ -92,6 +92,13 @@ def test_what_it_cannot_run_has_a_reason():
     assert "16777216 programs" in rows.unsupported(1 << 22, 32768, 2, 132)
 
 
+def test_a_part_of_more_elements_than_32_bits_count_is_refused():
+    """Where a row of a part begins is a product of 32 bits: the 480th row of 4.5 million columns lay in front of the tensor."""
+    for n, c in ((512, 2**22), (1024, 2**21), (5000, 2**22)):
+        assert hopper._too_large(1, n, c - 8, 2, 132) is None
+        assert "32 bits" in hopper._too_large(1, n, c, 2, 132)
+
+
 # ---- columns --------------------------------------------------------------------------------------------------------------
 
 

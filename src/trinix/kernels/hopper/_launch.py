@@ -143,7 +143,8 @@ def _direct(compiled, run, constants):
 
         def direct(blocks, y, z, stream, arguments):
             launch(
-                blocks, y, z, stream, function, together, pdl, None, None, packed, None, None, None, *arguments, *constants
-            )
+                blocks, y, z, stream, function, together, pdl, None, None, packed, None, None, None, *arguments,
+                *constants,
+            )  # fmt: skip
 
     return direct

@@ -369,6 +369,8 @@ def _too_large(outer: int, n: int, c: int, itemsize: int, multiprocessors: int) 
     plans = [plan(n, c, itemsize, backward) for backward in (False, True)]
     if any(p.panels * p.parts * outer >= 2**31 or n + p.rows >= 2**31 for p in plans):
         return "numbers its work in 32 bits"
+    if max(p.rows for p in plans) * c >= 2**31:
+        return f"counts the elements of a part's rows in 32 bits, {c} columns are too many"
     if max(p.parts for p in plans) > multiprocessors:
         return f"keeps a column on the card's {multiprocessors} multiprocessors, {n} rows are too many"
     return None

@@ -92,6 +92,17 @@ def test_what_it_cannot_run_has_a_reason():
     assert "needs a GPU tensor, got cpu" in hopper.unsupported(x, w1, w2, None, None, None)
 
 
+def test_gradients_of_weights_with_room_behind_each_row_are_refused_where_their_own_rows_begin_anywhere(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(hopper, "_capability", lambda index: (9, 0))
+    x, room = torch.ones(2, 3, 64, dtype=torch.float16), torch.ones(2, 64, 104, dtype=torch.float16)
+    for e, refused in ((100, True), (96, False)):
+        w1, w2 = room[..., :e], torch.ones(2, e, 64, dtype=torch.float16)
+        assert hopper.unsupported(x, w1, w2, None, None, None) is None
+        reason = hopper.unsupported(x, w1, w2, None, None, None, grad=True)
+        assert reason == ("needs E to be a multiple of 8 for gradients, got 100" if refused else None)
+
+
 # ---- the kernels themselves, in NumPy: warpgroups as threads, real barriers ---------------------------------------------------
 
 

@@ -748,6 +748,8 @@ def unsupported(x, w1, w2, b1, b2, w_gate, kind: str = "silu", mean: bool = Fals
     for name, t in (("x", x), ("w1", w1), ("w2", w2)):
         if not _fits(t):
             return f"needs rows of {name} that begin at multiples of 16 bytes, got strides {t.stride()}"
+    if grad and w1.shape[-1] & 7:  # w1's rows may lie farther apart; its gradient's are dense
+        return f"needs E to be a multiple of 8 for gradients, got {w1.shape[-1]}"
     return None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 import trinix
 from trinix.testing import normal, vjp
@@ -280,6 +281,11 @@ def test_a_mask_of_another_kind_is_refused_by_name():
         layer(x, "causal")
     with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\] = \[2, 5\], got \[5\]"):
         layer(x, key_padding_mask=torch.zeros(5, dtype=torch.bool))
+    layer, x, _ = made("separate", {})
+    with pytest.raises(TypeError, match=r"attn_mask must be bool or floating point, got list"):
+        layer(x, attn_mask=[[False] * LENGTH] * LENGTH)
+    with pytest.raises(TypeError, match=r"key_padding_mask must be bool or floating point, got list"):
+        layer(x[0], key_padding_mask=[False] * LENGTH)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------------
@@ -398,6 +404,15 @@ def test_a_state_of_torchs_module_is_loaded(options, assign):
     same = trinix.FastMultiHeadAttention(12, 3, **options)
     same.load_state_dict(ours["attn"].state_dict())
     torch.testing.assert_close(same(*xs), ours["attn"](*xs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+def test_torchs_module_is_not_taken_over_without_its_weights(name):
+    theirs = nn.MultiheadAttention(12, 3)
+    owner, _, weight = name.rpartition(".")
+    parametrize.register_parametrization(theirs.get_submodule(owner), weight, nn.Identity())
+    with pytest.raises(ValueError, match=r"from_torch found no \['.*weight'\] in the module's state"):
+        trinix.FastMultiHeadAttention.from_torch(theirs)
 
 
 def test_a_state_of_torchs_module_that_does_not_fit_is_refused_as_torch_does():
@@ -556,6 +571,15 @@ def test_a_norm_that_does_more_than_scale_is_called(which, change):
         layer.position,
     )  # the same positions, never in one kernel with the norms
     torch.testing.assert_close(y, layer(x))
+
+
+def test_a_hook_of_the_positions_runs():
+    layer, x, _ = made("grouped", {"position_method": "rope", "qk_norm": True})
+    layer.position.register_forward_hook(lambda module, args, qk: (qk[0] * 0, qk[1]))
+    (bias, heads) = layer.o_proj.bias, layer.qkv_proj(x).unflatten(-1, (-1, layer.head_dim))
+    v = heads[:, :, -layer.num_kv_heads :].repeat_interleave(layer.num_heads // layer.num_kv_heads, 2)
+    mean = v.mean(1, keepdim=True).expand_as(v).flatten(2) @ layer.o_proj.weight.T + bias
+    torch.testing.assert_close(layer(x), mean)  # queries of 0 see all keys alike
 
 
 def test_an_eps_of_none_is_that_of_the_norms():

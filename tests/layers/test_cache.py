@@ -301,6 +301,39 @@ def test_a_cache_is_for_self_attention():
     layer, x = made("separate", {})
     with pytest.raises(ValueError, match="a cache is for self-attention; leave key and value out"):
         layer(x, x[:, :1], cache=trinix.DynamicCache())
+    with pytest.raises(ValueError, match="a cache is for self-attention; leave key and value out"):
+        layer(x, value=x[:, :1], cache=trinix.DynamicCache())
+
+
+def test_a_cache_follows_only_what_counts_for_it():
+    one, other = (trinix.StaticCache(BATCH, 4, 1, 2) for _ in range(2))
+    with pytest.raises(ValueError, match="follow wants another cache, one that follows none"):
+        one.follow(one)
+    with pytest.raises(ValueError, match="made for a batch of 2, got 3"):
+        one.follow(trinix.StaticCache(2, 4, 1, 2))
+    for cache, leader in ((trinix.DynamicCache(), one), (one, trinix.DynamicCache())):
+        with pytest.raises(ValueError, match="got a DynamicCache of 0 tokens"):
+            cache.follow(leader)
+    one.follow(other)
+    with pytest.raises(ValueError, match="follow wants another cache, one that follows none"):
+        trinix.StaticCache(BATCH, 4, 1, 2).follow(one)
+    other.longest = 2
+    with pytest.raises(ValueError, match="got a StaticCache of 2 tokens; follow before the first call"):
+        trinix.StaticCache(BATCH, 4, 1, 2).follow(other)
+
+
+def test_rows_go_to_an_empty_latent_cache_of_the_layers_widths():
+    cache = trinix.LatentCache(BATCH, 8, 4)
+    cache.append(torch.ones(BATCH, 2, 1, 4))
+    with pytest.raises(ValueError, match="append wants an empty cache, this one holds 2 tokens"):
+        cache.append(torch.zeros(BATCH, 1, 1, 4))
+    layer, x = made("latent", {})
+    wrong = trinix.LatentCache(BATCH, 8, layer.latent_dim + 2, 2)  # rows of the layer's width all the same
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=f"cache must have this layer's latent_dim {layer.latent_dim}, got"),
+    ):
+        layer(x[:, :2], cache=wrong)
 
 
 @pytest.mark.parametrize(("name", "kind"), WITH_CACHE)

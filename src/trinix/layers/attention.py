@@ -147,7 +147,7 @@ class _FastAttention(nn.Module):
         together = q.shape[1] == k.shape[1]
         if rotates and position_ids is None:
             self.position.grow(max(q.shape[1], k.shape[1]) if cache is None else reach(cache, q.shape[1]))
-        if rotates and together and _only_scale(self.q_norm, self.k_norm):
+        if rotates and together and unhooked(self.position) and _only_scale(self.q_norm, self.k_norm):
             return ops.qk_norm_rope(
                 q, k, self.q_norm.weight, self.k_norm.weight, self.position.cos, self.position.sin, eps=self.q_norm.eps,
                 interleaved=self.position.interleaved, position_ids=position_ids, offset=offset,
@@ -403,7 +403,7 @@ class FastMultiHeadAttention(_FastAttention):
             is_causal: this call is causal; beside an attn_mask for Sq != Sk it says what that mask is, and adds nothing.
             attention_mask, position_ids, cache: as in ``FastGroupedQueryAttention``.
         """
-        if cache is not None and key is not None and key is not query:
+        if cache is not None and any(t is not None and t is not query for t in (key, value)):
             raise ValueError("FastMultiHeadAttention: a cache is for self-attention; leave key and value out")
         key = query if key is None else key
         value = key if value is None else value
@@ -413,6 +413,8 @@ class FastMultiHeadAttention(_FastAttention):
             check_input("FastMultiHeadAttention", argument, x, width, unbatched)
         if unbatched:
             query, key, value = query[None], key[None], value[None]
+            if key_padding_mask is not None:
+                _check_mask("FastMultiHeadAttention", "key_padding_mask", key_padding_mask)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
@@ -440,6 +442,7 @@ class FastMultiHeadAttention(_FastAttention):
         """torch's mask as one of ours."""
         if attention_mask is not None:
             raise ValueError("FastMultiHeadAttention: attn_mask and attention_mask are one thing; give one of them")
+        _check_mask("FastMultiHeadAttention", "attn_mask", attn_mask)
         if attn_mask.dim() == 3 and attn_mask.shape[0] == q.shape[0] * self.num_heads:
             attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
         return ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
@@ -469,7 +472,7 @@ class FastMultiHeadAttention(_FastAttention):
         """A module that computes what ``module`` computes, with copies of its parameters; ``options`` are added.
 
         Raises:
-            ValueError: ``module`` was made with ``add_bias_kv=True``.
+            ValueError: ``module`` was made with ``add_bias_kv=True``, or makes its weights of others (parametrized, pruned).
 
         >>> theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
         >>> ours, x = trinix.FastMultiHeadAttention.from_torch(theirs), torch.randn(2, 3, 8)
@@ -488,7 +491,11 @@ class FastMultiHeadAttention(_FastAttention):
             vdim=module.vdim, add_zero_attn=module.add_zero_attn, batch_first=module.batch_first,
             **{"device": out.weight.device, "dtype": out.weight.dtype} | options,
         )  # fmt: skip
-        ours.load_state_dict(module.state_dict(), strict=False)  # options may have added norms
+        missing, _ = ours.load_state_dict(module.state_dict(), strict=False)  # options may have added norms
+        if lost := [key for key in missing if "_proj." in key]:
+            raise ValueError(
+                f"FastMultiHeadAttention: from_torch found no {lost} in the module's state; remove parametrizations and pruning first"
+            )
         return ours.train(module.training)
 
 
@@ -607,11 +614,7 @@ def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask
     for argument, given in (("attention_mask", attention_mask), ("key_padding_mask", key_padding_mask)):
         if given is None:
             continue
-        if not isinstance(given, Tensor) or (given.dtype != torch.bool and not given.is_floating_point()):
-            got = given.dtype if isinstance(given, Tensor) else type(given).__name__
-            raise TypeError(
-                f"{name}: {argument} must be bool or floating point, got {got}; convert numbers 0 and 1 with .bool()"
-            )
+        _check_mask(name, argument, given)
         if argument == "key_padding_mask":
             if given.shape != k.shape[:2]:
                 raise ValueError(
@@ -626,6 +629,14 @@ def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask
         else:
             bias = given if bias is None else bias + given
     return bias, mask
+
+
+def _check_mask(name: str, argument: str, given) -> None:
+    if not isinstance(given, Tensor) or (given.dtype != torch.bool and not given.is_floating_point()):
+        got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(
+            f"{name}: {argument} must be bool or floating point, got {got}; convert numbers 0 and 1 with .bool()"
+        )
 
 
 def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor], prefix: str, modules) -> None:

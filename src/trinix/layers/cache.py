@@ -39,7 +39,18 @@ class _Cache:
 
     def follow(self, leader: "_Cache") -> None:
         """Let ``leader``, the cache of the layer that runs last, count for this one too: a model's layers count alike, and one
-        kernel a step does it. Both are empty."""
+        kernel a step does it. Both are empty and of one batch, and neither is a DynamicCache, which makes its lengths as it fills."""
+        if leader is self or leader.leader is not None:
+            raise ValueError(
+                f"{type(self).__name__}: follow wants another cache, one that follows none; give the last layer's"
+            )
+        for cache in (self, leader):
+            if cache.lengths is None or cache.longest:
+                raise ValueError(
+                    f"{type(self).__name__}: follow wants both caches empty and of a fixed batch, got a {type(cache).__name__} of "
+                    f"{cache.longest} tokens; follow before the first call, and let a DynamicCache count for itself"
+                )
+        leader.check(self.lengths.shape[0], 0)
         self.leader, self.lengths = leader, leader.lengths
 
     def sync(self) -> None:
@@ -402,6 +413,10 @@ class LatentCache(_Cache):
 
     def append(self, rows: Tensor) -> None:
         """Keep the rows ``[B, S, 1, L + R]`` of a prompt; the cache is empty."""
+        if self.longest:
+            raise ValueError(
+                f"LatentCache: append wants an empty cache, this one holds {self.longest} tokens; attend adds to it, or reset() it"
+            )
         tokens = self._admit(rows)
         self._check_kind((self.rows, rows))
         self.rows[:, :tokens] = rows

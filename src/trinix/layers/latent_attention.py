@@ -185,6 +185,11 @@ class FastMultiHeadLatentAttention(nn.Module):
         if cache is not None:
             if not isinstance(cache, LatentCache):
                 raise TypeError(f"{type(self).__name__}: cache must be a LatentCache, got {type(cache).__name__}")
+            if cache.latent_dim != self.latent_dim:
+                raise ValueError(
+                    f"{type(self).__name__}: cache must have this layer's latent_dim {self.latent_dim}, got {cache.latent_dim}; make "
+                    "it with the layer's latent_dim and rope_head_dim"
+                )
             check_cached_call(self, x, cache, attention_mask, key_padding_mask, self.causal)
         q, latent, k_rope = self._projected(x, position_ids, cache)
         options = {
@@ -259,7 +264,7 @@ class FastMultiHeadLatentAttention(nn.Module):
             module, _, kind = name.rpartition(".")
             value = self._rotated_last(parameter.detach()) if module == "q_up_proj" else parameter.detach()
             known = DEEPSEEK | ({} if self.q_latent_dim else {"q_up_proj": "q_proj"})
-            state[f"{prefix}{known[module]}.{kind}"] = value
+            state[f"{prefix}{known.get(module, module)}.{kind}"] = value
         return state
 
     def load_checkpoint(self, state: dict[str, Tensor], prefix: str = "") -> None:

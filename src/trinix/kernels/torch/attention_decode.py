@@ -63,4 +63,4 @@ def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, option
         return q.new_zeros(*q.shape[:3], values.shape[-1]), scores.new_full(scores.shape[:3], float("-inf"))
     lse = joined.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp().to(q.dtype)
-    return torch.einsum("bhij,bjhd->bihd", weights, values), lse
+    return torch.einsum("bhij,bjhd->bihd", weights, values).contiguous(), lse

@@ -658,6 +658,15 @@ def test_an_attention_of_deepseek_comes_in_and_goes_out(option):
         other.load_checkpoint(state)
 
 
+@pytest.mark.parametrize("name", ["grouped", "latent"])
+def test_a_checkpoint_has_no_place_in_a_weight_made_of_others(name):
+    layer, _, _ = made(name, {})
+    state = layer.checkpoint()
+    parametrize.register_parametrization(layer.o_proj, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"load_checkpoint has no place for \['o_proj.weight'\]"):
+        layer.load_checkpoint(state)
+
+
 def test_a_stretched_context_scales_deepseeks_scores():
     scaling = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0}
     plain = LAYERS["latent"](rope_scaling=scaling)

@@ -149,7 +149,11 @@ def test_rotation_by_the_places_in_the_cache(causal, interleaved):
         ("cache_leftpad must be None", {"cache_leftpad": torch.zeros(2)}),
         ("does not go with block_table", {"cache_batch_idx": torch.zeros(2), "block_table": torch.zeros(2, 1)}),
         ("must say where k goes", {"k": K, "v": V}),
-        ("rotary_cos needs rotary_sin and k", {"rotary_cos": torch.ones(9, 4)}),
+        ("rotary_cos, rotary_sin and k go together", {"rotary_cos": torch.ones(9, 4), "rotary_sin": torch.ones(9, 4)}),
+        (
+            "rotary_cos, rotary_sin and k go together",
+            {"k": K, "v": V, "rotary_sin": torch.ones(9, 4), "cache_seqlens": 0},
+        ),
         ("cache_seqlens must be from 0 to 9, with 0 new tokens in a cache of 9, got 10", {"cache_seqlens": 10}),
         ("cache_seqlens must be from 0 to 0, with 9 new tokens", {"k": K, "v": V, "cache_seqlens": 1}),
         (r"window_size must be \(left, right\), -1 for no bound, got 3", {"window_size": 3}),
@@ -166,6 +170,14 @@ def test_what_does_not_fit_is_refused_in_words(words, arguments):
         (
             r"cache_batch_idx must be an int32 tensor \[B\], got torch.float32",
             lambda: flash_attn_with_kvcache(Q, K, V, cache_batch_idx=torch.zeros(2)),
+        ),
+        (
+            r"cache_batch_idx must be an int32 tensor \[B\], got torch.int64 \[\]",
+            lambda: flash_attn_with_kvcache(Q, K, V, cache_batch_idx=torch.tensor(1)),
+        ),
+        (
+            "alibi_slopes must be a floating-point tensor, got list",
+            lambda: triton_attn_func(Q, K, V, alibi_slopes=[0.5]),
         ),
         (
             "cache_seqlens must be an int or an int32 tensor .*, got float",

@@ -65,7 +65,7 @@ def triton_attn_func(
     if attn_mask is not None and attn_mask.ndim == 3:
         attn_mask = attn_mask.unsqueeze(1)
     where = "mask" if attn_mask is not None and attn_mask.dtype == torch.bool else "bias"
-    if alibi_slopes is not None and alibi_slopes.ndim == 2 and alibi_slopes.shape[0] == 1:
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2 and alibi_slopes.shape[0] == 1:
         alibi_slopes = alibi_slopes[0]
     return attention(
         q, k, v, causal=causal, window=_sides(window_size), scale=softmax_scale, alibi_slopes=alibi_slopes,
@@ -180,8 +180,9 @@ def flash_attn_with_kvcache(
             raise ValueError(
                 "flash_attn_with_kvcache: cache_batch_idx does not go with block_table, got both; pick rows of the table"
             )
-        if not isinstance(cache_batch_idx, Tensor) or cache_batch_idx.dtype not in (torch.int32, torch.int64):
-            got = cache_batch_idx.dtype if isinstance(cache_batch_idx, Tensor) else type(cache_batch_idx).__name__
+        given = isinstance(cache_batch_idx, Tensor)
+        if not given or cache_batch_idx.dtype not in (torch.int32, torch.int64) or cache_batch_idx.ndim != 1:
+            got = f"{cache_batch_idx.dtype} {list(cache_batch_idx.shape)}" if given else type(cache_batch_idx).__name__
             raise TypeError(
                 f"flash_attn_with_kvcache: cache_batch_idx must be an int32 tensor [B], got {got}; convert it"
             )
@@ -207,9 +208,11 @@ def flash_attn_with_kvcache(
             )
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     window = _sides(window_size)
-    if rotary_cos is not None:
-        if k is None or rotary_sin is None:
-            raise ValueError("flash_attn_with_kvcache: rotary_cos needs rotary_sin and k, got None; pass all three")
+    if rotary_cos is not None or rotary_sin is not None:
+        if k is None or rotary_cos is None or rotary_sin is None:
+            raise ValueError(
+                "flash_attn_with_kvcache: rotary_cos, rotary_sin and k go together, got None; pass all three"
+            )
         table = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
         k = rope(k, **table, offset=cache_seqlens)
         if causal or window not in (None, (None, None)):

@@ -313,8 +313,11 @@ def test_a_prompt_without_tokens_is_refused():
 
 def test_tokens_and_caches_that_do_not_fit_are_named():
     model, tokens = made("llama"), torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"tokens must be \[B, S\] with a token at least, got list"):
+    with pytest.raises(ValueError, match=r"tokens must be a tensor \[B, S\], got list"):
         model.generate([[1, 2]], 2)
+    for shape in ("gpt", "llama"):
+        with pytest.raises(ValueError, match=r"Decoder: tokens must be a tensor \[B, S\], got \[3\]"):
+            made(shape)(tokens[0])
     with pytest.raises(ValueError, match=r"caches must be one a block, 2, got 1; self\.caches makes them"):
         model(tokens, model.caches(1, 8)[:1])
     with pytest.raises(ValueError, match="Decoder: page_size must be an int from 1 on, got 0"):

@@ -283,6 +283,11 @@ def hooked(module):
     return module
 
 
+def replaced(module):
+    module.forward = torch.zeros_like
+    return module
+
+
 REFUSED = {
     "nothing": ((), r"no fused form for \(\)"),
     "no norm": ((nn.SiLU(),), r"no fused form for \(SiLU\)"),
@@ -295,6 +300,7 @@ REFUSED = {
     "a fused one": ((trinix.FastFusedResidualRMSNorm(6), nn.SiLU()), "FastFusedResidualRMSNorm, SiLU"),
     "a hook": ((hooked(nn.RMSNorm(6)), nn.SiLU()), "RMSNorm has hooks"),
     "a hook behind": ((nn.RMSNorm(6), hooked(nn.SiLU())), "SiLU has hooks"),
+    "a forward of its own": ((replaced(nn.RMSNorm(6)),), "RMSNorm has a forward of its own"),
     "a function": ((nn.RMSNorm(6), F.silu), "modules must be torch.nn modules, got function"),
 }
 

@@ -244,6 +244,10 @@ def fuse(*modules: nn.Module) -> nn.Module:
             raise TypeError(f"fuse: modules must be torch.nn modules, got {type(module).__name__}")
         if hooks := [name for name in _HOOKS if getattr(module, name)]:
             raise TypeError(f"fuse: {type(module).__name__} has hooks ({hooks[0]}), which a fused module would not run")
+        if "forward" in module.__dict__:
+            raise TypeError(
+                f"fuse: {type(module).__name__} has a forward of its own, which a fused module would not run; delete it first"
+            )
     types = [type(module) for module in modules]
     norm = modules[0] if modules else None
     if types in ([FastLayerNorm], [FastRMSNorm]):

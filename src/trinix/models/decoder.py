@@ -155,6 +155,7 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"Decoder: caches must be one a block, {len(self.blocks)}, got {len(caches)}; self.caches makes them"
             )
+        _check_tokens(tokens)
         x = self.embedding(tokens)
         h = torch.zeros_like(x)
         if self.positions is not None:
@@ -214,9 +215,11 @@ class Decoder(nn.Module):
             kind: of the caches; None computes the whole sequence again for every token.
             graph: steps are replays of a CUDA graph; not for dynamic caches.
         """
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not tokens.shape[1]:
-            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"Decoder: tokens must be [B, S] with a token at least, got {got}; begin with one")
+        _check_tokens(tokens)
+        if not tokens.shape[1]:
+            raise ValueError(
+                f"Decoder: tokens must be [B, S] with a token at least, got {list(tokens.shape)}; begin with one"
+            )
         check_sizes("Decoder", 0, steps=steps)
         if graph and kind in (None, "dynamic"):
             raise ValueError(
@@ -281,6 +284,14 @@ class Decoder(nn.Module):
         # the graph reads these, also when a longer prompt has put others in their place
         step.tables = [(m.cos, m.sin) for m in self.modules() if isinstance(m, FastRoPEPositionEmbedding)]
         return step
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(
+            f"Decoder: tokens must be a tensor [B, S], got {got}; one sequence is a batch of 1, tokens[None]"
+        )
 
 
 def _tie(model: Decoder, _=None) -> None:

@@ -659,9 +659,11 @@ def test_an_attention_of_deepseek_comes_in_and_goes_out(option):
 
 
 @pytest.mark.parametrize("name", ["grouped", "latent"])
-def test_a_checkpoint_has_no_place_in_a_weight_made_of_others(name):
+def test_a_checkpoint_has_no_place_in_a_weight_made_of_others_or_without_memory(name):
     layer, _, _ = made(name, {})
     state = layer.checkpoint()
+    with pytest.raises(ValueError, match=r"wants a module with memory for \w+.weight, got one on the meta device"):
+        LAYERS[name](device="meta").load_checkpoint(state)
     parametrize.register_parametrization(layer.o_proj, "weight", nn.Identity())
     with pytest.raises(ValueError, match=r"load_checkpoint has no place for \['o_proj.weight'\]"):
         layer.load_checkpoint(state)

@@ -141,6 +141,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
     assert not bool((state["gate_proj.weight"] == 1).any())  # all of it or nothing
     with pytest.raises(ValueError, match=r"names must be one of \['llama', 't5'\], got 'gpt'"):
         module.load_checkpoint(state, "gpt")
+    with pytest.raises(
+        ValueError, match=r"wants a module with memory for gate_proj.weight, got one on the meta device"
+    ):
+        trinix.FastSwiGLU(6, 7, device="meta").load_checkpoint(state)
     with pytest.raises(ValueError, match=r"found no mlp\.gate_proj\.weight"):
         trinix.FastSwiGLU.from_checkpoint(state, prefix="mlp.")
 

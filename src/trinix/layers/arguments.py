@@ -2,7 +2,7 @@
 
 import inspect
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_sizes(name: str, least: int = 1, **sizes: int) -> None:
@@ -26,6 +26,14 @@ def check_scores(name: str, softcap: float, scale: float | None) -> None:
 def check_use_triton(name: str, use_triton: bool | None) -> None:
     if use_triton is not None and type(use_triton) is not bool:
         raise TypeError(f"{name}: use_triton must be None, True or False, got {use_triton!r}; None lets trinix choose")
+
+
+def refuse_no_memory(name: str, key: str, place: Tensor, value: Tensor) -> None:
+    """A copy to the meta device does nothing, and says nothing."""
+    if place.is_meta and not value.is_meta:
+        raise ValueError(
+            f"{name}: load_checkpoint wants a module with memory for {key}, got one on the meta device; call to_empty(device=...) first"
+        )
 
 
 def refuse_unknown(made: type, unknown: dict) -> None:

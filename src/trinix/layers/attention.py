@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trinix import dispatch, ops
-from trinix.layers.arguments import check_dropout, check_scores, check_sizes, refuse_unknown
+from trinix.layers.arguments import check_dropout, check_scores, check_sizes, refuse_no_memory, refuse_unknown
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
 from trinix.layers.linear import FastLinear, unhooked
@@ -651,6 +651,7 @@ def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor],
             raise ValueError(f"{name}: load_checkpoint found no {key}; check the prefix, bias and qk_norm")
         if state[key].shape != place.shape:
             raise ValueError(f"{name}: {key} must be {list(place.shape)}, got {list(state[key].shape)}")
+        refuse_no_memory(name, key, place, state[key])
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(state[key])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trinix import dispatch, ops
 from trinix.layers.activation import choose_backend
-from trinix.layers.arguments import check_use_triton, refuse_unknown
+from trinix.layers.arguments import check_use_triton, refuse_no_memory, refuse_unknown
 from trinix.layers.linear import FastLinear, only_multiplies
 from trinix.ops.glu import BACKENDS, linear_glu, sums_bias, triton_can_run
 
@@ -121,6 +121,7 @@ class _FastGLU(nn.Module):
                 raise ValueError(
                     f"{type(self).__name__}: {key} must be {list(place.shape)}, got {list(found[key].shape)}"
                 )
+            refuse_no_memory(type(self).__name__, key, place, found[key])
         with torch.no_grad():
             for key, place in wanted.items():
                 place.copy_(found[key])

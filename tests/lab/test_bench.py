@@ -468,6 +468,7 @@ def test_every_kernel_passes_in_the_interpreter_in_a_process_of_its_own(monkeypa
     assert all(set(one) == FIELDS for one in checks)
     assert [one for one in checks if not one["ok"]] == []
     seen = {(one["kernel"], one["dtype"], one["layout"]) for one in checks}
+    assert {one["kernel"].partition("/")[0] for one in checks} == {m.rpartition(".")[2] for m in aot.KERNEL_MODULES}
     kernels = {f"activation/{kind}" for kind in ops.KINDS if kind != "none"}
     assert seen >= set(itertools.product(kernels, interpret.DTYPES, interpret.LAYOUTS))
 

@@ -208,7 +208,7 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cp
 
 
 def _interpret(console: Console) -> int:
-    console.rule("1 of 3: every kernel in Triton's interpreter, against float64")
+    console.rule("1 of 3: every portable kernel in Triton's interpreter, against float64")
     if _triton_missing(console):
         return 0
     checks = []

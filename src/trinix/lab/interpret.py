@@ -1,4 +1,4 @@
-"""Correctness of every kernel without a GPU: Triton's interpreter, float64 oracle, both passes, all dtypes and layouts.
+"""Correctness of every portable kernel without a GPU: Triton's interpreter, float64 oracle, both passes, all dtypes and layouts.
 
 The interpreter runs the kernels' own text on the CPU. It proves indexing, masks and formulas; it knows nothing of speed,
 races, or the GPU's approximate exp. It has to be chosen before Triton is imported, so ``check`` runs this module in a
@@ -182,7 +182,7 @@ def _embeddings() -> Iterator[dict]:
     for form, function in forms.items():
         for name in DTYPES:
             dtype = getattr(torch, name)
-            base = testing.normal((8, 16), dtype, seed=1)
+            base = testing.normal((4, 8), dtype, seed=1)
             for layout in LAYOUTS:
                 x = _view(base, layout)
                 cos, sin = ops.rope_table(16, x.shape[1] // 4 * 2 if form == "rope" else x.shape[1] // 2)
@@ -257,7 +257,60 @@ def _decoding() -> Iterator[dict]:
                 yield _result(kernel, name, layout, ("out", "lse"), got, low, true)
 
 
-CHECKS = (_activations, _norms, _glus, _softmaxes, _embeddings, _attention, _decoding)
+def _head_mlps() -> Iterator[dict]:
+    """Two heads, 20 hidden values: plain, in every layout of x, and gated with biases."""
+    import torch
+
+    from trinix import ops, testing
+
+    for kind, optional in (("silu", ()), ("geglu", ("b1", "b2", "w_gate"))):
+        for name in DTYPES:
+            dtype = getattr(torch, name)
+            base = testing.normal((16, 32), dtype, seed=1)
+            for layout in LAYOUTS[:1] if optional else LAYOUTS:
+                x = _view(base, layout).unflatten(0, (2, -1))
+                d = x.shape[-1]
+                shapes = {"w1": (2, d, 20), "w2": (2, 20, d), "b1": (2, 20), "b2": (2, d), "w_gate": (2, d, 20)}
+                names = ("w1", "w2", *optional)
+                weights = [testing.normal(shapes[n], dtype, seed=2 + i, scale=0.2) for i, n in enumerate(names)]
+
+                def run(x, w1, w2, *more, backend, kind=kind, optional=optional):
+                    return ops.head_mlp(x, w1, w2, kind, **dict(zip(optional, more, strict=True)), backend=backend)
+
+                ours, plain = (partial(run, backend=backend) for backend in ("triton", "torch"))
+                inputs, dy = [x, *weights], testing.normal(x.shape, dtype, seed=9)
+                got, low = testing.vjp(ours, inputs, dy), testing.vjp(plain, inputs, dy)
+                true = testing.vjp(plain, [t.double() for t in inputs], dy.double())
+                yield _result(f"head_mlp/{kind}", name, layout, ("y", "dx", *(f"d{n}" for n in names)), got, low, true)
+
+
+def _layer_kernels() -> Iterator[dict]:
+    """What only the layers call: a product of one row, and the keys of latent attention. Neither takes other layouts."""
+    import torch
+    import torch.nn.functional as F
+
+    from trinix import testing
+    from trinix.ops.latent import keys_and_values
+    from trinix.ops.linear import linear
+
+    for name in DTYPES[1:]:
+        inputs = [testing.normal(s, getattr(torch, name), seed=i) for i, s in enumerate(((1, 72), (33, 72), (33,)))]
+        got, low, true = linear(*inputs), F.linear(*inputs), F.linear(*(t.double() for t in inputs))
+        yield _result("linear", name, LAYOUTS[0], ("y",), [got], [low], [true])
+    for name in DTYPES:
+        inputs = [testing.normal(s, getattr(torch, name), seed=i) for i, s in enumerate(((2, 5, 3, 32), (2, 5, 1, 8)))]
+
+        def run(both, k_rope, backend):
+            return torch.cat(keys_and_values(both, k_rope, 16, backend), -1)
+
+        ours, plain = partial(run, backend="triton"), partial(run, backend="torch")
+        dy = testing.normal(plain(*inputs).shape, inputs[0].dtype, seed=3)
+        got, low = testing.vjp(ours, inputs, dy), testing.vjp(plain, inputs, dy)
+        true = testing.vjp(plain, [t.double() for t in inputs], dy.double())
+        yield _result("latent", name, LAYOUTS[0], ("k and v", "dboth", "drope"), got, low, true)
+
+
+CHECKS = (_activations, _norms, _glus, _softmaxes, _embeddings, _attention, _decoding, _head_mlps, _layer_kernels)
 
 
 def main() -> int:

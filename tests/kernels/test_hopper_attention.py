@@ -51,6 +51,17 @@ def loops(sass):
     return [b for lo, hi, b in spans if not any(lo <= l and h <= hi and (l, h) != (lo, hi) for l, h, _ in spans)]
 
 
+def hasty(ptx):
+    "arrivals at an mbarrier behind a wait for products without a barrier of the warps between"
+    waited, count = False, 0
+    for line in ptx.splitlines():
+        if "wgmma.wait_group" in line or "bar.sync" in line or "barrier.sync" in line:
+            waited = "wgmma" in line
+        elif "mbarrier.arrive.shared" in line:
+            count += waited
+    return count
+
+
 for case in compile_cases():
     if not case.name.startswith(PREFIX):
         continue
@@ -74,6 +85,8 @@ for case in compile_cases():
         "name": case.name, "shared": binary.metadata.shared, "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
         "loops": len(found), "spills": max(sum("LDL" in i or "STL" in i for i in b) for b in found),
         "reductions": re.findall(r"\\b(?:RED|ATOM|UTMAREDG)[^;]*", sass),
+        "hasty": hasty(binary.asm["ptx"]),
+        "turns": re.findall(r"relaxed\\.add\\.v4(?:(?!relaxed)[\\s\\S])*?atom\\.global\\.gpu\\.release", binary.asm["ptx"]),
         "waits": binary.asm["ptx"].find("griddepcontrol.wait"),
         "reads": re.search(r"\\b(ld|st|red|atom)\\.global|\\bcp\\.async\\.bulk", binary.asm["ptx"]).start(),
     }))
@@ -106,6 +119,10 @@ def test_every_binary_compiles_well(prefix, fresh_process):
         sums = [i for i in one["reductions"] if ".F32" in i or i.startswith("UTMAREDG")]
         assert bool(sums) == prefix.startswith("backward"), one
         assert all(".F32x4" in i or i.startswith("UTMAREDG") for i in sums), one
+        assert bool(one["turns"]) == one["name"].endswith("deterministic"), one
+        # one thread speaks for all: their sums are added, their products made
+        assert all("bar.sync" in between for between in one["turns"]), one
+        assert not one["hasty"], one
 
 
 def test_a_forward_kernel_launched_early_touches_no_tensor_before_it_has_waited(fresh_process):

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trinix.kernels.hopper._compat import tma_load, tma_reduce_add, tma_store
+from trinix.kernels.hopper._compat import block_barrier, tma_load, tma_reduce_add, tma_store
 from trinix.kernels.hopper.attention_scores import (
     follow,
     keep_columns,
@@ -353,7 +353,8 @@ def add_from_registers(
     PART: gl.constexpr,
 ):  # fmt: skip
     """Add a warpgroup's [64, WIDTH], 64 rows' columns from ``first`` on, into the sums; with DETERMINISTIC when ``turn`` others
-    have done so."""
+    have done so. Its barrier then stands for the one that Triton would put in front of the next arrival: where a wait for
+    products lies between, the caller needs a barrier behind that wait, or one warp gives back what others still read."""
     if DETERMINISTIC:
         while gl.atomic_add(turns + row // 64, 0, sem="acquire") < turn:
             pass
@@ -361,6 +362,7 @@ def add_from_registers(
     to = sums + row.to(gl.int64) * D + first * 64
     gl.atomic_add(to + gl.arange(0, 64 * WIDTH, flat.type.layout), flat, sem="relaxed")
     if DETERMINISTIC:
+        block_barrier()  # the sums of all threads come before the one thread's atomic
         gl.atomic_add(turns + row // 64, 1, sem="release")
 
 
@@ -556,6 +558,8 @@ def _consume_item(
                         DETERMINISTIC, COPY_SUMS,
                     )  # fmt: skip
                     dk = warpgroup_mma_wait(0, deps=(dk_tok,))
+                    if DETERMINISTIC:
+                        block_barrier()
                     mbarrier.arrive(q_empty.index(slot), count=1)
                 else:
                     if buf != ME:

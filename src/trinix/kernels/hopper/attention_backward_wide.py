@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trinix.kernels.hopper._compat import tma_load, tma_store
+from trinix.kernels.hopper._compat import block_barrier, tma_load, tma_store
 from trinix.kernels.hopper.attention_backward import (
     _both,
     _padded_row,
@@ -203,6 +203,8 @@ def _consumer(
                 out, out_2 = warpgroup_mma_wait(0, deps=(out, out_2))
             else:
                 out = warpgroup_mma_wait(0, deps=(out,))
+            if LATE and DETERMINISTIC:
+                block_barrier()
             mbarrier.arrive(empty.index(slot), count=1)
             late_row = padded_row + m * M
             late_turn = n

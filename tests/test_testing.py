@@ -80,6 +80,12 @@ def test_float64_itself_has_a_budget_of_one_rounding():
     assert not judge("y", true * (1 + 1e-15), true, true).ok
 
 
+@pytest.mark.parametrize(("low", "true"), [((1,), torch.float64), ((4,), torch.float32)])
+def test_an_oracle_of_another_shape_or_dtype_is_refused(low, true):
+    with pytest.raises(ValueError, match=r"low and true must have one shape and true be float64, got \["):
+        judge("y", torch.ones(4), torch.ones(low), torch.ones(4, dtype=true))
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 5)])
 def test_an_empty_tensor_is_accepted(shape):
     empty = torch.empty(shape, dtype=torch.bfloat16)

@@ -53,6 +53,11 @@ def judge(name: str, got: Tensor, low: Tensor, true: Tensor) -> Verdict:
     Where ``true`` rounded to the dtype is NaN or infinite, ``got`` has to be the same NaN or infinity, or what PyTorch
     gives there.
     """
+    if low.shape != true.shape or true.dtype != torch.float64:  # they would broadcast, or be no oracle, without a word
+        raise ValueError(
+            f"judge: low and true must have one shape and true be float64, got {list(low.shape)} and {list(true.shape)} "
+            f"{true.dtype}; make true by the same call on float64 inputs"
+        )
     if got.shape != true.shape or got.dtype != low.dtype:
         detail = f"shape {list(got.shape)} {got.dtype}, wanted {list(true.shape)} {low.dtype}"
         return Verdict(name, float("inf"), 0.0, float("inf"), False, detail)

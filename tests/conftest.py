@@ -31,10 +31,8 @@ def pytest_configure(config):
     torch.utils.deterministic.fill_uninitialized_memory = True
     if interpreted() and importlib.util.find_spec("triton"):
         import footprints
-        from trinix.lab.interpret import round_products_once
 
         footprints.install()
-        round_products_once()
 
 
 def interpreted() -> bool:

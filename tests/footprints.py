@@ -1,8 +1,11 @@
-"""Every address that an interpreted kernel touches has to be an element of one of the tensors that it was given.
+"""Every address that an interpreted kernel touches has to be an element of one of the tensors that it was given, and no sum or
+product of its integers may be beyond their type.
 
-A kernel that reads or writes beside them must not pass because what lies there did no harm. ``install`` is called once, before
-tests run.
+A kernel that reads or writes beside its tensors must not pass because what lies there did no harm. ``install`` is called once,
+before tests run.
 """
+
+import operator
 
 import numpy as np
 import torch
@@ -38,6 +41,16 @@ def install() -> None:
     executor._init_args_hst = noted
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     builder.create_atomic_rmw = checked_add
+    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _check_range
+
+
+def _check_range(a, b, operation) -> None:
+    """Triton's own check, in NumPy: there it is written in the kernel's language, slower than the kernel itself."""
+    kind = a.type.scalar
+    if kind.int_bitwidth < 64:
+        exact = getattr(operator, operation.__name__)(a.handle.data.astype(np.int64), b.handle.data.astype(np.int64))
+        if exact.size and not (kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()):
+            raise AssertionError(f"{kind} overflow: {operation.__name__} gives {exact.min()} to {exact.max()}")
 
 
 def _note(tensors) -> None:

@@ -347,7 +347,7 @@ class Product:
             acc = self.acc
             if isinstance(acc, Product):
                 acc = acc.finish()
-            total = self.a.a.astype(np.float64) @ self.b.a.astype(np.float64)  # rounded once, as in round_products_once
+            total = self.a.a.astype(np.float64) @ self.b.a.astype(np.float64)  # rounded once, as by our interpreter
             if acc is not None:
                 total = total + acc
             self.value = total.astype(np.float32)

@@ -33,3 +33,20 @@ def test_a_kernel_that_leaves_its_tensors_fails(kernel):
     ):
         with pytest.raises(triton.runtime.errors.InterpreterError, match=f"footprint: a kernel {said}"):
             kernel[(1,)](*out_of_bounds, BLOCK=32)
+
+
+@triton.jit
+def _at(x, y, row, stride, WIDE: tl.constexpr):
+    at = (row.to(tl.int64) if WIDE else row) * stride
+    tl.store(y, tl.load(x + at, mask=at == 0, other=1.0))
+
+
+def test_a_place_that_int32_does_not_hold_fails():
+    x, y = torch.zeros(1), torch.zeros(1)
+    _at[(1,)](x, y, 2**16, 2**15, WIDE=True)
+    assert y.item() == 1
+    _at[(1,)](x, y, 2**16 - 1, 2**15, WIDE=False)
+    with pytest.raises(
+        triton.runtime.errors.InterpreterError, match="int32 overflow: mul gives 2147483648 to 2147483648"
+    ):
+        _at[(1,)](x, y, 2**16, 2**15, WIDE=False)

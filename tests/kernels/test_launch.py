@@ -631,6 +631,22 @@ def test_the_interpreter_rounds_to_bfloat16_as_a_card_does():
     torch.testing.assert_close(dst, src.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
 
 
+@triton.jit
+def _product(a, b, out):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)
+    tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision="ieee"))
+
+
+def test_the_interpreter_rounds_a_product_once():
+    """Whatever the order of adding: in float32 1e8 + 1 is 1e8."""
+    if not _launch.INTERPRETED:
+        pytest.skip("Triton's interpreter is off in this process")
+    a, b, out = torch.ones(16, 16), torch.ones(16, 16), torch.empty(16, 16)
+    a[:, 3], a[:, 11] = 1e8, -1e8
+    _product[(1,)](a, b, out)
+    torch.testing.assert_close(out, torch.full((16, 16), 14.0), rtol=0, atol=0)
+
+
 class FakeProbe:
     """Stands in for the probe kernel: right on the normal path; on the fast one as PyTorch's and Triton's launchers are
     told to be."""

@@ -284,7 +284,7 @@ UNEVEN = {
 
 
 @pytest.mark.parametrize("kind", ["streams", "peeled", "splits"])
-@pytest.mark.parametrize("n", [3, 13, 91, 128])  # less than a vector, one step, several, several whole ones
+@pytest.mark.parametrize("n", [3, 13, 59, 64])  # less than a vector, one step, several, several whole ones
 @pytest.mark.parametrize("layout", UNEVEN)
 def test_rows_that_start_between_two_vectors(layout, n, kind, request):
     request.getfixturevalue(kind)

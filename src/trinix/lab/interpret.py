@@ -27,26 +27,6 @@ def check() -> Iterator[dict]:
         raise RuntimeError(f"the interpreter run ended with exit status {process.returncode}")
 
 
-def round_products_once() -> None:
-    """From here on, in this process, the interpreter adds the terms of a float32 product in float64 and rounds their sum once.
-
-    NumPy adds them in float32 in its BLAS's order: not the kernel's, and another on every kind of processor. A budget is twice
-    PyTorch's error, so for tensors of a few numbers that order decided whether a right kernel passed.
-    """
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    product = InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, start, *rest):
-        if start.data.dtype != np.float32 or 8 in (a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth):
-            return product(self, a, b, start, *rest)
-        total = np.matmul(a.data, b.data, dtype=np.float64) + start.data
-        return TensorHandle(total.astype(np.float32), start.dtype.scalar)
-
-    InterpreterBuilder.create_dot = create_dot
-
-
 def _view(base, layout: str):
     return {
         "contiguous": base,
@@ -314,7 +294,6 @@ CHECKS = (_activations, _norms, _glus, _softmaxes, _embeddings, _attention, _dec
 
 
 def main() -> int:
-    round_products_once()
     for one in CHECKS:
         for result in one():
             print(json.dumps(result), flush=True)

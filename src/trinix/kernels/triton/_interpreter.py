@@ -2,7 +2,7 @@
 
 float32 -> bfloat16 rounds to nearest even: the interpreter cuts the low bits off, an error of a whole unit in the last place
 that no GPU makes; tests against float64 would blame the kernels for it. A dot of bfloat16 multiplies their values: the
-interpreter multiplies their bits.
+interpreter multiplies their bits. A scalar that is annotated "i32" or "i64" has that type: the interpreter goes by its value.
 
 A dot's terms are added in float64, and the float32 sum is rounded once. NumPy adds them in its BLAS's order: not the kernel's,
 and another on every kind of processor. A budget is twice PyTorch's error, so for tensors of a few numbers that order decided
@@ -52,6 +52,27 @@ def _rounding_dot(self, a, b, start, *rest):
 
 
 InterpreterBuilder.create_dot = _rounding_dot
+
+
+_arguments = interpreter.GridExecutor._init_args_hst
+_INTEGERS = {"i32": (np.int32, tl.int32), "i64": (np.int64, tl.int64)}
+
+
+def _typed_arguments(self, given, named):
+    given, named = _arguments(self, given, named)
+    kinds = {name: str(kind).strip("'\"") for name, kind in self.fn.__annotations__.items()}
+    given = [_typed(value, kinds.get(name)) for name, value in zip(self.fn.__code__.co_varnames, given, strict=False)]
+    return given, {name: _typed(value, kinds.get(name)) for name, value in named.items()}
+
+
+def _typed(value, kind):
+    if type(value) is not int or kind not in _INTEGERS:
+        return value
+    bits, kind = _INTEGERS[kind]
+    return tl.tensor(TensorHandle(np.array([value], bits), kind), kind)
+
+
+interpreter.GridExecutor._init_args_hst = _typed_arguments
 
 
 _patch, _patched = interpreter._patch_lang, set()

@@ -3,10 +3,12 @@
 import itertools
 import math
 import time
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import trinix
 from trinix import device
@@ -74,6 +76,25 @@ def test_attention_multiplies_twice_forward_and_five_times_backward_and_of_causa
     assert roofline.work(attention_of(True), "fwd").flops == works["fwd"].flops // 2
     turned = {"q": (2, 8, 64, 32), "k": (2, 4, 128, 32), "v": (2, 4, 128, 16)}
     assert roofline.work(attention_of(False, **turned), "bwd") == works["bwd"]
+
+
+def test_a_glu_layer_is_held_against_its_bare_products_and_what_its_activation_moves(monkeypatch):
+    shape = {"x": (2, 3, 8), "gate_up_proj.weight": (20, 8), "down_proj.weight": (8, 10)}
+    args = {"kind": "swiglu", "hidden_dim": 10, "output_dim": 8, "bias": False}
+    case = Case("G", "glu_layers", args, shape, torch.float32, ALL_PASSES, "trinix", "", ("full",))
+    works = {p: roofline.work(case, p) for p in ALL_PASSES}
+    assert {w.ceiling for w in works.values()} == {"projections"}
+    assert [works[p].epilogue for p in ALL_PASSES] == [n * 6 * 10 * 4 for n in (3, 3, 5, 8)]
+    copied = []
+    monkeypatch.setattr(roofline, "traffic_probes", lambda moved: ({"copy": partial(copied.append, moved)}, 1.0))
+    monkeypatch.setattr(roofline, "_products", partial(roofline._products, device="cpu"))
+    for pass_, work in works.items():
+        probes, scale = roofline.probes_of(work)
+        with FlopCounterMode(display=False) as counter:
+            probes["projections"]()
+        assert counter.get_total_flops() * scale == work.flops
+        assert copied.pop() == work.epilogue, pass_
+    assert not copied
 
 
 def test_decoding_reads_the_cache_once():

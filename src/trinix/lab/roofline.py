@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from functools import partial
+from math import ceil, prod
+from typing import NamedTuple
 
 import torch
 
@@ -19,13 +21,32 @@ PROBE_SIZE = 8192  # of the square matrices whose product is the ceiling of matr
 LISTED_TFLOPS = {"sm_80": 312.0, "sm_90": 989.5, "sm_100": 2250.0, "gfx942": 1307.4}
 
 
+class Projection(NamedTuple):
+    """[rows, inputs] times [outputs, inputs]^T forward; its two products of gradients backward."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    passes: tuple[str, ...]
+    dtype: torch.dtype
+
+
+OF_PRODUCTS = ("matmul", "projections")  # ceilings that operations are held against, not bytes
+
+
 @dataclass(frozen=True)
 class Work:
-    """Fewest bytes through device memory, floating-point operations, and which ceiling binds."""
+    """Fewest bytes through device memory, floating-point operations, and which ceiling binds.
+
+    For "projections" that ceiling is the bare products, and a copy that moves what the activation between them has to:
+    ``epilogue`` bytes.
+    """
 
     bytes: int
     flops: int
     ceiling: str
+    projections: tuple[Projection, ...] = ()
+    epilogue: int = 0
 
 
 def _activation(case: Case, pass_: str) -> Work:
@@ -116,6 +137,17 @@ def _layer(case: Case, pass_: str) -> Work:
     return Work(_passes(pass_, moved, 2 * moved).bytes, layers.flops(case, pass_), "matmul")
 
 
+def _glu_layer(case: Case, pass_: str) -> Work:
+    """Forward the activation reads gate and up and writes one; backward it reads three and writes two."""
+    least, rows = _layer(case, pass_), prod(case.shape["x"][:-1])
+    passes = ("forward",) * (pass_ != "bwd") + ("backward",) * ("bwd" in pass_)
+    weights = [size for name, size in case.shape.items() if name.endswith("_proj.weight")]
+    products = tuple(Projection(rows, inputs, outputs, passes, case.dtype) for outputs, inputs in weights)
+    between = rows * case.args["hidden_dim"] * case.dtype.itemsize
+    epilogue = sum({"forward": 3, "backward": 5}[one] for one in passes) * between
+    return Work(least.bytes, least.flops, "projections", products, epilogue)
+
+
 def _bytes(case: Case, name: str) -> int:
     return prod(case.shape[name]) * case.dtype.itemsize if name in case.shape else 0
 
@@ -141,7 +173,9 @@ WORK = {
     "alibi_bias": _alibi_bias,
     "attention": _attention,
     "attention_decode": _attention_decode,
-} | dict.fromkeys(layers.OPS, _layer)
+    "attention_layers": _layer,
+    "glu_layers": _glu_layer,
+}
 
 
 def work(case: Case, pass_: str) -> Work | None:
@@ -151,12 +185,30 @@ def work(case: Case, pass_: str) -> Work | None:
 
 
 def probes_of(work: Work) -> tuple[dict[str, Callable], float]:
-    """(calls that show what the card can do, what to multiply their times by): a product of matrices, or traffic."""
+    """(calls that show what the card can do, what to multiply their times by): products of matrices, or traffic."""
+    if work.ceiling == "projections":
+        calls = [call for one in work.projections for call in _products(one)]
+        between, scale = traffic_probes(work.epilogue)
+        calls += [between["copy"]] * ceil(scale)
+        return {"projections": lambda: [call() for call in calls]}, 1.0
     if work.ceiling != "matmul":
         return traffic_probes(work.bytes, work.ceiling)
     a, b = (torch.empty(PROBE_SIZE, PROBE_SIZE, dtype=torch.bfloat16, device="cuda").normal_() for _ in "ab")
     c = torch.empty_like(a)
     return {"matmul": lambda: torch.mm(a, b, out=c)}, work.flops / (2 * PROBE_SIZE**3)
+
+
+def _products(one: Projection, device: str = "cuda") -> list[Callable]:
+    """Every product into memory of its own, the gradients' as a layer's backward computes them."""
+    (rows, inputs, outputs), place = one[:3], {"dtype": one.dtype, "device": device}
+    x, weight, y = (torch.empty(s, **place).normal_() for s in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    calls = []
+    if "forward" in one.passes:
+        calls.append(partial(torch.mm, x, weight.t(), out=torch.empty_like(y)))
+    if "backward" in one.passes:
+        calls.append(partial(torch.mm, y, weight, out=torch.empty_like(x)))
+        calls.append(partial(torch.mm, y.t(), x, out=torch.empty_like(weight)))
+    return calls
 
 
 def traffic_probes(moved: int, ceiling: str = "bandwidth") -> tuple[dict[str, Callable], float]:
@@ -213,6 +265,6 @@ _TARGETS = {"A100": "sm_80", "H100": "sm_90"}  # of the documents' cards
 def published_beyond_its_card(case: Case, pass_: str, ms: float) -> bool:
     """Whether a document's figure is less than its card's listed rate leaves for the products alone."""
     target, least = _TARGETS.get(case.gpu[:4]), work(case, pass_)
-    if target is None or least is None or least.ceiling != "matmul":
+    if target is None or least is None or least.ceiling not in OF_PRODUCTS:
         return False
     return least.flops / ms / 1e9 > LISTED_TFLOPS[target]

@@ -174,7 +174,7 @@ def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
         # a backward right after its forward finds what that left in the cache
         cached = clock.l2_bytes if pass_ == "fwd_bwd" else 0
         wrong = None
-        if ceiling_ms and work.ceiling == "matmul":
+        if ceiling_ms and work.ceiling in roofline.OF_PRODUCTS:
             wrong = roofline.too_many_flops(spread.p50, work.flops, device.card())
         elif ceiling_ms:
             wrong = roofline.impossible(spread.p50, work.bytes, ceiling_ms, device.card(), cached)

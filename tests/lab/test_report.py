@@ -1,7 +1,9 @@
 """Tables from result lines: what won, what lost, what was not timed and why, and the documents' figures beside ours."""
 
 import io
+import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -419,6 +421,25 @@ def test_summary_and_verdict_take_every_single_line_and_none(size):
 def test_the_rivals_are_known_implementations():
     assert set(report.RIVALS) <= set(PREPARE)
     assert not any(impl.startswith("trinix") or impl == "seed_formula" for impl in report.RIVALS)
+
+
+@pytest.fixture(scope="module")
+def all_cases():
+    return load_cases()
+
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/*.jsonl")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_published_figure_of_a_measured_case_is_in_its_report(file, all_cases):
+    measured = {json.loads(line)["case"] for line in file.read_text().splitlines()}
+    text = file.with_suffix(".md").read_text()
+    rows = [row for case in all_cases if case.id in measured for row in case.rows]
+    lost = [
+        (row.id, name, value) for row in rows for name, value in row.published.items() if f"{value:.10g}" not in text
+    ]
+    assert not lost
 
 
 @pytest.mark.parametrize("reason", ["needs quack; pip install 'trinix[peers]'", "pass [/x] failed"])

@@ -1,6 +1,7 @@
 """The compilers' verdict on every kernel, without a GPU; and kernels made badly on purpose, which it has to reject."""
 
 import ast
+import json
 import os
 import re
 from pathlib import Path
@@ -47,6 +48,19 @@ def test_a_card_with_99_kib_of_shared_memory_has_binaries_that_fit():
     forms += ("attention_decode/latent-packed{}",)
     assert large - tiles == {form.format("") + "/bfloat16" for form in forms}
     assert {form.format("-99k") + "/bfloat16" for form in forms} <= {one.case for one in reports}
+
+
+def test_the_benchs_selection_has_every_kernel_once(fresh_process):
+    code = """
+    import json
+    from trinix.lab import aot
+    cases = aot.load_cases(aot.KERNEL_MODULES, "sm_90")
+    print(json.dumps({name: id(case.kernel) for name, case in cases.items()}))
+    """
+    kernels = json.loads(fresh_process(code))
+    first = aot.first_cases()
+    assert set(first) <= set(aot.quick_cases())
+    assert sorted(kernels[name] for name in first) == sorted({kernels[name] for name in aot.quick_cases()})
 
 
 def test_every_kind_pass_and_dtype_is_listed():

@@ -293,7 +293,7 @@ def three_parts(monkeypatch, *, kernel_ok=True, binary_ok=True):
     fine = aot.Report("relu/bfloat16", "sm_90", None, 32, 0, 0, 128, 128, 128, 4.0, 0.1)
     spilling = aot.Report("relu/bfloat16", "sm_80", None, 255, 0 if binary_ok else 64, 0, 128, 128, 128, 4.0, 0.1)
     monkeypatch.setattr(interpret, "check", lambda: iter([good, bad]))
-    monkeypatch.setattr(aot, "quick_cases", lambda: ("relu/bfloat16",))
+    monkeypatch.setattr(aot, "first_cases", lambda: ("relu/bfloat16",))
     monkeypatch.setattr(aot, "report", lambda cases, progress: [progress(1, 2), progress(2, 2), fine, spilling][2:])
 
 

@@ -505,6 +505,9 @@ def test_yarn_scaling_pair_by_pair(more, attention):
             TypeError,
             "position_embeddings must be a number, got None",
         ),
+        ((4, 8, {"type": ["linear"], "factor": 2.0}), ValueError, "'type' must be one of"),
+        ((4, 8, {"type": "linear", "rope_type": "ntk", "factor": 2.0}), ValueError, "'type' must be one of"),
+        ((4, 8, {**YARN, "truncate": "no"}), TypeError, "truncate must be True or False, got 'no'"),
         ((4, 8, {**YARN, "beta_fast": 0}), ValueError, "beta_fast must be positive, got 0"),
         ((4, 8, YARN, 1.0), ValueError, "base 1.0 with scaling .* gives no frequencies"),
         (

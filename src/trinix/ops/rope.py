@@ -243,9 +243,9 @@ def _check_scaling(scaling: dict | None) -> dict | None:
     if not isinstance(scaling, dict):
         raise TypeError(f"rope_table: scaling must be None or a dict with a 'type', got {type(scaling).__name__}")
     rest = dict(scaling)
-    kinds = {rest.pop(key) for key in ("rope_type", "type") if key in rest}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    if kind not in SCALINGS:
+    kinds = [rest.pop(key) for key in ("rope_type", "type") if key in rest]
+    kind = kinds[0] if kinds and kinds[0] == kinds[-1] else None
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_table: scaling's 'type' must be one of {list(SCALINGS)}, got {scaling!r}")
     needed, possible = SCALINGS[kind]
     missing, unknown = set(needed) - set(rest), set(rest) - {*needed, *possible}
@@ -254,6 +254,8 @@ def _check_scaling(scaling: dict | None) -> dict | None:
         raise ValueError(f"rope_table: scaling {kind!r} {wanted}, got {sorted(rest)}")
     for key, value in rest.items():
         scale = key in ("mscale", "mscale_all_dim")
+        if key == "truncate" and not isinstance(value, bool):
+            raise TypeError(f"rope_table: scaling's truncate must be True or False, got {value!r}")
         if key == "truncate" or (value is None and (scale or key == "attention_factor")):
             continue
         rest[key] = dispatch.number("rope_table", f"scaling's {key}", value)

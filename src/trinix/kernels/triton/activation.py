@@ -69,28 +69,25 @@ def _gelu_dx(x, dy, a, b):
 
 
 @triton.jit
-def _normal_tail(x):
-    """exp(-x^2 / 2) and P(Z > |x|) = exp(-x^2 / 2) t p(t), t = 1 / (1 + 0.31 |x|): relative error below 5e-6.
-
-    Enough for half types, and one exp serves both; with the exact erf K-gelu-4096 took 115 us, not 106.
+def _normal_half(x):
+    """P(Z < x), Z normal, by one exp2: log2 P(Z > |x|) is a polynomial for |x| <= 6 (P's relative error is below 7e-6, enough
+    for half types); beyond, it falls to -inf by its leading coefficients, NaN passes.
     """
-    e = tl.exp(-0.5 * x * x)
-    t = 1.0 / (1.0 + 0.31 * tl.abs(x))
-    p = 0.015744430437461356 + t * (0.1804505973850023 - t * 0.07392922576029642)
-    p = 0.12386070504061905 + t * (0.1204412419244916 + t * (0.13342992970913764 + t * p))
-    return e, e * t * p
+    z = tl.abs(x)
+    p = 0.008507891528783888 + z * (-0.0009305249869068311 + z * (6.159830960244461e-05 - z * 1.8348121431769063e-06))
+    p = -1.1512510457581662 + z * (-0.45846439175153286 + z * (-0.05396007053052453 + z * p))
+    tail = tl.exp2(-0.9999952944463834 + z * p)
+    return tl.where(x > 0, 1.0 - tail, tail)
 
 
 @triton.jit
 def _gelu_half(x, a, b):
-    _, tail = _normal_tail(x)
-    return x * tl.where(x > 0, 1.0 - tail, tail)
+    return x * _normal_half(x)
 
 
 @triton.jit
 def _gelu_half_dx(x, dy, a, b):
-    e, tail = _normal_tail(x)
-    return dy * (tl.where(x > 0, 1.0 - tail, tail) + x * (0.3989422804014327 * e))
+    return dy * (_normal_half(x) + x * (0.3989422804014327 * tl.exp(-0.5 * x * x)))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from trinix.testing import judge, normal
 
 pytest.importorskip("triton")
 
+from trinix.kernels._layout import side_by_side
 from trinix.kernels.hopper import attention as hopper
 
 SHARED_LIMIT = 227 * 1024
@@ -401,6 +402,40 @@ def test_emulated_gradients_of_saved_tensors_that_a_hook_has_packed(monkeypatch)
     for saved in ([q, k, v], [t.contiguous() for t in (q, k, v)], [q, k, v]):
         for a, b in zip(prepared.backward(dout, *saved, out, lse), true, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("d", "heads", "how"),
+    [(64, (3, 3, 3), "heads"), (128, (4, 2, 2), "heads"), (40, (2, 1, 1), "heads"), (64, (2, 2, 2), "halves"),
+     (192, (2, 2, 2), "halves"), (128, (2, 1, 1), "halves"), (64, (2, 2, 2), "overlapping")],
+    ids=str,
+)  # fmt: skip
+def test_emulated_gradients_are_slices_of_one_tensor_where_q_k_and_v_are(monkeypatch, d, heads, how):
+    """The same bits as for q, k and v apart, grouped heads added up in parts among them."""
+    gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, 4)
+    h, hk, _ = heads
+    rows, dv = 70, 128 if d == 192 else d
+    if how == "heads":
+        q, k, v = normal((2, rows, sum(heads), d), torch.float16, seed=0).split(heads, 2)
+    elif how == "halves":
+        q = normal((2, rows, h, d), torch.float16, seed=0)
+        k, v = normal((2, rows, hk, d + dv), torch.float16, seed=1).split((d, dv), 3)
+    else:  # at the distances of slices, but with more behind
+        q, k, v = normal((2, rows, 4 * h, d), torch.float16, seed=0).split(h, 2)[:3]
+    options = Options(scale=d**-0.5, deterministic=True, **CAUSAL)
+    prepared = hopper.Prepared("hopper", q, k, v, options)
+    out, lse = prepared.forward(q, k, v, True)
+    dout = normal(out.shape, torch.float16, seed=2)
+    apart = [t.contiguous() for t in (q, k, v)]
+    want = hopper.backward(dout, None, *apart, out, lse, options, (True,) * 5)[:3]
+    for q_k_v in ((q, k, v), apart, (q, k, v)):
+        got = prepared.backward(dout, *q_k_v, out, lse)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        together = q_k_v is not apart and how != "overlapping"
+        assert (side_by_side(got if how == "heads" else got[1:], 2 if how == "heads" else 3) is not None) == together
+    assert len(prepared.backward_plans) == 2
+    if (d, how) == (128, "heads"):
+        assert all(plan.parts > 1 for plan, *_ in prepared.backward_plans.values())
 
 
 @pytest.mark.parametrize("d", [64, 128, 192, 256])

@@ -235,6 +235,32 @@ def test_half_precision_is_as_good_as_pytorchs(name, option, dtype, device):
     judge(layer, [x], dy)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (lambda **o: trinix.FastMultiHeadSelfAttention(256, 4, **o), ()),
+        (lambda **o: trinix.FastGroupedQueryAttention(256, 4, 2, causal=True, **o), ()),
+        (lambda **o: trinix.FastMultiQueryAttention(256, 4, **o), ()),
+        (lambda **o: trinix.FastMultiHeadAttention(256, 4, **o), ()),
+        (lambda **o: trinix.FastMultiHeadLatentAttention(256, 4, 64, position_method="none", **o), ()),
+        (lambda **o: trinix.FastMultiHeadSelfAttention(256, 4, position_method="rope", **o), ("aten::cat",)),
+    ],
+    ids=["self", "grouped", "multi-query", "separate", "latent", "rope has gradients of its own"],
+)
+def test_backward_on_hopper_joins_no_slices_and_adds_no_gradients_of_x(layer, expected):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a card of compute capability 9.0")
+    layer = filled(layer(dtype=torch.bfloat16, device="cuda"))
+    x, dy = (normal((2, 200, 256), torch.bfloat16, seed=i, device="cuda") for i in (1, 2))
+    judge(layer, [x], dy)
+    x.requires_grad_()
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
+    seen = {event.key for event in profile.key_averages()} & {"aten::cat", "aten::add", "aten::add_"}
+    assert seen == set(expected)
+
+
 # ---- masks ---------------------------------------------------------------------------------------------------------------
 
 SEEN = torch.rand(BATCH, 3, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) > 0.3

@@ -191,3 +191,136 @@ def test_on_the_card_a_product_begun_early_waits_for_what_the_one_before_writes(
             graph.replay()
             got = y.clone()
             same(got, run(torch.cuda.synchronize))
+
+
+# ---- products of one x, and slices of one product -------------------------------------------------------------------------
+
+
+def parameters_of(sizes, k, dtype, bias=True):
+    made = [normal(shape, dtype, seed=i) for i, shape in enumerate(s for n in sizes for s in ((n, k), (n,)))]
+    return [t.requires_grad_() if bias or t.dim() == 2 else None for t in made]
+
+
+def pairs(parameters):
+    return list(zip(parameters[::2], parameters[1::2], strict=True))
+
+
+def gradients(outputs, given, leaves):
+    return torch.autograd.grad(outputs, [t for t in leaves if t is not None], given)
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (2, 0)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_of_one_x_and_all_gradients(dtype, bias, used):
+    """Gradients of every stride; some products unused, one weight frozen."""
+    x = normal((2, 7, 24), dtype, seed=9).requires_grad_()
+    parameters = parameters_of((8, 40, 1), 24, dtype, bias)
+    parameters[2].requires_grad_(False)
+    outputs = contract.linears(x, pairs(parameters))
+    same(outputs, [F.linear(x, w, b) for w, b in pairs(parameters)])
+    assert all("Linears" in y.grad_fn.name() for y in outputs)
+    given = [normal(y.shape, dtype, seed=20 + i) for i, y in enumerate(outputs)]
+    given[0], given[2] = given[0].mT.contiguous().mT, given[2][:1, :1].expand(outputs[2].shape)
+    leaves = [x] + [t for i in used for t in parameters[2 * i : 2 * i + 2] if t is not None and t.requires_grad]
+
+    def judged(wide=None):
+        copies = {
+            id(t): t.detach().to(wide or dtype).requires_grad_(t.requires_grad)
+            for t in (x, *parameters)
+            if t is not None
+        }
+        low = [
+            F.linear(copies[id(x)], copies[id(w)], None if b is None else copies[id(b)]) for w, b in pairs(parameters)
+        ]
+        return gradients(
+            [low[i] for i in used], [given[i].to(low[i].dtype) for i in used], [copies[id(t)] for t in leaves]
+        )
+
+    got = gradients([outputs[i] for i in used], [given[i] for i in used], leaves)
+    assert_within_budget(got, judged(), judged(torch.float64))
+
+
+def test_products_of_one_x_twice_differentiated():
+    x = normal((3, 4), torch.float64, seed=0).requires_grad_()
+    parameters = parameters_of((2, 5), 4, torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x, *p: tuple(contract.linears(x, pairs(p))), (x, *parameters))
+
+
+@pytest.mark.parametrize("of_x", [True, False])
+def test_products_of_one_x_are_separate_where_somebody_looks_on(of_x):
+    x = normal((3, 4), torch.float32, seed=0).requires_grad_(of_x)
+    parameters = parameters_of((2, 5), 4, torch.float32)
+
+    def joined(x):
+        return any("Linears" in y.grad_fn.name() for y in contract.linears(x, pairs(parameters)))
+
+    assert joined(x) == of_x
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not joined(x)
+    assert not joined(x.as_subclass(Tagged))
+    sparse = [(w.detach().to_sparse_csr(), b) for w, b in pairs(parameters)]
+    same(contract.linears(x, sparse), [F.linear(x, w, b) for w, b in sparse])
+
+
+def test_a_hooked_projection_is_called():
+    layer = trinix.FastMultiHeadAttention(8, 2)
+    seen = []
+    layer.k_proj.register_forward_hook(lambda *_: seen.append(1))
+    layer(torch.randn(1, 3, 8, requires_grad=True)).sum().backward()
+    assert seen == [1]
+
+
+class InPlace(torch.autograd.Function):
+    """Passes slices on; their gradients come as ``given``."""
+
+    @staticmethod
+    def forward(ctx, given, *parts):
+        ctx.given = given
+        return tuple(t.clone() for t in parts)
+
+    @staticmethod
+    def backward(ctx, *_):
+        return None, *ctx.given
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_gradients_that_are_slices_of_one_tensor_are_passed_on_as_it(dim):
+    packed = normal((2, 3, 6, 8), torch.float32, seed=0).requires_grad_()
+    sizes = (3, 1, 2) if dim == 2 else (3, 5)
+    whole = normal(packed.shape, torch.float32, seed=1)
+    parts = whole.split(sizes, dim)
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in parts]
+    swapped = [whole.flip(dim).split(sizes[::-1], dim)[::-1][i].flip(dim) for i in range(len(sizes))]
+    wider = torch.cat((whole, whole), dim).split((*sizes, whole.shape[dim]), dim)[:-1]
+    for given, kept in (
+        (parts, True),
+        ([t.clone() for t in parts], False),
+        (turned, False),
+        (swapped, False),
+        (wider, False),
+    ):
+        outputs = contract.slices(packed, sizes, dim)
+        same(list(outputs), list(packed.split(sizes, dim)))
+        gradient = torch.autograd.grad(InPlace.apply(given, *outputs), packed, parts)[0]
+        same(gradient, torch.cat(list(given), dim))
+        assert (gradient.data_ptr() == whole.data_ptr()) == kept
+
+
+def test_slices_in_the_wrong_order_or_unused_are_put_together():
+    packed = normal((2, 3, 4, 8), torch.float32, seed=0).requires_grad_()
+    whole = normal(packed.shape, torch.float32, seed=1)
+    first, second = whole.split(2, 2)
+    a, b = contract.slices(packed, (2, 2), 2)
+    same(torch.autograd.grad(InPlace.apply((second, first), a, b), packed, (a, b))[0], torch.cat((second, first), 2))
+    a, _ = contract.slices(packed, (2, 2), 2)
+    same(torch.autograd.grad(a.sum(), packed)[0], torch.cat((torch.ones_like(first), torch.zeros_like(second)), 2))
+
+
+def test_slices_twice_differentiated_and_batched():
+    packed = normal((2, 3, 4, 2), torch.float64, seed=0).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda t: tuple(s.square() for s in contract.slices(t, (1, 3), 2)), (packed,))
+    outputs = contract.slices(packed, (1, 3), 2)
+    given = [normal((5, *y.shape), torch.float64, seed=i) for i, y in enumerate(outputs)]
+    got = torch.autograd.grad(outputs, packed, given, is_grads_batched=True)[0]
+    same(got, torch.cat(given, 3))

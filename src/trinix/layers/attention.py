@@ -27,9 +27,10 @@ from trinix import dispatch, ops
 from trinix.layers.arguments import check_dropout, check_scores, check_sizes, refuse_no_memory, refuse_unknown
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
-from trinix.layers.linear import FastLinear, unhooked
+from trinix.layers.linear import FastLinear, projected, unhooked
 from trinix.layers.norm import FastLayerNorm, FastRMSNorm
 from trinix.ops.attention import BACKENDS
+from trinix.ops.linear import slices
 
 
 class _FastAttention(nn.Module):
@@ -249,7 +250,7 @@ class FastGroupedQueryAttention(_FastAttention):
         check_input(type(self).__name__, "hidden_states", hidden_states, self.embed_dim)
         x = hidden_states if self.batch_first else hidden_states.transpose(0, 1)
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
+        q, k, v = slices(heads, (self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
         out = self._attend(q, k, v, attention_mask, key_padding_mask, position_ids, cache, self.causal)
         out = self.o_proj(out)
         return out if self.batch_first else out.transpose(0, 1)
@@ -407,6 +408,7 @@ class FastMultiHeadAttention(_FastAttention):
             raise ValueError("FastMultiHeadAttention: a cache is for self-attention; leave key and value out")
         key = query if key is None else key
         value = key if value is None else value
+        shared = key is query, value is key
         unbatched = isinstance(query, Tensor) and query.dim() == 2
         widths = self.embed_dim, self.kdim, self.vdim
         for argument, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
@@ -418,10 +420,7 @@ class FastMultiHeadAttention(_FastAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))
-            for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self._projected(query, key, value, *shared))
         if attn_mask is not None:
             attention_mask = self._as_seen(attn_mask, attention_mask, q)
         # torch's masks are aligned at the top left
@@ -437,6 +436,14 @@ class FastMultiHeadAttention(_FastAttention):
             return out if need_weights is None else (out, None)
         weights = weights.mean(1) if average_attn_weights else weights
         return out, weights[0] if unbatched else weights
+
+    def _projected(self, query, key, value, one_qk: bool, one_kv: bool) -> list[Tensor]:
+        """The three projections; what is one tensor for several of them is read as one."""
+        if one_kv and one_qk:
+            return projected(query, self.q_proj, self.k_proj, self.v_proj)
+        if one_kv:
+            return [self.q_proj(query), *projected(key, self.k_proj, self.v_proj)]
+        return [self.q_proj(query), self.k_proj(key), self.v_proj(value)]
 
     def _as_seen(self, attn_mask, attention_mask, q) -> Tensor:
         """torch's mask as one of ours."""

@@ -36,10 +36,11 @@ from trinix.layers.attention import (
     window_of,
 )
 from trinix.layers.cache import LatentCache
-from trinix.layers.linear import FastLinear, only_multiplies
+from trinix.layers.linear import FastLinear, only_multiplies, projected
 from trinix.layers.norm import FastRMSNorm
 from trinix.ops.attention import BACKENDS
 from trinix.ops.latent import keys_and_values
+from trinix.ops.linear import slices
 
 DEEPSEEK = {  # our names: theirs
     "q_down_proj": "q_a_proj", "q_norm": "q_a_layernorm", "q_up_proj": "q_b_proj",
@@ -216,12 +217,11 @@ class FastMultiHeadLatentAttention(nn.Module):
 
     def _projected(self, x, position_ids, cache) -> tuple[Tensor, Tensor, Tensor | None]:
         """(q ``[B, S, H, R + N]``, latent ``[B, S, L]``, k_rope ``[B, S, 1, R]``), normed and rotated."""
-        down = x
+        q, row = projected(x, self.q_down_proj if self.q_latent_dim else self.q_up_proj, self.kv_down_proj)
         if self.q_latent_dim:
-            down = self.q_down_proj(x)
-            down = down if self.q_norm is None else self.q_norm(down).to(down.dtype)
-        q = self.q_up_proj(down).unflatten(-1, (self.num_heads, -1))
-        row = self.kv_down_proj(x)
+            q = q if self.q_norm is None else self.q_norm(q).to(q.dtype)
+            q = self.q_up_proj(q)
+        q = q.unflatten(-1, (self.num_heads, -1))
         latent, k_rope = row.split((self.latent_dim, self.rope_head_dim), -1)
         if self.kv_norm is not None:
             latent = self.kv_norm(latent).to(latent.dtype)
@@ -242,7 +242,7 @@ class FastMultiHeadLatentAttention(nn.Module):
         both = self.kv_up_proj(latent).unflatten(-1, (self.num_heads, -1))
         if k_rope is not None:
             return keys_and_values(both, k_rope, self.head_dim, self.backend)
-        return both.split((self.head_dim, self.v_head_dim), -1)
+        return slices(both, (self.head_dim, self.v_head_dim), 3)
 
     def _absorbed(self, q: Tensor, rows: Tensor, cache: LatentCache, options: dict) -> Tensor:
         """Attention over the cached rows, ``[B, S, H, Dv]``: Wk goes to the query, Wv behind the sum."""

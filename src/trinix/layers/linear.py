@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from trinix.ops.linear import linear
+from trinix.ops.linear import linear, linears
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -22,6 +22,13 @@ class FastLinear(nn.Linear):
 def only_multiplies(proj: nn.Module) -> bool:
     """Whether a call of ``proj`` does nothing that its weight and bias do not say: no LoRA, quantisation, hook or shard."""
     return type(proj) is FastLinear and unhooked(proj)
+
+
+def projected(x: Tensor, *projections: nn.Module) -> list[Tensor]:
+    """What each of the projections makes of x."""
+    if all(map(only_multiplies, projections)):
+        return linears(x, [(p.weight, p.bias) for p in projections])
+    return [p(x) for p in projections]
 
 
 def unhooked(module: nn.Module) -> bool:

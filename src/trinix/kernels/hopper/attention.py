@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trinix.kernels._layout import dense, side_by_side
 from trinix.kernels.hopper import attention_backward as backward_kernels
 from trinix.kernels.hopper import attention_backward_wide as wide_kernels
 from trinix.kernels.hopper import attention_forward as forward_kernels
@@ -490,8 +491,11 @@ def _vectors(options, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _BackwardPlan:
-    def __init__(self, tensors, options, needs_dlse, ends_q, ends_k, slopes, sink):
+    """``gradients`` (dq, dk, dv) lie as those of every call will."""
+
+    def __init__(self, tensors, gradients, options, needs_dlse, ends_q, ends_k, slopes, sink):
         q, k, v, out, dout, lse, dlse = tensors
+        dq, dk, dv = gradients
         self.shape = s = _Shape(q, k, v, options)
         bounded = s.right >= 0
         c = _chosen_backward(s.d, s.dv, options)
@@ -524,8 +528,8 @@ class _BackwardPlan:
         device = q.device
         self.dk_shape = (*k.shape[:-2], s.key_heads * parts, s.d)
         self.dv_shape = (*v.shape[:-2], s.key_heads * parts, s.dv)
-        dk = torch.empty(self.dk_shape, dtype=q.dtype, device=device)
-        dv = torch.empty(self.dv_shape, dtype=q.dtype, device=device)
+        if parts > 1:
+            dk, dv = (torch.empty(shape, dtype=q.dtype, device=device) for shape in (self.dk_shape, self.dv_shape))
         line = torch.empty(4, dtype=torch.float32, device=device)
         turns = torch.empty(4, dtype=torch.int32, device=device)
         self.q, self.dout = s.box(q, c.m, c.d), s.box(dout, c.m, dv_width)
@@ -573,7 +577,6 @@ class _BackwardPlan:
             ),
             constants, launch_pdl=True,
         )  # fmt: skip
-        dq = torch.empty(q.shape, dtype=q.dtype, device="meta")
         self.after_scalars = (s.heads, s.seq_q, self.padded, 2 * blocks, *steps(dq), s.d // 8, options.scale)
         self.after = _binary(
             backward_kernels.after, s.device, (line, dk, ends_q, *self.after_scalars),
@@ -605,9 +608,9 @@ class _BackwardPlan:
             (space, dq, end_q, *self.after_scalars),
         )
 
-    def joined(self, gradient: Tensor) -> Tensor:
-        """The parts of each key head's gradient, added up."""
-        return gradient.unflatten(-2, (-1, self.parts)).sum(-2)
+    def join(self, parts: Tensor, gradient: Tensor) -> None:
+        """Adds up the parts of each key head's gradient."""
+        torch.sum(parts.unflatten(-2, (-1, self.parts)), -2, out=gradient)
 
 
 def choose_section(heads: int, head_bytes: int, most: int) -> int:
@@ -638,23 +641,25 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
     more = _vectors(options, lse)
     key = _key(q, k, v, options), dout.stride(), out.stride(), dlse is None, options.deterministic
     plan = _plans.get(key)
+    make = torch.empty if options.cu_seqlens_q is None else torch.zeros  # rows behind the last sequence are nobody's
+    dq, dk, dv = (make(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     if plan is None or (dout.data_ptr() | out.data_ptr()) & 15:
         dout, out = readable(dout), readable(out)
         key = key[0], dout.stride(), out.stride(), *key[3:]
         plan = _plans.get(key)
         if plan is None:
             tensors = q, k, v, out, dout, lse, given_dlse
-            plan = _keep(key, _BackwardPlan(tensors, options, dlse is not None, *more))
-    make = torch.empty if options.cu_seqlens_q is None else torch.zeros  # rows behind the last sequence are nobody's
-    dq = make(q.shape, dtype=q.dtype, device=q.device)
-    dk = make(plan.dk_shape, dtype=q.dtype, device=q.device)
-    dv = make(plan.dv_shape, dtype=q.dtype, device=q.device)
+            plan = _keep(key, _BackwardPlan(tensors, (dq, dk, dv), options, dlse is not None, *more))
+    parts_k, parts_v = dk, dv
+    if plan.parts > 1:
+        parts_k, parts_v = (make(shape, dtype=q.dtype, device=q.device) for shape in (plan.dk_shape, plan.dv_shape))
     space = torch.empty(plan.space, dtype=torch.float32, device=q.device)
     plan.launch(
-        stream, *[t.data_ptr() for t in (q, k, v, out, lse, dout, given_dlse, dq, dk, dv, space, *more)]
+        stream, *[t.data_ptr() for t in (q, k, v, out, lse, dout, given_dlse, dq, parts_k, parts_v, space, *more)]
     )  # fmt: skip
     if plan.parts > 1:
-        dk, dv = plan.joined(dk), plan.joined(dv)
+        plan.join(parts_k, dk)
+        plan.join(parts_v, dv)
     dsink = None
     if options.sink is not None and needs[4]:
         dsink = space[-plan.small :].view(plan.shape.batch, plan.shape.heads, -1).sum((0, 2)).to(options.sink.dtype)
@@ -675,13 +680,15 @@ class Prepared:
         self.backend, self.options = backend, options
         self.dtype, self.device, self.index = q.dtype, q.device, q.get_device()
         batch, rows, heads, _ = q.shape
-        self.q_shape = _dense(*q.shape)
-        self.out_shape = _dense(*q.shape[:-1], v.shape[-1])
-        self.lse_shape = _dense(batch, heads, rows)
+        self.out_shape = dense(*q.shape[:-1], v.shape[-1])
+        self.lse_shape = dense(batch, heads, rows)
         # one place for all that is written and never read, and no allocation, where the host's time counts
         self.unread_lse = _unread(self.device) if batch * heads * rows <= _UNREAD else None
         self.plan = None
-        self.backward_plans = {}  # strides of dout, q, k and v -> plan, shapes of dk, dv and space
+        self.backward_plans = {}  # strides of dout, q, k and v, whether these are slices of one -> plan, how gradients lie
+        # bytes from q to k and from k to v where all three are heads of one tensor, from k to v where a head's lie together
+        self.slices = k.element_size() * heads * k.shape[-1], k.element_size() * k.shape[-2] * k.shape[-1]
+        self.halves = k.element_size() * k.shape[-1]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, wants_lse: bool) -> tuple[Tensor, Tensor]:
         """(out, lse); without ``wants_lse`` nobody may read lse."""
@@ -707,30 +714,59 @@ class Prepared:
         if dout.data_ptr() & 15:
             dout = readable(dout)
         # of q, k and v too: hooks on saved tensors may have packed them densely (torch.autograd.graph.save_on_cpu does)
-        kept = q.stride(), k.stride(), v.stride()
+        steps = k.data_ptr() - q.data_ptr(), v.data_ptr() - k.data_ptr()
+        kept = q.stride(), k.stride(), v.stride(), steps == self.slices, steps[1] == self.halves
         found = self.backward_plans.get((dout.stride(), *kept))
         if found is None:
             dout = readable(dout)
             found = self.backward_plans.get((dout.stride(), *kept))
             if found is None:
-                plan = _BackwardPlan((q, k, v, out, dout, lse, lse), self.options, False, *(lse,) * 4)
-                shapes = _dense(*plan.dk_shape), _dense(*plan.dv_shape), _dense(plan.space)
                 if len(self.backward_plans) >= _MOST_PLANS:
                     self.backward_plans.clear()
-                found = self.backward_plans[dout.stride(), *kept] = plan, *shapes
-        plan, dk_shape, dv_shape, space_shape = found
-        dq = torch.empty_strided(*self.q_shape, dtype=self.dtype, device=self.device)
-        dk = torch.empty_strided(*dk_shape, dtype=self.dtype, device=self.device)
-        dv = torch.empty_strided(*dv_shape, dtype=self.dtype, device=self.device)
+                found = self.backward_plans[dout.stride(), *kept] = self._backward_plan(dout, q, k, v, out, lse)
+        plan, places, parts, space_shape = found
+        place = {"dtype": self.dtype, "device": self.device}
+        dq, dk, dv = _, parts_k, parts_v = _empty(places, place)
+        if parts:
+            parts_k, parts_v = (torch.empty_strided(*shape, **place) for shape in parts)
         space = torch.empty_strided(*space_shape, dtype=torch.float32, device=self.device)
         at = lse.data_ptr()
         plan.launch(
             stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, dout.data_ptr(), at, dq.data_ptr(),
-            dk.data_ptr(), dv.data_ptr(), space.data_ptr(), at, at, at, at,
+            parts_k.data_ptr(), parts_v.data_ptr(), space.data_ptr(), at, at, at, at,
         )  # fmt: skip
-        if plan.parts > 1:
-            dk, dv = plan.joined(dk), plan.joined(dv)
+        if parts:
+            plan.join(parts_k, dk)
+            plan.join(parts_v, dv)
         return dq, dk, dv
+
+    def _backward_plan(self, dout, q, k, v, out, lse) -> tuple:
+        """(plan, places of dq, dk and dv, shapes of the parts that these are sums of, shape of the space for all else)."""
+        places = _places(q, k, v)
+        gradients = _empty(places, {"dtype": self.dtype, "device": self.device})
+        plan = _BackwardPlan((q, k, v, out, dout, lse, lse), gradients, self.options, False, *(lse,) * 4)
+        parts = (dense(*plan.dk_shape), dense(*plan.dv_shape)) if plan.parts > 1 else None
+        return plan, places, parts, dense(plan.space)
+
+
+def _places(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    """Where dq, dk and dv go, for ``_empty``: (shape and strides, None or sizes and the dimension that they cut) of each tensor.
+
+    Where q, k and v are slices of one tensor the gradients are too: what made that tensor takes its gradient without a copy
+    (``trinix.ops.linear.slices``; a copy was 2.5% of A-MHSA-2's backward)."""
+    if one := side_by_side((q, k, v), 2):
+        return ((one, ((q.shape[2], k.shape[2], v.shape[2]), 2)),)
+    if both := side_by_side((k, v), 3):
+        return (dense(*q.shape), None), (both, ((k.shape[3], v.shape[3]), 3))
+    return tuple((dense(*t.shape), None) for t in (q, k, v))
+
+
+def _empty(places: tuple, place: dict) -> list[Tensor]:
+    tensors = []
+    for layout, cut in places:
+        t = torch.empty_strided(*layout, **place)
+        tensors += (t,) if cut is None else t.split_with_sizes(*cut)
+    return tensors
 
 
 _UNREAD = 1 << 18  # rows of all heads: 1 MiB
@@ -739,11 +775,6 @@ _UNREAD = 1 << 18  # rows of all heads: 1 MiB
 @functools.cache
 def _unread(device: torch.device) -> Tensor:
     return torch.empty(_UNREAD, dtype=torch.float32, device=device)
-
-
-def _dense(*shape: int) -> tuple[tuple, tuple]:
-    """A shape and the strides of a contiguous tensor of it."""
-    return shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 # ---- for the compiler's test -------------------------------------------------------------------------------------------

@@ -124,16 +124,10 @@ def test_every_binary_compiles_well(prefix, fresh_process):
         # one thread speaks for all: their sums are added, their products made
         assert all("bar.sync" in between for between in one["turns"]), one
         assert not one["hasty"], one
-
-
-def test_a_forward_kernel_launched_early_touches_no_tensor_before_it_has_waited(fresh_process):
-    """In the text of the binary, where roles stand behind the place that hands them out."""
-    lines = [json.loads(line) for line in fresh_process(COMPILE.replace("PREFIX", repr("early"))).splitlines()]
-    assert len(lines) == 3
-    for one in lines:
-        assert 0 < one["waits"] < one["reads"], one
-        assert not one["warnings"], one
-        assert not one["spills"], one
+        if not prefix.startswith("backward"):
+            # launched early: no tensor is touched before the kernel in front has ended. In the text of the binary, where roles stand
+            # behind the place that hands them out
+            assert 0 < one["waits"] < one["reads"], one
 
 
 # ---- choices -----------------------------------------------------------------------------------------------------------

@@ -1132,7 +1132,7 @@ def test_a_call_like_one_before_takes_what_was_kept(counting, monkeypatch):
         torch.testing.assert_close(
             got, reference.forward(q, k, v, contract.Options(scale=8**-0.5, causal=True, window_right=0))[0]
         )
-    assert (counting.made, counting.forwards) == (1, 3)
+    assert (counting.made, counting.forwards) == (1, 4)
 
 
 def test_no_call_is_served_by_what_was_kept_for_another(counting):
@@ -1152,7 +1152,7 @@ def test_no_call_is_served_by_what_was_kept_for_another(counting):
                         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     kinds = (len(CHANGES) - 1) * len(VARIANTS) * 2  # which of the three is at an odd address makes no difference
     assert counting.made == kinds
-    assert counting.forwards == 6 * len(CHANGES) * len(VARIANTS) - kinds  # each kind's first call goes the long way
+    assert counting.forwards == 6 * len(CHANGES) * len(VARIANTS)
     assert counting.backwards == counting.forwards / 2
 
 
@@ -1225,11 +1225,11 @@ def test_switches_are_heeded_between_calls_of_one_kind(counting):
     with trinix.use_backend("counting"):
         for _ in range(2):
             attention(q, k, v)
-    assert counting.forwards == 1
+    assert counting.forwards == 2
     attention(q, k, v)  # the formula: these are on the CPU
     with trinix.use_backend("torch"):
         attention(q, k, v)
-    assert counting.forwards == 1
+    assert counting.forwards == 2
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         for on in (False, True, False, True):

@@ -229,10 +229,7 @@ def attention(
         key = _kind(q, k, v, causal, window, scale, softcap, deterministic, backend)
         call = _prepared.get(key)
         if call is not None:
-            if key[-1]:
-                return _apply_prepared(q, k, v, call, return_lse)
-            results = call.forward(q, k, v, return_lse)
-            return results if return_lse else results[0]
+            return _run_prepared(call, q, k, v, key[-1], return_lse)
     options = checked(
         q, k, v, causal, window, scale, softcap, bias, mask, alibi_slopes, sink, dropout_p, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, deterministic,
@@ -256,8 +253,9 @@ def attention(
         out, lse = _registered(q, k, v, options, named, grad, return_lse)
         return (out, lse) if return_lse else out
     pair = (named, named) if named != "auto" else pick(q, k, v, options, grad)
-    if key is not None:
-        _prepare(key, q, k, v, options, pair)
+    # the first call of a kind already: its backward may come after many others
+    if key is not None and (call := _prepare(key, q, k, v, options, pair)) is not None:
+        return _run_prepared(call, q, k, v, grad, return_lse)
     if grad and pair != _FORMULA:
         return _apply(q, k, v, options.bias, options.sink, options, pair, return_lse)
     out, lse = BACKENDS[pair[0]]().forward(q, k, v, options)
@@ -289,12 +287,21 @@ def _kind(q, k, v, causal, window, scale, softcap, deterministic, backend) -> tu
 
 
 def _prepare(key, q, k, v, options, pair):
-    """Keep what calls of this kind share, if the backend of both passes offers it."""
+    """What calls of this kind share, kept, if the backend of both passes offers it; else None."""
     backend = BACKENDS[pair[0]]()
-    if pair[0] == pair[1] and hasattr(backend, "Prepared"):
-        if len(_prepared) >= 2_000:
-            _prepared.clear()
-        _prepared[key] = backend.Prepared(pair[0], q, k, v, options)
+    if pair[0] != pair[1] or not hasattr(backend, "Prepared"):
+        return None
+    if len(_prepared) >= 2_000:
+        _prepared.clear()
+    call = _prepared[key] = backend.Prepared(pair[0], q, k, v, options)
+    return call
+
+
+def _run_prepared(call, q, k, v, grad: bool, return_lse: bool):
+    if grad:
+        return _apply_prepared(q, k, v, call, return_lse)
+    results = call.forward(q, k, v, return_lse)
+    return results if return_lse else results[0]
 
 
 class _PreparedAttention(torch.autograd.Function):

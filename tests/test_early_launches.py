@@ -41,7 +41,14 @@ def mixed():
     return call
 
 
+def gated(x):
+    """glu's rows read what a norm writes that lets them in at its start."""
+    y = ops.glu(ops.rms_norm(x, 64), kind="swiglu")
+    return torch.cat((y, -y), -1)
+
+
 CALLS = {
+    "glu behind a norm": lambda: gated,
     "head_mlp on Hopper": lambda: head_mlp("hopper"),
     "head_mlp by Triton": lambda: head_mlp("triton"),
     "attention on Hopper, all at once": lambda: attention("hopper", causal=True),

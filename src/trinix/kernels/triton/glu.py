@@ -154,7 +154,8 @@ def _forward_rows(
     VALUE: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, DEPENDENT: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
-    if DEPENDENT:
+    if DEPENDENT:  # begun before the product in front has ended
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # a product of one row may come in now, and fetch its weights
     WIDTH: tl.constexpr = 2 if PAIRS else 1
     width = cols * UNIT
@@ -174,9 +175,11 @@ def _forward_rows(
 def _backward_rows(
     gate, up, dy, d_gate, d_up, rows: "i64", cols: "i64", gate_row: "i64", up_row: "i64", dy_row: "i64",
     out_row: "i64", gate_at: "i64", up_at: "i64", VALUE: tl.constexpr, DX: tl.constexpr, PAIRS: tl.constexpr,
-    WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr, DONE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    WANT_GATE: tl.constexpr, WANT_UP: tl.constexpr, DONE: tl.constexpr, UNIT: tl.constexpr, DEPENDENT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     WIDTH: tl.constexpr = 2 if PAIRS else 1
     width = cols * UNIT
     row, first = _tile(rows, width, ROWS, COLS)
@@ -369,19 +372,19 @@ def forward_rows(kind: str, dtype: torch.dtype, pairs: bool, unit: int, dependen
     value, _, _ = formula(kind, dtype)
     return _FORWARD_ROWS.bind(
         VALUE=value, PAIRS=pairs, UNIT=unit, DEPENDENT=dependent, ROWS=tile.rows, COLS=tile.cols,
-        num_warps=tile.num_warps,
+        num_warps=tile.num_warps, launch_pdl=dependent,
     )  # fmt: skip
 
 
 @functools.cache
 def backward_rows(
-    kind: str, dtype: torch.dtype, pairs: bool, want_gate: bool, want_up: bool, unit: int, tile: TileConfig,
-    done: str = "",
+    kind: str, dtype: torch.dtype, pairs: bool, want_gate: bool, want_up: bool, unit: int, dependent: bool,
+    tile: TileConfig, done: str = "",
 ) -> Launch:  # fmt: skip
     _, value, dx = formula(kind, dtype)
     return _BACKWARD_ROWS.bind(
-        VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, DONE=done, UNIT=unit,
-        ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps,
+        VALUE=value, DX=dx, PAIRS=pairs, WANT_GATE=want_gate, WANT_UP=want_up, DONE=done, UNIT=unit, DEPENDENT=dependent,
+        ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, launch_pdl=dependent,
     )  # fmt: skip
 
 
@@ -507,7 +510,7 @@ def backward_sums(
     tiles, steps = -(-h // tile.cols), -(-rows // tile.rows)
     most = max(1, (norm.sm_count(x.get_device()) * SUMS_PROGRAMS if x.is_cuda else 3) // tiles)
     groups = -(-steps // -(-steps // most))
-    dependent = x.is_cuda and norm.dependent_launch(x.get_device())
+    dependent = _dependent(x)
     dx = torch.empty_like(x) if want_x else None
     partial = x.new_empty(groups * 2 * h, dtype=torch.float32)
     launch = backward_sums_launch(kind, dtype, layout, want_x, unit, dependent, tile)
@@ -516,6 +519,15 @@ def backward_sums(
     cols, launch = norm.add_partials_launch(2 * h, True, False, groups, dependent)
     launch(-(-2 * h // cols), (partial, total, partial), (groups,))
     return dx, total
+
+
+EARLY = (
+    True  # where the card can, the kernels of rows are launched before the one in front, mostly a product, has ended
+)
+
+
+def _dependent(t: torch.Tensor) -> bool:
+    return EARLY and t.is_cuda and norm.dependent_launch(t.get_device())
 
 
 def _offsets(h, layout):
@@ -528,9 +540,7 @@ def _forward_rows_launch(gate, up, y, kind, pairs, size, gate_row, up_row, gate_
     itemsize = gate.dtype.itemsize
     unit = math.gcd(cols, gate_row, up_row, gate_at, up_at, 16 // itemsize)
     tile = choose_rows(rows, cols, itemsize, pairs, LANES)
-    launch = forward_rows(
-        kind, gate.dtype, pairs, unit, gate.is_cuda and norm.dependent_launch(gate.get_device()), tile
-    )
+    launch = forward_rows(kind, gate.dtype, pairs, unit, _dependent(gate), tile)
     blocks = -(-rows // tile.rows) * -(-cols // tile.cols)
     counts = (rows, cols // unit, gate_row // unit, up_row // unit, gate_at // unit, up_at // unit)
     launch(blocks, (gate, up, y), counts)
@@ -542,7 +552,7 @@ def _backward_rows_launch(tensors, kind, pairs, want_gate, want_up, size, row_st
     unit = math.gcd(cols, *row_strides, *offsets, 16 // dtype.itemsize)
     tile = choose_rows(rows, cols, dtype.itemsize, pairs, LANES)
     done = choose_done(rows * cols, dtype.itemsize)
-    launch = backward_rows(kind, dtype, pairs, want_gate, want_up, unit, tile, done)
+    launch = backward_rows(kind, dtype, pairs, want_gate, want_up, unit, _dependent(tensors[0]), tile, done)
     blocks = -(-rows // tile.rows) * -(-cols // tile.cols)
     launch(blocks, tensors, (rows, *[v // unit for v in (cols, *row_strides, *offsets)]))
 
@@ -680,7 +690,7 @@ def compile_cases(lanes: int = LANES):
         for name, pairs, columns in (("rows", False, cols), ("rows-short", False, 520), ("rows-pairs", True, cols)):
             tile = choose_rows(rows, columns, size, pairs, lanes)
             yield case(f"swiglu/fwd-{name}", forward_rows(kind, dtype, pairs, unit, False, tile), 3 * size, (t,) * 3)
-            launch = backward_rows(kind, dtype, pairs, True, True, unit, tile)
+            launch = backward_rows(kind, dtype, pairs, True, True, unit, False, tile)
             yield case(f"swiglu/bwd-{name}", launch, 5 * size, (t,) * 5)
         tile = choose_strided(rows, cols, lanes)
         launch = forward_strided(kind, dtype, tile)

@@ -341,7 +341,8 @@ def test_only_the_wanted_gradient_is_computed_and_it_is_the_same(wanted, device,
     monkeypatch.setattr(kernels, "backward", lambda *a: seen.append(a[-1]) or run(*a))
     leaves = [t.detach().requires_grad_(n == wanted) for n, t in zip(NAMES, problem.slots, strict=True)]
     leaf = leaves[NAMES.index(wanted)]
-    same(torch.autograd.grad(problem.call("silu", "triton")(*leaves), leaf, problem.dy)[0], everything[wanted])
+    got = torch.autograd.grad(problem.call("silu", "triton")(*leaves), leaf, problem.dy)[0]
+    torch.testing.assert_close(got, everything[wanted])  # another binary: on a card its sums may be contracted otherwise
     assert seen == [tuple(n == wanted for n in NAMES)]
 
 

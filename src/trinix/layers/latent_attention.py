@@ -222,7 +222,9 @@ class FastMultiHeadLatentAttention(nn.Module):
             q = q if self.q_norm is None else self.q_norm(q).to(q.dtype)
             q = self.q_up_proj(q)
         q = q.unflatten(-1, (self.num_heads, -1))
-        latent, k_rope = row.split((self.latent_dim, self.rope_head_dim), -1)
+        latent, k_rope = row, None
+        if self.rope_head_dim:
+            latent, k_rope = row.split((self.latent_dim, self.rope_head_dim), -1)
         if self.kv_norm is not None:
             latent = self.kv_norm(latent).to(latent.dtype)
         if not self.rope_head_dim:

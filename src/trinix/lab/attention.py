@@ -11,7 +11,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from trinix.lab.case import Case
 
@@ -112,7 +111,11 @@ def sdpa_decode(case: Case) -> Callable:
     """
     count, heads, key_heads = *case.shape["queries"][1:3], case.shape["k_cache"][2]
     fold, gqa = "latent" in case.args and count == 1, heads != key_heads
-    seen = causal_lower_right(count, keys(case)) if count > 1 else None
+    seen = None
+    if count > 1:
+        from torch.nn.attention.bias import causal_lower_right  # imports torch.compile's half of PyTorch: seconds
+
+        seen = causal_lower_right(count, keys(case))
 
     def call(queries, *caches):
         k, v = caches[0], values(case, caches)

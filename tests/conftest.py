@@ -35,6 +35,15 @@ def pytest_configure(config):
         footprints.install()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-binary", action="store_true", help="compile each binary, not only one of every sort")
+
+
+@pytest.fixture
+def every_binary(request) -> bool:
+    return request.config.getoption("every_binary")
+
+
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -66,16 +75,19 @@ def fresh_dynamo():
 
 @pytest.fixture(scope="session")
 def fresh_process():
-    """``fresh_process(code, **environment)``: what the code prints in a Python of its own."""
+    """``fresh_process(code, **environment)``: what the code prints in a Python of its own, which finds the tests' modules."""
+    paths = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
 
     def run(code: str, **environment: str) -> str:
         ours = ("TRITON_INTERPRET", "TRINIX_FAST_LAUNCH")
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code)],
-            env={k: v for k, v in os.environ.items() if k not in ours} | environment,
+            env={k: v for k, v in os.environ.items() if k not in ours}
+            | {"PYTHONPATH": os.pathsep.join(paths)}
+            | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr

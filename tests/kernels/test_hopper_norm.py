@@ -21,31 +21,20 @@ EPS = 1e-5
 
 # Runs in a process of its own: here TRITON_INTERPRET may be set.
 COMPILE = """
-import json, os, re, subprocess, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+import json, re
+import gluon_binaries
 from trinix.kernels.hopper import norm_rows as rows
 
-PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-
 def compiled(kernel, constants, given, options):
-    names = kernel.arg_names
     annotated = {p.name: p.annotation_type for p in kernel.params}
-    signature = {k: "constexpr" if k in constants else annotated[k] or given[k] for k in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names) if signature[k].startswith("*")}
-    constants = {(names.index(k),): v for k, v in constants.items()}
-    source = GluonASTSource(fn=kernel, signature=signature, attrs=aligned, constexprs=constants)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(binary.asm["ptx"])
-        ptx.flush()
-        command = [PTXAS, "-v", "--gpu-name=sm_90a", ptx.name, "-o", "/dev/null"]
-        log_text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return binary, binary.asm["ptx"], sum(map(int, re.findall("([0-9]+) bytes spill", log_text)))
+    signature = {k: "constexpr" if k in constants else annotated[k] or given[k] for k in kernel.arg_names}
+    aligned = [k for k, kind in signature.items() if kind.startswith("*")]
+    binary, log = gluon_binaries.compiled(kernel, signature, constants, options, aligned)
+    return binary, binary.asm["ptx"], sum(map(int, re.findall("([0-9]+) bytes spill", log)))
 
-for letters, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-    for size, weight, center, residual, backward, multiprocessors in CASES:
+for letters, cases in CASES.items():
+    itemsize = 4 if letters == "fp32" else 2
+    for size, weight, center, residual, backward, multiprocessors in cases:
         n = size // itemsize
         flags = {"CENTER": center, "WEIGHT": True, "RESIDUAL": residual}
         flags |= {"DX": True, "DW": True, "DB": center} if backward else {"BIAS": center, "SAVE": True}
@@ -77,9 +66,20 @@ CASES = [
 ]
 
 
-def test_every_binary_keeps_its_columns_in_registers_and_moves_16_bytes_at_a_time(fresh_process):
-    lines = [json.loads(line) for line in fresh_process(f"CASES = {CASES!r}\n" + COMPILE).splitlines()]
-    assert len(lines) == 3 * (len(CASES) + 3)
+# Every length with all tensors, two of them with fewer too, float16 once; --every-binary takes the others.
+FEW = [one for one in CASES if one[3] or one[0] in (65_536, 262_144)]
+CASES_OF = {
+    "bf16": FEW,
+    "fp16": [one for one in FEW if one[0] == 65_536 and one[3]],
+    "fp32": [o for o in FEW if o[5] == 132],
+}
+
+
+@pytest.mark.parametrize("dtypes", [("bf16",), ("fp16", "fp32")], ids="-".join)
+def test_every_binary_keeps_its_columns_in_registers_and_moves_16_bytes_at_a_time(dtypes, fresh_process, every_binary):
+    cases = {dtype: CASES if every_binary else CASES_OF[dtype] for dtype in dtypes}
+    lines = [json.loads(line) for line in fresh_process(f"CASES = {cases!r}\n" + COMPILE).splitlines()]
+    assert len(lines) == sum(len(chosen) + 3 for chosen in cases.values())
     for one in lines:
         assert one["spills"] == 0, one
         if "rings" not in one:

@@ -21,43 +21,40 @@ SHARED_LIMIT = 227 * 1024
 
 # Runs in a process of its own: here TRITON_INTERPRET may be set.
 COMPILE = """
-import json, os, re, subprocess, tempfile
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+import json, re
+import torch
+from gluon_binaries import compiled
 from trinix.kernels.hopper.softmax import _columns, _constants, plan
 
-PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 names = _columns.arg_names
 annotated = {p.name: p.annotation_type for p in _columns.params}
 for dtype, letters in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-    for n, c, log, backward in ((1024, 128, False, False), (4096, 128, False, False), (1000, 120, True, False),
-                                (8192, 128, False, False), (40000, 120, True, False),
-                                (512, 128, False, True), (4096, 128, False, True), (40000, 120, True, True)):
+    for n, c, log, backward in CASES[letters]:
         p = plan(n, c, dtype.itemsize, backward)
         constants = _constants(p, log, backward, 16 // dtype.itemsize, n % p.rows == 0 and c % p.cols == 0)
         layout = f"NVMMASharedLayout(swizzle_byte_width={p.config.columns_bytes}, element_bitwidth={8 * dtype.itemsize}, rank=3)"
         box = f"tensordesc<{letters}[1, {p.config.chunk}, {p.cols}],{layout}>"
         given = {"a_desc": box, "b_desc": box, "out": "*" + letters, "partial": "*fp32", "arrived": "*i32"}
         signature = {k: "constexpr" if k in constants else given.get(k) or annotated[k] for k in names}
-        aligned = {(names.index(k),): [["tt.divisibility", 16]] for k in ("out", "partial", "arrived")}
-        source = GluonASTSource(fn=_columns, signature=signature, attrs=aligned,
-                                constexprs={(names.index(k),): v for k, v in constants.items()})
-        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": p.config.num_warps})
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-            ptx.write(binary.asm["ptx"])
-            ptx.flush()
-            command = [PTXAS, "-v", "--gpu-name=sm_90a", ptx.name, "-o", "/dev/null"]
-            log_text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        options, aligned = {"num_warps": p.config.num_warps}, ("out", "partial", "arrived")
+        binary, log_text = compiled(_columns, signature, constants, options, aligned)
         stores = re.findall(r"st\\.global\\S*\\.v4\\.b32", binary.asm["ptx"])
         print(json.dumps({"name": f"{letters}/{n}/{c}/{log}/{backward}", "shared": binary.metadata.shared, "stores": len(stores),
                           "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log_text)))}))
 """
 
 
-def test_every_binary_keeps_its_values_in_registers_and_stores_16_bytes_at_a_time(fresh_process):
-    lines = [json.loads(line) for line in fresh_process(COMPILE).splitlines()]
-    assert len(lines) == 24
+CASES = (
+    (1024, 128, False, False), (4096, 128, False, False), (1000, 120, True, False), (8192, 128, False, False),
+    (40000, 120, True, False), (512, 128, False, True), (4096, 128, False, True), (40000, 120, True, True),
+)  # fmt: skip
+FEW = {"bf16": CASES, "fp16": (CASES[1],), "fp32": (CASES[1], CASES[4], CASES[6])}  # --every-binary takes the others
+
+
+def test_every_binary_keeps_its_values_in_registers_and_stores_16_bytes_at_a_time(fresh_process, every_binary):
+    cases = dict.fromkeys(FEW, CASES) if every_binary else FEW
+    lines = [json.loads(line) for line in fresh_process(f"CASES = {cases}\n" + COMPILE).splitlines()]
+    assert len(lines) == sum(map(len, cases.values()))
     for one in lines:
         assert one["spills"] == 0, one
         assert one["shared"] <= SHARED_LIMIT, one
@@ -196,14 +193,11 @@ def test_columns_are_right_in_whatever_order_the_copies_end(monkeypatch):
 # ---- rows in clusters -----------------------------------------------------------------------------------------------------
 
 COMPILE_ROWS = """
-import json, os, re, subprocess, tempfile
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+import json, re
+from gluon_binaries import compiled
 from trinix.kernels.hopper import softmax_rows as rows
 
-PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-for letters, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+for letters, itemsize in LETTERS.items():
     for count, n, log in ((1, 65544, True), (4096, 65536, False), (4096, 100000, False), (4096, 131072, True), (4096, 262144, False)):
         for kernel in (rows._forward, rows._backward):
             backward = kernel is rows._backward
@@ -213,17 +207,10 @@ for letters, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
             annotated = {p.name: p.annotation_type for p in kernel.params}
             given = {"partial": "*fp32"}
             signature = {k: "constexpr" if k in constants else given.get(k) or annotated[k] or "*" + letters for k in names}
-            aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names) if signature[k].startswith("*")}
-            source = GluonASTSource(fn=kernel, signature=signature, attrs=aligned,
-                                    constexprs={(names.index(k),): v for k, v in constants.items()})
+            aligned = [k for k in names if signature[k].startswith("*")]
             most = rows.registers(constants["VECTORS"], 1 + backward, itemsize)
-            binary = triton.compile(source, target=GPUTarget("cuda", 90, 32),
-                                    options={"num_warps": config.num_warps, "num_ctas": config.ctas, "maxnreg": most})
-            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-                ptx.write(binary.asm["ptx"])
-                ptx.flush()
-                command = [PTXAS, "-v", "--gpu-name=sm_90a", ptx.name, "-o", "/dev/null"]
-                log_text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            options = {"num_warps": config.num_warps, "num_ctas": config.ctas, "maxnreg": most}
+            binary, log_text = compiled(kernel, signature, constants, options, aligned)
             count_of = lambda word: len(re.findall(word + r"\\.global\\S*\\.v4\\.b32", binary.asm["ptx"]))
             print(json.dumps({"name": f"{letters}/{count}/{n}/{log}/{backward}", "vectors": constants["VECTORS"],
                               "loads": count_of("ld"), "stores": count_of("st"), "inputs": 1 + backward,
@@ -232,9 +219,10 @@ for letters, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
 """
 
 
-def test_every_binary_of_rows_keeps_its_piece_in_registers_and_moves_16_bytes_at_a_time(fresh_process):
-    lines = [json.loads(line) for line in fresh_process(COMPILE_ROWS).splitlines()]
-    assert len(lines) == 30
+def test_every_binary_of_rows_keeps_its_piece_in_registers_and_moves_16_bytes_at_a_time(fresh_process, every_binary):
+    letters = {"bf16": 2, "fp32": 4} | ({"fp16": 2} if every_binary else {})
+    lines = [json.loads(line) for line in fresh_process(f"LETTERS = {letters}\n" + COMPILE_ROWS).splitlines()]
+    assert len(lines) == 10 * len(letters)
     for one in lines:
         assert one["spills"] == 0, one
         assert (one["loads"], one["stores"]) == (one["inputs"] * one["vectors"], one["vectors"]), one

@@ -23,7 +23,7 @@ SPILLS = {"weights/64/mish": 112}  # bytes in all: 5 registers of a formula with
 # Runs in a process of its own: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
-from gluon_binaries import compiled
+from binaries import compiled
 from trinix.kernels.hopper.head_mlp import compile_cases
 
 for case in compile_cases():

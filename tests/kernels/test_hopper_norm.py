@@ -22,14 +22,14 @@ EPS = 1e-5
 # Runs in a process of its own: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
-import gluon_binaries
+import binaries
 from trinix.kernels.hopper import norm_rows as rows
 
 def compiled(kernel, constants, given, options):
     annotated = {p.name: p.annotation_type for p in kernel.params}
     signature = {k: "constexpr" if k in constants else annotated[k] or given[k] for k in kernel.arg_names}
     aligned = [k for k, kind in signature.items() if kind.startswith("*")]
-    binary, log = gluon_binaries.compiled(kernel, signature, constants, options, aligned)
+    binary, log = binaries.compiled(kernel, signature, constants, options, aligned)
     return binary, binary.asm["ptx"], sum(map(int, re.findall("([0-9]+) bytes spill", log)))
 
 for letters, cases in CASES.items():
@@ -225,7 +225,7 @@ def assert_right(given, center, got):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 16_392), (2, 1, 60_000), (40, 24_576)])
+@pytest.mark.parametrize("shape", [(1, 16_392), (2, 1, 60_000), (24, 24_576)])
 def test_rows_hold_the_budget_at_odd_sizes(shape, dtype, center, residual):
     given = inputs(shape, dtype, center, residual)
     assert_right(given, center, run(*given, center))

@@ -23,7 +23,7 @@ SHARED_LIMIT = 227 * 1024
 COMPILE = """
 import json, re
 import torch
-from gluon_binaries import compiled
+from binaries import compiled
 from trinix.kernels.hopper.softmax import _columns, _constants, plan
 
 names = _columns.arg_names
@@ -194,7 +194,7 @@ def test_columns_are_right_in_whatever_order_the_copies_end(monkeypatch):
 
 COMPILE_ROWS = """
 import json, re
-from gluon_binaries import compiled
+from binaries import compiled
 from trinix.kernels.hopper import softmax_rows as rows
 
 for letters, itemsize in LETTERS.items():

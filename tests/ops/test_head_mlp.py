@@ -237,8 +237,13 @@ def test_few_programs_walk_over_e_in_wider_steps(monkeypatch):
 @pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_float32_as_float64_is_right_to_one_rounding(kind, monkeypatch):
     monkeypatch.setattr(kernels, "_card", lambda index: (1, 227, True))
-    forms = {"gated": True, "bias": True}, {"bias": True, "shared": True, "mean": True}, {"layout": "transposed"}, {}
-    for more, sizes in zip(forms, ((2, 21, 16, 24), (3, 33, 24, 40), (2, 70, 40, 33), (2, 5, 1, 129)), strict=True):
+    forms = {
+        (2, 21, 16, 24): {"gated": True, "bias": True},
+        (3, 33, 24, 40): {"bias": True, "shared": True, "mean": True},
+        (2, 70, 40, 33): {"layout": "transposed"},
+        (2, 5, 1, 129): {},
+    }
+    for sizes, more in list(forms.items())[: 4 if kind == "silu" else 1]:  # a kind differs in its formula only
         problem = Numbers(*sizes, **more)
         got = problem.oracle(kind)
         wide = [dense(t, torch.float64) for t in problem.tensors]

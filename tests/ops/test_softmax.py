@@ -284,8 +284,16 @@ UNEVEN = {
 
 
 @pytest.mark.parametrize("kind", ["streams", "peeled", "splits"])
-@pytest.mark.parametrize("n", [3, 13, 59, 64])  # less than a vector, one step, several, several whole ones
-@pytest.mark.parametrize("layout", UNEVEN)
+@pytest.mark.parametrize(  # less than a vector, one step, several, several whole ones
+    ("layout", "n"),
+    [
+        *((layout, n) for layout in UNEVEN for n in (3, 13)),
+        ("dense", 59),
+        ("dense", 64),
+        ("padded", 59),
+        ("sliced", 64),
+    ],
+)
 def test_rows_that_start_between_two_vectors(layout, n, kind, request):
     request.getfixturevalue(kind)
     function, dtype = KERNELS[kind]

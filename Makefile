@@ -17,7 +17,7 @@ bench: $(READY)     ## correctness and timings: all seed rows on a GPU, the thre
 	$(PYTHON) -m trinix bench --suite seeds $(BENCH)
 
 test: $(READY) check   ## lint, import contracts, every test that needs no GPU, and on a GPU the others
-	$(PYTHON) -m pytest -n 2 -m "not gpu" $(TEST)
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu" $(TEST)
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(MAKE) gpu-test; \
 	else echo "No GPU here: the GPU tests were not run."; fi
 

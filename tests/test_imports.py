@@ -94,3 +94,30 @@ def test_importing_leaves_torch_and_the_process_as_they_were(modules, fresh_proc
         print([i for i, (a, b) in enumerate(zip(before, facts(), strict=True)) if a != b])
     """
     assert fresh_process(code) == "[]"
+
+
+def test_torch_compile_may_be_the_first_to_call_a_named_backend(fresh_process):
+    """Backends are imported at their first call, here by what torch.compile traces."""
+    pytest.importorskip("triton")
+    code = """
+    import torch
+    from trinix import ops
+
+    x = torch.ones(2, 4, 16)
+    heads = torch.ones(1, 8, 2, 16)
+    cos, sin = ops.rope_table(8, 16)
+    calls = {
+        "silu": lambda: ops.silu(x, backend="triton"),
+        "softmax": lambda: ops.softmax(x, -1, backend="triton"),
+        "rms_norm": lambda: ops.rms_norm(x, 16, backend="triton"),
+        "glu": lambda: ops.glu(x, backend="triton"),
+        "rope": lambda: ops.rope(heads, cos=cos, sin=sin, backend="triton"),
+        "attention": lambda: ops.attention(heads, heads, heads, backend="triton"),
+        "head_mlp": lambda: ops.head_mlp(x, torch.ones(2, 16, 8), torch.ones(2, 8, 16), backend="triton"),
+    }
+    for name, call in calls.items():
+        torch.compile(call, fullgraph=True, backend="eager")()
+        print(name)
+    """
+    said = fresh_process(code, TRITON_INTERPRET="1")
+    assert said.split() == ["silu", "softmax", "rms_norm", "glu", "rope", "attention", "head_mlp"]

@@ -307,6 +307,14 @@ class _GluOfSum(torch.autograd.Function):
 # modes, subclasses.
 
 
+def _fake_forward(gate, up, kind, layout):
+    from trinix.kernels.triton import (
+        glu,
+    )  # not _triton: torch.compile traces that, and what it keeps must stay as it was seen
+
+    return glu.empty_output(gate, up, layout)
+
+
 def _fake_backward(gate, up, dy, kind, layout, want_gate, want_up):
     return [torch.empty_like(gate) for _ in range(1 if up is None else want_gate + want_up)]
 
@@ -314,7 +322,7 @@ def _fake_backward(gate, up, dy, kind, layout, want_gate, want_up):
 _forward_op = dispatch.register(
     "glu(Tensor gate, Tensor? up, str kind, str layout) -> Tensor",
     lambda gate, up, kind, layout: _triton().forward(gate, up, kind, layout),
-    lambda gate, up, kind, layout: _triton().empty_output(gate, up, layout),
+    _fake_forward,
 )
 _backward_op = dispatch.register(
     "glu_backward(Tensor gate, Tensor? up, Tensor dy, str kind, str layout, bool want_gate, bool want_up) -> Tensor[]",

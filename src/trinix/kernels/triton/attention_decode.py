@@ -91,9 +91,14 @@ def _short_chains(q, k):
 
 
 @triton.jit
-def _scores(q0, q1, k0, k1, scale, softcap, TAIL: tl.constexpr, SOFTCAP: tl.constexpr):
+def _scores(q0, q1, k0, k1, scale, softcap, TAIL: tl.constexpr, SOFTCAP: tl.constexpr, DOUBLE: tl.constexpr):
     HEAD: tl.constexpr = q0.shape[1]
-    if q0.dtype == tl.float32 and HEAD >= 128 and HEAD <= 256:
+    if DOUBLE:
+        s = tl.dot(q0.to(tl.float64), tl.trans(k0).to(tl.float64), out_dtype=tl.float64)
+        if TAIL:
+            s = tl.dot(q1.to(tl.float64), tl.trans(k1).to(tl.float64), s, out_dtype=tl.float64)
+        s = s.to(tl.float32)
+    elif q0.dtype == tl.float32 and HEAD >= 128 and HEAD <= 256:
         # without tensor cores one chain runs over all channels, and at 192 its error is twice that of shorter ones
         s = _short_chains(q0, k0)
         if TAIL > 64:
@@ -122,7 +127,7 @@ def _short_sums(p, v):
 @triton.jit
 def _step(
     s, v, acc, m, total, j, live, position, slope, window_left, window_right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys joins the running maximum m, the sum total and the sum of values acc."""
     allowed = live[None, :]
@@ -141,9 +146,10 @@ def _step(
     p = _exp(s - base[:, None], EXACT)
     decay = _exp(m - base, EXACT)
     total = total * decay + tl.sum(p, 1)
-    if (
-        EXACT and v.shape[1] <= 256
-    ):  # one chain over a thousand keys was up to 2.3 times PyTorch's error; 512 columns would spill
+    if DOUBLE:
+        acc = acc * decay[:, None] + tl.dot(p.to(tl.float64), v.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    elif EXACT and v.shape[1] <= 256:
+        # one chain over a thousand keys was up to 2.3 times PyTorch's error; the sums of 512 columns would spill
         acc = acc * decay[:, None] + _short_sums(p, v)
     else:
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
@@ -197,7 +203,7 @@ def _attend(
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, PAGES: tl.constexpr,
     NEW: tl.constexpr, SHARED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+    DOUBLE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # the key heads of one token lie side by side in memory, so their programs run side by side
     pid = tl.program_id(0)
@@ -263,13 +269,13 @@ def _attend(
             k1 = _load_rows(k_tile, k_at, live, D, HEAD, TAIL)
         else:
             k1 = k0
-        s = _scores(q0, q1, k0, k1, scale, softcap, TAIL, SOFTCAP)
+        s = _scores(q0, q1, k0, k1, scale, softcap, TAIL, SOFTCAP, DOUBLE)
         if SHARED:
             v = k0
         else:
             v = _load_rows(v_tile, v_at, live, DV, 0, WIDTH)
         acc, m, total = _step(
-            s, v, acc, m, total, j, live, position, slope, window_left, window_right, LEFT, RIGHT, ALIBI
+            s, v, acc, m, total, j, live, position, slope, window_left, window_right, LEFT, RIGHT, ALIBI, DOUBLE
         )
 
     if NEW:
@@ -302,9 +308,9 @@ def _attend(
                 _store_rows(k_head, k_at, keep, k1, D, HEAD, TAIL)
             if not SHARED:
                 _store_rows(v_head, v_at, keep, v, DV, 0, WIDTH)
-            s = _scores(q0, q1, k0, k1, scale, softcap, TAIL, SOFTCAP)
+            s = _scores(q0, q1, k0, k1, scale, softcap, TAIL, SOFTCAP, DOUBLE)
             acc, m, total = _step(
-                s, v, acc, m, total, j, live, position, slope, window_left, window_right, LEFT, RIGHT, ALIBI
+                s, v, acc, m, total, j, live, position, slope, window_left, window_right, LEFT, RIGHT, ALIBI, DOUBLE
             )
 
     if SINK and not PARTS:
@@ -498,6 +504,7 @@ class Flags(NamedTuple):
     sink: bool
     parts: bool
     dependent: bool
+    double: bool = False  # float32 multiplied as float64, where tensor cores take that (sm_80 and sm_90)
 
 
 @functools.cache
@@ -507,7 +514,7 @@ def attend_launch(d: int, dv: int, group: int, unit: int, flags: Flags, config: 
     return _ATTEND.bind(
         D=d, DV=dv, GROUP=group, UNIT=unit, PAGES=flags.pages, NEW=flags.new, SHARED=flags.shared, LEFT=flags.left,
         RIGHT=flags.right, ALIBI=flags.alibi, SOFTCAP=flags.softcap, SINK=flags.sink,
-        PARTS=flags.parts, DEPENDENT=flags.dependent, ROWS=config.rows, KEYS=config.keys, HEAD=head, TAIL=tail,
+        PARTS=flags.parts, DEPENDENT=flags.dependent, DOUBLE=flags.double, ROWS=config.rows, KEYS=config.keys, HEAD=head, TAIL=tail,
         WIDTH=width, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -553,7 +560,7 @@ def plan(
     new = new_shape[1] if new_shape else 0
     page_size = k_shape[1]
     capacity = page_size * (table_shape[1] if table_shape else 1)
-    sm_count, dependent, roomy = _card(index)
+    sm_count, dependent, roomy, double = _card(index)
     visible = capacity if window_left < 0 else min(capacity, window_left + seq)
     if not config:
         config = choose_config(
@@ -577,6 +584,7 @@ def plan(
     flags = Flags(
         pages, new > 0, shared,
         window_left >= 0, window_right >= 0 and seq > 1, alibi, softcap > 0, sink, parts, dependent,
+        double and dtype == torch.float32 and max(d, dv) <= 256,
     )  # fmt: skip
     strides = [s // unit for one in (*used, (0,) * 3, (0,) * 3)[:5] for s in one]
     counts = (
@@ -591,14 +599,16 @@ def plan(
 
 
 @functools.cache
-def _card(index: int) -> tuple[int, bool, bool]:
+def _card(index: int) -> tuple[int, bool, bool, bool]:
     """(multiprocessors, whether a kernel may start before the one it depends on has ended, whether a program may have 160 KiB of
-    shared memory)."""
+    shared memory, whether tensor cores take float64)."""
     if index < 0:
-        return 1, False, False
+        return 1, False, False, False
     facts = torch.cuda.get_device_properties(index)
     shared = getattr(facts, "shared_memory_per_block_optin", 0)
-    return facts.multi_processor_count, torch.version.hip is None and facts.major >= 9, shared >= 160 * 1024
+    cuda = torch.version.hip is None
+    double = cuda and (facts.major, facts.minor) in ((8, 0), (9, 0))
+    return facts.multi_processor_count, cuda and facts.major >= 9, shared >= 160 * 1024, double
 
 
 def unsupported(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options) -> str | None:

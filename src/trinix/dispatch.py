@@ -111,6 +111,13 @@ def plain(*tensors: Tensor) -> bool:
     return True
 
 
+def pulled_back_plainly(*gradients: Tensor) -> bool:
+    """Whether backward may launch kernels on these: no create_graph=True, no batch of gradients, nothing unusual."""
+    if torch.is_grad_enabled() or not plain(*gradients):
+        return False
+    return not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+
+
 def apply_of(function: type[torch.autograd.Function]) -> Callable:
     """``function.apply`` for tensors that ``plain`` has passed: without the Python layer that serves functorch (3 us a call)."""
     return super(torch.autograd.function._SingleLevelFunction, function).apply

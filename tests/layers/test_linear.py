@@ -247,6 +247,48 @@ def test_products_of_one_x_twice_differentiated():
     assert torch.autograd.gradgradcheck(lambda x, *p: tuple(contract.linears(x, pairs(p))), (x, *parameters))
 
 
+def test_products_of_one_x_pulled_back_under_autocast():
+    """Which came on after forward, as around a layer that was kept out of it; of the same precision as without."""
+    x = normal((3, 4), torch.float32, seed=0).requires_grad_()
+    parameters = parameters_of((2, 5), 4, torch.float32)
+    outputs = contract.linears(x, pairs(parameters))
+    given = [normal(y.shape, torch.float32, seed=i) for i, y in enumerate(outputs)]
+    want = torch.autograd.grad(outputs, [x, *parameters], given, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(outputs, [x, *parameters], given)
+    same(got, want)
+
+
+class Constant(torch.autograd.Function):
+    """Its gradient is ones, whatever came in: no batch even where that was one."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.ones(dy.shape, dtype=dy.dtype)
+
+
+@pytest.mark.parametrize("alone", [None, 0, 1], ids=["all batched", "first not", "second not"])
+@pytest.mark.parametrize("functorch", [True, False])
+def test_products_of_one_x_of_batched_gradients(alone, functorch):
+    x = normal((3, 4), torch.float64, seed=0).requires_grad_()
+    parameters = parameters_of((2, 5), 4, torch.float64)
+    leaves = [x, *parameters]
+
+    def judged(outputs):
+        outputs = [Constant.apply(y) if i == alone else y for i, y in enumerate(outputs)]
+        given = [normal((6, *y.shape), torch.float64, seed=i) for i, y in enumerate(outputs)]
+        if functorch:
+            return torch.vmap(lambda *dy: torch.autograd.grad(outputs, leaves, dy, retain_graph=True))(*given)
+        return torch.autograd.grad(outputs, leaves, given, is_grads_batched=True)
+
+    want = judged([F.linear(x, w, b) for w, b in pairs(parameters)])
+    torch.testing.assert_close(judged(contract.linears(x, pairs(parameters))), want)
+
+
 @pytest.mark.parametrize("of_x", [True, False])
 def test_products_of_one_x_are_separate_where_somebody_looks_on(of_x):
     x = normal((3, 4), torch.float32, seed=0).requires_grad_(of_x)

@@ -131,6 +131,17 @@ def test_a_second_derivative_and_transforms(device):
     torch.testing.assert_close(*found)
 
 
+def test_a_batch_of_gradients_of_the_values_alone(device):
+    """dk is then of zeros, and no batch."""
+    both, k_rope, *_ = inputs((1, 2, 3, 8, 8, 8), torch.float32, device)
+    dv = normal((4, 1, 2, 3, 8), torch.float32, seed=5, device=device)
+    got, want = (
+        torch.autograd.grad(function(both, k_rope, 8)[1], both, dv, is_grads_batched=True)[0]
+        for function in (keys_and_values, plain)
+    )
+    same(got, want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 2048, 128, 128, 128, 64), (1, 4096, 16, 128, 128, 64)], ids=str)
 def test_on_the_card_the_sizes_of_deepseek_v3(shape):

@@ -58,6 +58,6 @@ class _KeysAndValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dk, dv):
         r = ctx.r
-        if torch.is_grad_enabled() or not dispatch.plain(dk, dv) or torch._C._functorch.is_legacy_batchedtensor(dk):
+        if not dispatch.pulled_back_plainly(dk, dv):
             return torch.cat((dk[..., r:], dv), -1), dk[..., :r].sum(2, keepdim=True), None
         return *_kernels().backward(dk, dv, r), None

@@ -79,16 +79,20 @@ class _Linears(torch.autograd.Function):
     def forward(ctx, x, *parameters):
         weights, biases = parameters[::2], parameters[1::2]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1::2]) else None, *weights)
-        ctx.shape = x.shape
+        ctx.shape, ctx.kind = x.shape, x.device.type
         ctx.set_materialize_grads(False)
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx, *gradients):
+        if torch.is_autocast_enabled(ctx.kind):  # since forward, which ran without: dx.addmm_ takes one dtype only
+            with torch.autocast(ctx.kind, enabled=False):
+                return _Linears.backward(ctx, *gradients)
         x, *weights = ctx.saved_tensors
         dx, rest = None, []
-        again = torch.is_grad_enabled()
+        in_place = dispatch.pulled_back_plainly(*(dy for dy in gradients if dy is not None))
         needs = ctx.needs_input_grad
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
         for i, (dy, weight) in enumerate(zip(gradients, weights, strict=True)):
             if dy is None:
                 rest += (None, None)
@@ -98,8 +102,8 @@ class _Linears(torch.autograd.Function):
                 if dx is None:
                     dx = dy @ weight
                 else:
-                    dx = torch.addmm(dx, dy, weight) if again else dx.addmm_(dy, weight)
-            rest.append(dy.mT @ x.reshape(-1, weight.shape[1]) if needs[1 + 2 * i] else None)
+                    dx = dx.addmm_(dy, weight) if in_place else torch.addmm(dx, dy, weight)
+            rest.append(dy.mT @ rows if needs[1 + 2 * i] else None)
             rest.append(dy.sum(0) if needs[2 + 2 * i] else None)
         return None if dx is None else dx.view(ctx.shape), *rest
 
@@ -131,7 +135,7 @@ class _Slices(torch.autograd.Function):
     def backward(ctx, *gradients):
         shape, dim = ctx.layout
         first = gradients[0]
-        if not torch.is_grad_enabled() and dispatch.plain(*gradients) and not _batched(first):
+        if dispatch.pulled_back_plainly(*gradients):
             memory = first.untyped_storage().data_ptr()
             whole = side_by_side(gradients, dim)
             # of one allocation: two of their own may be neighbours
@@ -140,5 +144,4 @@ class _Slices(torch.autograd.Function):
         return torch.cat(gradients, dim), None, None
 
 
-_batched = torch._C._functorch.is_legacy_batchedtensor
 _apply_slices = dispatch.apply_of(_Slices)

@@ -447,13 +447,6 @@ def _recorded(grad: bool) -> bool:
     return grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
 
 
-def _pulled_back_plainly(*gradients) -> bool:
-    """Whether backward may launch kernels on these: no create_graph=True, no batch of gradients, nothing unusual."""
-    if torch.is_grad_enabled() or not dispatch.plain(*gradients):
-        return False
-    return not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
-
-
 # ---- rope ------------------------------------------------------------------------------------------------------------
 
 
@@ -483,7 +476,7 @@ class _Rope(torch.autograd.Function):
         given = [g for g in gradients if g is not None]
         if not given:
             return (None, None, *none)
-        if not _pulled_back_plainly(*given):
+        if not dispatch.pulled_back_plainly(*given):
             return (*_formula(*gradients, cos, sin, places, *ctx.call, inverse=True), *none)
         layouts = [layout for g, layout in zip(gradients, ctx.layouts, strict=True) if g is not None]
         results = iter(
@@ -560,7 +553,7 @@ class _QkNormRope(torch.autograd.Function):
     def backward(ctx, gq, gk):
         *inputs, cos, sin, places = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
-        if _pulled_back_plainly(gq, gk):
+        if dispatch.pulled_back_plainly(gq, gk):
             gradients = _triton().norm_rotate_backward(
                 inputs[0], inputs[1], gq, gk, inputs[2], inputs[3], cos, sin, places, *ctx.call,
                 dx=needed[0] or needed[1], dw=needed[2] or needed[3], layouts=ctx.layouts,

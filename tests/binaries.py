@@ -2,6 +2,11 @@
 
 import contextlib
 import io
+import os
+import re
+import struct
+import subprocess
+import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,3 +35,29 @@ def compiled(kernel, signature, constants, options, aligned=(), arch=90, source=
 def compiled_case(case, arch=90):
     """The same of a ``CompileCase`` in Triton itself."""
     return compiled(case.kernel, case.signature, case.constexprs, case.options, case.aligned, arch, ASTSource)
+
+
+def disassembled(cubins: list[bytes]) -> list[list[str]]:
+    """The instructions of each as nvdisasm writes them, whose start alone takes half a second: one run for all.
+
+    Addresses go on from binary to binary, in jumps and calls too.
+    """
+    nvdisasm = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
+    codes = [b"".join(_code(cubin)) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [nvdisasm, "--binary", "SM90", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = iter(re.findall(r"/\*[0-9a-f]{4,}\*/ .*;", text))
+    return [[next(lines) for _ in range(len(code) // 16)] for code in codes]
+
+
+def _code(elf: bytes):
+    """The sections with a kernel's instructions, of 16 bytes each."""
+    (at,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<3H", elf, 58)
+    sections = [struct.unpack_from("<IIQQQQ", elf, at + size * i) for i in range(count)]
+    for name, *_, start, length in sections:
+        if elf.startswith(b".text", sections[names][4] + name):
+            yield elf[start : start + length]

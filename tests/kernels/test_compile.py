@@ -46,9 +46,20 @@ LARGE = re.compile(
 )
 PRODUCTS = re.compile("(head_mlp|attention|attention_decode)/.*/bfloat16")
 
+# Runs in a forked process: here TRITON_INTERPRET may be set. A report is what ``aot.report`` asks of its own processes, which
+# would import PyTorch and Triton once more for every test.
+COMPILE = """
+import dataclasses, json
+from trinix.lab import aot
+
+cases = aot.load_cases(aot.KERNEL_MODULES, TARGET)
+for name in NAMES:
+    print(json.dumps(dataclasses.asdict(aot.compile_one(cases[name], TARGET))), flush=True)
+"""
+
 
 @pytest.fixture(scope="session")
-def kernels(fresh_process):
+def kernels(forked_process):
     """name -> which kernel, of every case."""
     code = """
     import json
@@ -56,7 +67,18 @@ def kernels(fresh_process):
     cases = aot.load_cases(aot.KERNEL_MODULES, "sm_90")
     print(json.dumps({name: id(case.kernel) for name, case in cases.items()}))
     """
-    return json.loads(fresh_process(code))
+    return json.loads(forked_process(code))
+
+
+@pytest.fixture(scope="session")
+def listed(kernels):
+    return lambda op: {name for name in kernels if name.startswith(f"{op}/")}
+
+
+def firsts(kernels) -> list[str]:
+    """As ``aot.first_cases()``."""
+    quick = [name for name in kernels if aot.quick(name)]
+    return list({kernels[name]: name for name in reversed(quick)}.values())[::-1]
 
 
 def selection(kernels):
@@ -67,36 +89,47 @@ def selection(kernels):
     return [name for name in kernels if name in {*quick, *first.values(), *spilling}]
 
 
-def compiled(names, targets):
-    reports = aot.report(names, targets)
-    assert len(reports) == len(names) * len(targets) > 20
-    assert not [f"{one.case} {one.target}: {fault(one)}" for one in reports if fault(one)]
-    return reports
+@pytest.fixture
+def compiled(forked_process):
+    def run(names, target, more=""):
+        """The reports, and what more code prints in the same process."""
+        code = f"NAMES, TARGET = {list(names)}, {target!r}\n{COMPILE}{more}"
+        lines = [json.loads(line) for line in forked_process(code).splitlines()]
+        reports = [aot.Report(**one) for one in lines[: len(names)]]
+        assert [one.case for one in reports] == list(names) != []
+        assert not [f"{one.case} {one.target}: {fault(one)}" for one in reports if fault(one)]
+        return reports, lines[len(names) :]
+
+    return run
 
 
-def test_every_binary_compiles_well(kernels, every_binary):
-    names = kernels if every_binary else selection(kernels)
-    compiled([name for name in names if not PRODUCTS.match(name)], ["sm_90"])
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_binary_compiles_well(half, kernels, every_binary, compiled):
+    names = [name for name in (kernels if every_binary else selection(kernels)) if not PRODUCTS.match(name)]
+    compiled(names[half::2], "sm_90")
 
 
-def test_every_binary_with_products_compiles_well_and_reads_no_unwritten_register(kernels, every_binary, fresh_process):
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_binary_with_products_compiles_well_and_reads_no_unwritten_register(
+    half, kernels, every_binary, compiled
+):
     """In one test: the second half finds in Triton's cache what the first has compiled."""
-    names = [name for name in (kernels if every_binary else selection(kernels)) if PRODUCTS.match(name)]
-    compiled(names, ["sm_90"])
-    lines = [json.loads(line) for line in fresh_process(f"NAMES = {names}\n" + DISASSEMBLE).splitlines()]
+    names = [name for name in (kernels if every_binary else selection(kernels)) if PRODUCTS.match(name)][half::2]
+    lines = compiled(names, "sm_90", DISASSEMBLE)[1]
     assert len(lines) > len(names) / 2
     assert not {one["name"]: unwritten(one["uniform"])[:2] for one in lines if unwritten(one["uniform"])}
 
 
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])
-def test_every_kernel_compiles_well_for_other_cards(target, every_binary):
-    compiled(aot.quick_cases() if every_binary else aot.first_cases(), [target])
+def test_every_kernel_compiles_well_for_other_cards(target, kernels, every_binary, compiled):
+    compiled(list(filter(aot.quick, kernels)) if every_binary else firsts(kernels), target)
 
 
-def test_a_card_with_99_kib_of_shared_memory_has_binaries_that_fit(every_binary):
+def test_a_card_with_99_kib_of_shared_memory_has_binaries_that_fit(kernels, every_binary, compiled):
     """sm_86, sm_89 and sm_120 have what sm_80 has of tensor cores, and less of this: what is over it has a smaller form."""
-    some = [name for name in aot.quick_cases() if name in aot.first_cases() or LARGE.match(name)]
-    reports = compiled(aot.quick_cases() if every_binary else some, ["sm_80"])
+    quick = list(filter(aot.quick, kernels))
+    some = [name for name in quick if name in firsts(kernels) or LARGE.match(name)]
+    reports, _ = compiled(quick if every_binary else some, "sm_80")
     large = {one.case for one in reports if one.shared_bytes > 99 * 1024}
     tiles = {one for one in large if "-large-tiles" in one}  # never chosen there
     forms = ("head_mlp/silu-256{}/fwd", "head_mlp/silu-256{}/bwd", "head_mlp/silu-gated-256{}/fwd")
@@ -105,14 +138,13 @@ def test_a_card_with_99_kib_of_shared_memory_has_binaries_that_fit(every_binary)
     assert {form.format("-99k") + "/bfloat16" for form in forms} <= {one.case for one in reports}
 
 
-def test_the_benchs_selection_has_every_kernel_once(kernels):
-    first = aot.first_cases()
-    assert set(first) <= set(aot.quick_cases())
-    assert sorted(kernels[name] for name in first) == sorted({kernels[name] for name in aot.quick_cases()})
+def test_the_selections_have_every_kernel_once(kernels):
+    assert set(firsts(kernels)) == set(aot.first_cases())
+    assert {kernels[name] for name in firsts(kernels)} == {kernels[name] for name in kernels if aot.quick(name)}
     assert {kernels[name] for name in selection(kernels)} == set(kernels.values())
 
 
-def test_every_kind_pass_and_dtype_is_listed():
+def test_every_kind_pass_and_dtype_is_listed(listed):
     dtypes = ("float16", "bfloat16", "float32")
     flat = {f"activation/{k}/{p}/{d}" for k in ops.KINDS if k != "none" for p in ("fwd", "bwd") for d in dtypes}
     special = [f"{kind}/{way}-mask" for kind in ("relu", "leaky_relu") for way in ("fwd", "bwd")]
@@ -120,11 +152,7 @@ def test_every_kind_pass_and_dtype_is_listed():
     assert listed("activation") == flat | {f"activation/{name}/{d}" for name in special for d in dtypes}
 
 
-def listed(op: str) -> set[str]:
-    return {name for name in aot.case_names() if name.startswith(f"{op}/")}
-
-
-def test_every_norm_kernel_width_and_dtype_is_listed():
+def test_every_norm_kernel_width_and_dtype_is_listed(listed):
     widths = (128, 768, 1024, 4096, 8192)
     names = [f"layer-{n}/{way}" for n in widths for way in ("fwd", "bwd")] + [f"rms-{n}/bwd" for n in widths]
     names += [f"{form}/{way}" for form in ("residual-4096", "wide-65536") for way in ("fwd", "bwd")]
@@ -139,7 +167,7 @@ def test_every_norm_kernel_width_and_dtype_is_listed():
     assert listed("norm") == {f"norm/{name}/{d}" for name in names for d in ("float16", "bfloat16", "float32")}
 
 
-def test_every_glu_kernel_and_dtype_is_listed():
+def test_every_glu_kernel_and_dtype_is_listed(listed):
     kinds = ("swiglu", "geglu", "geglu_tanh", "reglu", "quick_geglu", "glu", "bilinear")
     names = [f"{kind}/{way}" for kind in kinds for way in ("fwd", "bwd")] + ["swiglu/bwd-gate", "swiglu/bwd-up"]
     ways = ("pairs", "rows", "rows-short", "rows-pairs", "strided")
@@ -148,7 +176,7 @@ def test_every_glu_kernel_and_dtype_is_listed():
     assert listed("glu") == {f"glu/{name}/{d}" for name in names for d in ("float16", "bfloat16", "float32")}
 
 
-def test_every_softmax_kernel_and_dtype_is_listed():
+def test_every_softmax_kernel_and_dtype_is_listed(listed):
     lengths = (128, 1000, 4096, 32768, 50257, 131072)
     views = [f"rows-{n}" for n in lengths] + ["columns-256", "columns-8192"]
     names = {f"softmax/{view}/{way}" for view in views for way in ("fwd", "bwd")} | {"softmax/rows-4096-mask/fwd"}
@@ -157,7 +185,7 @@ def test_every_softmax_kernel_and_dtype_is_listed():
     assert listed("log_softmax") == {f"log_softmax/rows-4096/{way}/{d}" for way in ("fwd", "bwd") for d in dtypes}
 
 
-def test_every_attention_kernel_and_dtype_is_listed():
+def test_every_attention_kernel_and_dtype_is_listed(listed):
     kernels = [f"{kernel}{form}" for kernel in ("fwd", "keys", "queries") for form in ("", "-causal")]
     kernels += ["prepare", "bias"]
     with_bias = ["fwd-bias", "keys-bias", "queries-bias", "apart"]
@@ -167,7 +195,7 @@ def test_every_attention_kernel_and_dtype_is_listed():
     assert listed("attention") == wanted | {f"attention/{name}/float32" for name in small}
 
 
-def test_every_decoding_kernel_and_dtype_is_listed():
+def test_every_decoding_kernel_and_dtype_is_listed(listed):
     forms = "64 128 128-whole 128-packed 128-pages 128-large-pages 128-append 256 latent latent-packed"
     forms += " latent-packed-99k 80-options"
     large = "64-large-tiles 64-large-tiles-append 128-large-tiles 256-large-tiles 256-large-tiles-append"
@@ -179,12 +207,12 @@ def test_every_decoding_kernel_and_dtype_is_listed():
     }
 
 
-def test_every_linear_kernel_is_listed():
+def test_every_linear_kernel_is_listed(listed):
     names = ("4096", "14336-bias", "3000")
     assert listed("linear") == {f"linear/{name}/{d}" for name in names for d in ("float16", "bfloat16")}
 
 
-def test_every_latent_kernel_is_listed():
+def test_every_latent_kernel_is_listed(listed):
     dtypes = ("float16", "bfloat16", "float32")
     assert listed("latent_keys") == {f"latent_keys/{pass_}/{d}" for pass_ in ("fwd", "bwd") for d in dtypes}
 
@@ -202,7 +230,7 @@ def test_no_kernel_has_a_text_as_a_default():
     assert not found
 
 
-def test_every_head_mlp_kernel_is_listed():
+def test_every_head_mlp_kernel_is_listed(listed):
     forms = (*ops.KINDS, "silu-16", "silu-128", "silu-256", "silu-gated-64", "silu-gated-128", "silu-gated-256")
     forms += ("silu-256-99k", "silu-gated-256-99k")
     cases = [f"{form}/bfloat16" for form in (*forms, "silu-bias-mean", "silu-transposed", "silu-odd")]
@@ -219,27 +247,24 @@ def test_every_head_mlp_kernel_is_listed():
 # take turns at one address, with descriptors that differ, and the matrix instruction of the second reads garbage (wrong
 # results, or an illegal access, on the card only).
 
-# Runs in a process of its own: here TRITON_INTERPRET may be set.
+# Runs behind COMPILE.
 DISASSEMBLE = """
-import json, os, subprocess
 import triton
+from binaries import disassembled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from trinix.lab import aot
 
-cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-cases = aot.load_cases(aot.KERNEL_MODULES, "sm_90")
+products = {}
 for case in map(cases.get, NAMES):
     names = case.kernel.arg_names
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     constants = {(names.index(name),): value for name, value in case.constexprs.items()}
     source = ASTSource(case.kernel, case.signature, constants, hints)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case.options)
-    if not any(word in binary.asm["ptx"] for word in ("wgmma.mma", "mma.sync")):
-        continue
-    cubin = next(path for file, path in binary.metadata_group.items() if file.endswith(".cubin"))
-    sass = subprocess.run([cuobjdump, "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
-    print(json.dumps({"name": case.name, "uniform": [line for line in sass.splitlines() if "UR" in line or "CALL" in line]}))
+    if any(word in binary.asm["ptx"] for word in ("wgmma.mma", "mma.sync")):
+        products[case.name] = binary.asm["cubin"]
+for name, lines in zip(products, disassembled(list(products.values()))):
+    print(json.dumps({"name": name, "uniform": [line for line in lines if "UR" in line or "CALL" in line]}))
 """
 
 WRITES = re.compile(r"(?:U(?!TMA|ISETP|PLOP3|SETMAXREG|BLKCP)|S2UR|R2UR|LDCU|VOTEU|CS2UR|REDUX)")
@@ -252,7 +277,7 @@ def unwritten(lines: list[str]) -> list[str]:
     """
     code = []
     for line in lines:
-        if found := re.search(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s+([^;]*);", line):
+        if found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s+([^;]*);", line):
             code.append(
                 (int(found[1], 16), line.strip(), *_uses(found[2], [one.strip() for one in found[3].split(",")]))
             )
@@ -366,14 +391,17 @@ def test_bad_kernels_are_rejected(monkeypatch):
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="no-such-case"):
-        aot.report(["no-such-case"])
+        aot.report(["no-such-case"], modules=(__name__,))
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--select", "no-such-case"], "--select 'no-such-case' leaves no case; --list has their names"),
-        (["--select", "alibi", "--targets", "sm_9,sm_90"], "got ['sm_9']"),
+        (
+            ["--select", "no-such-case", "--modules", __name__],
+            "--select 'no-such-case' leaves no case; --list has their names",
+        ),
+        (["--targets", "sm_9,sm_90", "--modules", __name__], "got ['sm_9']"),
     ],
 )
 def test_a_command_that_would_compile_nothing_is_refused(flags, said, monkeypatch, capsys):

@@ -28,19 +28,16 @@ SPILLS = {
     "backward/128/softcap-varlen": 10, "backward/128/alibi": 8, "backward/128/deterministic": 16,
 }  # fmt: skip
 
-# Runs in a process of its own: here TRITON_INTERPRET may be set.
+# Runs in a forked process: here TRITON_INTERPRET may be set.
 COMPILE = """
-import json, os, re, subprocess, tempfile
-import triton
-from binaries import compiled
+import json, re
+from binaries import compiled, disassembled
 from trinix.kernels.hopper.attention import compile_cases
-
-CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
 def loops(sass):
     "innermost loops that hold matrix instructions"
-    lines = [(int(a, 16), i.strip()) for a, i in re.findall(r"/\\*([0-9a-f]{4,5})\\*/\\s+(.*?);", sass)]
+    lines = [(int(a, 16), i.strip()) for a, i in re.findall(r"/\\*([0-9a-f]{4,})\\*/\\s+(.*?);", sass)]
     spans = []
     for at, instruction in lines:
         back = re.match(r"@\\S+ BRA 0x([0-9a-f]+)", instruction)
@@ -62,19 +59,16 @@ def hasty(ptx):
     return count
 
 
-for case in compile_cases():
-    if not WANTED(case.name):
-        continue
+cases = [case for case in compile_cases() if WANTED(case.name)]
+binaries = []
+for case in cases:
     names = case.kernel.arg_names
     annotated = {p.name: p.annotation_type for p in case.kernel.params}
     signature = {n: "constexpr" if n in case.constants else case.signature.get(n) or annotated[n] or "i32" for n in names}
     aligned = ["sums"] if "sums" in names else []
-    binary, log = compiled(case.kernel, signature, case.constants, {"num_warps": 4}, aligned)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(binary.asm["cubin"])
-        cubin.flush()
-        command = [CUOBJDUMP, "--dump-sass", cubin.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    binaries.append(compiled(case.kernel, signature, case.constants, {"num_warps": 4}, aligned))
+for case, (binary, log), lines in zip(cases, binaries, disassembled([binary.asm["cubin"] for binary, _ in binaries])):
+    sass = "\\n".join(lines)
     found = loops(sass)
     print(json.dumps({
         "name": case.name, "shared": binary.metadata.shared, "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
@@ -99,11 +93,11 @@ FEW = {
 
 
 @pytest.mark.parametrize("few", FEW.values(), ids=FEW)
-def test_every_binary_compiles_well(few, fresh_process, every_binary):
+def test_every_binary_compiles_well(few, forked_process, every_binary):
     """No spill in a loop over tiles, no product that waits for itself, sums of dQ 16 bytes at a time."""
     starts = {name.rpartition("/")[0] for name in few.split()}
     wanted = f"lambda name: name.rpartition('/')[0] in {starts}" if every_binary else f"{few.split()}.__contains__"
-    lines = [json.loads(line) for line in fresh_process(f"WANTED = {wanted}\n" + COMPILE).splitlines()]
+    lines = [json.loads(line) for line in forked_process(f"WANTED = {wanted}\n" + COMPILE).splitlines()]
     assert {one["name"] for one in lines} >= set(few.split())
     for one in lines:
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"

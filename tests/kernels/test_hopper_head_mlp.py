@@ -20,7 +20,7 @@ from trinix.kernels.hopper import head_mlp as hopper
 SHARED_LIMIT = 227 * 1024
 SPILLS = {"weights/64/mish": 112}  # bytes in all: 5 registers of a formula with two divisions
 
-# Runs in a process of its own: here TRITON_INTERPRET may be set.
+# Runs in a forked process: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
 from binaries import compiled
@@ -47,10 +47,10 @@ FEW = "^weights/64/|/silu$|^(forward/64/3|rows/64)/(gelu|mish)$"
 
 
 @pytest.mark.parametrize("start", ["weights/64", "rows", "forward/64", "(forward|weights)/(128|256)"])
-def test_every_binary_compiles_without_spills_and_no_product_waits_for_itself(start, fresh_process, every_binary):
+def test_every_binary_compiles_without_spills_and_no_product_waits_for_itself(start, forked_process, every_binary):
     chosen = "" if every_binary else FEW
     wanted = f"lambda name: re.match({start!r}, name) and re.search({chosen!r}, name)"
-    lines = [json.loads(line) for line in fresh_process(f"WANTED = {wanted}\n" + COMPILE).splitlines()]
+    lines = [json.loads(line) for line in forked_process(f"WANTED = {wanted}\n" + COMPILE).splitlines()]
     assert len(lines) >= 3
     for one in lines:
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"

@@ -19,7 +19,7 @@ from trinix.testing import judge, normal
 
 EPS = 1e-5
 
-# Runs in a process of its own: here TRITON_INTERPRET may be set.
+# Runs in a forked process: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
 import binaries
@@ -76,9 +76,9 @@ CASES_OF = {
 
 
 @pytest.mark.parametrize("dtypes", [("bf16",), ("fp16", "fp32")], ids="-".join)
-def test_every_binary_keeps_its_columns_in_registers_and_moves_16_bytes_at_a_time(dtypes, fresh_process, every_binary):
+def test_every_binary_keeps_its_columns_in_registers_and_moves_16_bytes_at_a_time(dtypes, forked_process, every_binary):
     cases = {dtype: CASES if every_binary else CASES_OF[dtype] for dtype in dtypes}
-    lines = [json.loads(line) for line in fresh_process(f"CASES = {cases!r}\n" + COMPILE).splitlines()]
+    lines = [json.loads(line) for line in forked_process(f"CASES = {cases!r}\n" + COMPILE).splitlines()]
     assert len(lines) == sum(len(chosen) + 3 for chosen in cases.values())
     for one in lines:
         assert one["spills"] == 0, one

@@ -19,7 +19,7 @@ from trinix.testing import assert_within_budget, normal
 
 SHARED_LIMIT = 227 * 1024
 
-# Runs in a process of its own: here TRITON_INTERPRET may be set.
+# Runs in a forked process: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
 import torch
@@ -51,9 +51,9 @@ CASES = (
 FEW = {"bf16": CASES, "fp16": (CASES[1],), "fp32": (CASES[1], CASES[4], CASES[6])}  # --every-binary takes the others
 
 
-def test_every_binary_keeps_its_values_in_registers_and_stores_16_bytes_at_a_time(fresh_process, every_binary):
+def test_every_binary_keeps_its_values_in_registers_and_stores_16_bytes_at_a_time(forked_process, every_binary):
     cases = dict.fromkeys(FEW, CASES) if every_binary else FEW
-    lines = [json.loads(line) for line in fresh_process(f"CASES = {cases}\n" + COMPILE).splitlines()]
+    lines = [json.loads(line) for line in forked_process(f"CASES = {cases}\n" + COMPILE).splitlines()]
     assert len(lines) == sum(map(len, cases.values()))
     for one in lines:
         assert one["spills"] == 0, one
@@ -219,9 +219,9 @@ for letters, itemsize in LETTERS.items():
 """
 
 
-def test_every_binary_of_rows_keeps_its_piece_in_registers_and_moves_16_bytes_at_a_time(fresh_process, every_binary):
+def test_every_binary_of_rows_keeps_its_piece_in_registers_and_moves_16_bytes_at_a_time(forked_process, every_binary):
     letters = {"bf16": 2, "fp32": 4} | ({"fp16": 2} if every_binary else {})
-    lines = [json.loads(line) for line in fresh_process(f"LETTERS = {letters}\n" + COMPILE_ROWS).splitlines()]
+    lines = [json.loads(line) for line in forked_process(f"LETTERS = {letters}\n" + COMPILE_ROWS).splitlines()]
     assert len(lines) == 10 * len(letters)
     for one in lines:
         assert one["spills"] == 0, one

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Runs in a process of its own: here TRITON_INTERPRET may be set.
+# Runs in a forked process: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
 from binaries import compiled_case
@@ -37,9 +37,9 @@ for name, launch, tensors in CASES():
 """
 
 
-def made(cases, fresh_process):
+def made(cases, forked_process):
     code = COMPILE.replace("CASES()", cases)
-    return [json.loads(line) for line in fresh_process(code).splitlines()]
+    return [json.loads(line) for line in forked_process(code).splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def made(cases, fresh_process):
     ],
     ids=["d64-and-192-128-causal", "d128-window-and-d256-causal"],
 )
-def test_no_product_waits_for_itself(calls, fresh_process):
-    lines = made(f"(one for call in ({calls}) for one in call)", fresh_process)
+def test_no_product_waits_for_itself(calls, forked_process):
+    lines = made(f"(one for call in ({calls}) for one in call)", forked_process)
     assert len(lines) >= 6
     for one in lines:
         assert one["products"] >= 2, one
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"
 
 
-def test_forward_of_two_tiles_of_channels_spills_little(fresh_process):
-    for one in made("[next(cases(*call, right=True)) for call in ((129, 128, 1), (136, 200, 8))]", fresh_process):
+def test_forward_of_two_tiles_of_channels_spills_little(forked_process):
+    for one in made("[next(cases(*call, right=True)) for call in ((129, 128, 1), (136, 200, 8))]", forked_process):
         assert one["spills"] <= 64, one  # with the aligned tiles 1700

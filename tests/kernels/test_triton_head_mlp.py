@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Runs in a process of its own: here TRITON_INTERPRET may be set.
+# Runs in a forked process: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
 import torch
@@ -69,20 +69,20 @@ for name, d, arch, launch, tensors in CASES():
 """
 
 
-def compiled(cases, fresh_process):
-    return [json.loads(line) for line in fresh_process(COMPILE.replace("CASES", cases)).splitlines()]
+def compiled(cases, forked_process):
+    return [json.loads(line) for line in forked_process(COMPILE.replace("CASES", cases)).splitlines()]
 
 
-def test_a_kernel_launched_early_touches_no_tensor_before_it_has_waited(fresh_process):
-    lines = compiled("early", fresh_process)
+def test_a_kernel_launched_early_touches_no_tensor_before_it_has_waited(forked_process):
+    lines = compiled("early", forked_process)
     assert len(lines) == 8
     for one in lines:
         early = one["name"].endswith("True")
         assert (0 < one["waits"] < one["reads"]) if early else one["waits"] == -1, one
 
 
-def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill_little(fresh_process):
-    lines = compiled("apart", fresh_process)
+def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill_little(forked_process):
+    lines = compiled("apart", forked_process)
     assert len(lines) == 9
     for one in lines:
         assert one["kib"] <= one["kib_limit"], one
@@ -91,8 +91,8 @@ def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill
             assert one["spills"] <= 64, one
 
 
-def test_float32_as_float64_runs_on_tensor_cores(fresh_process):
-    lines = compiled("double", fresh_process)
+def test_float32_as_float64_runs_on_tensor_cores(forked_process):
+    lines = compiled("double", forked_process)
     assert len(lines) == 10
     for one in lines:
         assert one["float64 on tensor cores"] >= 2, one

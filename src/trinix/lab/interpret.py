@@ -273,7 +273,7 @@ def _layer_kernels() -> Iterator[dict]:
     from trinix.ops.latent import keys_and_values
     from trinix.ops.linear import linear
 
-    for name in DTYPES[1:]:
+    for name in (one for one in DTYPES if one != "float32"):
         inputs = [testing.normal(s, getattr(torch, name), seed=i) for i, s in enumerate(((1, 72), (33, 72), (33,)))]
         got, low, true = linear(*inputs), F.linear(*inputs), F.linear(*(t.double() for t in inputs))
         yield _result("linear", name, LAYOUTS[0], ("y",), [got], [low], [true])

@@ -32,7 +32,9 @@ def pytest_configure(config):
     torch.utils.deterministic.fill_uninitialized_memory = True
     if interpreted() and importlib.util.find_spec("triton"):
         import footprints
+        import quick_interpreter
 
+        quick_interpreter.install()
         footprints.install()
 
 

@@ -351,7 +351,7 @@ def test_emulated_prepared_calls_are_the_same(monkeypatch, d, short):
     options = Options(scale=d**-0.5, **CAUSAL)
     shapes = (1, 70, 4, d), (1, 90, 2, d), (1, 90, 2, d)
     prepared = None
-    for step in range(2):
+    for step in range(2 if d == 64 else 1):
         q, k, v = [normal(shape, torch.float16, seed=3 * step + i) for i, shape in enumerate(shapes)]
         prepared = prepared or hopper.Prepared("hopper", q, k, v, options)
         want, want_lse = hopper.forward(q, k, v, options)
@@ -387,8 +387,8 @@ def test_emulated_gradients_of_saved_tensors_that_a_hook_has_packed(monkeypatch)
 
 @pytest.mark.parametrize(
     ("d", "heads", "how"),
-    [(64, (3, 3, 3), "heads"), (128, (4, 2, 2), "heads"), (40, (2, 1, 1), "heads"), (64, (2, 2, 2), "halves"),
-     (192, (2, 2, 2), "halves"), (128, (2, 1, 1), "halves"), (64, (2, 2, 2), "overlapping")],
+    [(64, (3, 3, 3), "heads"), (128, (4, 2, 2), "heads"), (64, (2, 2, 2), "halves"), (192, (2, 2, 2), "halves"),
+     (40, (2, 1, 1), "halves"), (64, (2, 2, 2), "overlapping")],
     ids=str,
 )  # fmt: skip
 def test_emulated_gradients_are_slices_of_one_tensor_where_q_k_and_v_are(monkeypatch, d, heads, how):

@@ -115,7 +115,10 @@ def pulled_back_plainly(*gradients: Tensor) -> bool:
     """Whether backward may launch kernels on these: no create_graph=True, no batch of gradients, nothing unusual."""
     if torch.is_grad_enabled() or not plain(*gradients):
         return False
-    return not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+    for g in gradients:  # noqa: SIM110  (as in ``plain``)
+        if torch._C._functorch.is_legacy_batchedtensor(g):
+            return False
+    return True
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable:

@@ -305,6 +305,13 @@ def test_products_of_one_x_are_separate_where_somebody_looks_on(of_x):
     same(contract.linears(x, sparse), [F.linear(x, w, b) for w, b in sparse])
 
 
+def test_products_of_a_complex_x_are_pytorchs():
+    x, weight = (torch.randn(n, 4, dtype=torch.complex128, requires_grad=True) for n in (3, 2))
+    y, z = contract.linears(x, [(weight, None), (weight, None)])
+    got = torch.autograd.grad((y + z).abs().sum(), (x, weight))
+    same(got, torch.autograd.grad((F.linear(x, weight) + F.linear(x, weight)).abs().sum(), (x, weight)))
+
+
 def test_a_hooked_projection_is_called():
     layer = trinix.FastMultiHeadAttention(8, 2)
     seen = []

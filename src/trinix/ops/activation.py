@@ -244,10 +244,10 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, dy):
         (saved,) = ctx.saved_tensors
         kind, a, b, layout = ctx.call
-        again = torch.is_grad_enabled()  # create_graph=True
-        if not again and dispatch.plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
+        if dispatch.pulled_back_plainly(dy):
             return _triton().backward(saved, dy, kind, a, b, layout), None, None, None
         # the same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy
+        again = torch.is_grad_enabled()  # create_graph=True
         if saved.dtype == torch.uint8:
             dx = torch.where(
                 _triton().unpack_mask(saved, dy.shape, layout), dy, a * dy if kind == "leaky_relu" else 0.0

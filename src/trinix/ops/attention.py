@@ -316,7 +316,7 @@ class _PreparedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse=None):
         q, k, v, out, lse = ctx.saved_tensors
-        if dlse is None and dout is not None and not torch.is_grad_enabled() and _raw(dout):
+        if dlse is None and dout is not None and dispatch.pulled_back_plainly(dout):
             return *ctx.call.backward(dout, q, k, v, out, lse), None, None
         needs = *ctx.needs_input_grad[:3], False, False
         call = ctx.call
@@ -612,19 +612,13 @@ class _Attention(torch.autograd.Function):
 _apply = dispatch.apply_of(_Attention)
 
 
-def _raw(gradient) -> bool:
-    """Whether a raw launch may read it."""
-    return dispatch.plain(gradient) and not torch._C._functorch.is_legacy_batchedtensor(gradient)
-
-
 def _gradients(backend, dout, dlse, q, k, v, out, lse, options, needs):
     """Those of (q, k, v, bias, sink), whatever came in."""
     given = [t for t in (dout, dlse) if t is not None]
     if not given:
         return (None,) * 5
-    again = torch.is_grad_enabled()
-    if again or backend == "torch" or not all(map(_raw, given)):
-        return _formula_gradients(q, k, v, options, dout, dlse, needs, again)
+    if backend == "torch" or not dispatch.pulled_back_plainly(*given):
+        return _formula_gradients(q, k, v, options, dout, dlse, needs, torch.is_grad_enabled())
     dout = torch.zeros_like(out) if dout is None else dout
     return BACKENDS[backend]().backward(dout, dlse, q, k, v, out, lse, options, needs)
 

@@ -224,8 +224,7 @@ class _Glu(torch.autograd.Function):
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        again = torch.is_grad_enabled()  # create_graph=True
-        if not again and dispatch.plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
+        if dispatch.pulled_back_plainly(dy):
             grads = _triton().backward(gate, up, dy, *ctx.call, *wanted)
         else:
             grads = _formula_gradients(lambda gate, up: reference.forward(gate, up, *ctx.call), (gate, up), dy, wanted)
@@ -289,8 +288,7 @@ class _GluOfSum(torch.autograd.Function):
     def backward(ctx, dy):
         packed, bias = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        again = torch.is_grad_enabled()
-        if not again and dispatch.plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
+        if dispatch.pulled_back_plainly(dy):
             if wanted[1]:
                 return *_triton().backward_sums(packed, dy, ctx.kind, "gate_first", bias.dtype, wanted[0]), None
             return _triton().backward(packed, None, dy, ctx.kind, "gate_first")[0], None, None
@@ -308,9 +306,8 @@ class _GluOfSum(torch.autograd.Function):
 
 
 def _fake_forward(gate, up, kind, layout):
-    from trinix.kernels.triton import (
-        glu,
-    )  # not _triton: torch.compile traces that, and what it keeps must stay as it was seen
+    # not _triton: torch.compile traces that, and what it keeps must stay as it was seen
+    from trinix.kernels.triton import glu
 
     return glu.empty_output(gate, up, layout)
 

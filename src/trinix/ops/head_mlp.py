@@ -197,10 +197,10 @@ class _PreparedHeadMLP(torch.autograd.Function):
         x, w1, w2 = ctx.saved_tensors
         call, inputs = ctx.call, (x, w1, w2, None, None, None)
         wanted = *ctx.needs_input_grad[:3], False, False, False
-        if torch.is_grad_enabled() or not dispatch.plain(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
-            grads = _formula_gradients(inputs, dy, call.kind, False, wanted)
-        else:
+        if dispatch.pulled_back_plainly(dy):
             grads = call.backward.backward(*inputs, dy, call.kind, False, wanted)
+        else:
+            grads = _formula_gradients(inputs, dy, call.kind, False, wanted)
         return *grads[:3], None
 
 
@@ -359,8 +359,7 @@ class _HeadMLP(torch.autograd.Function):
     def backward(ctx, dy):
         inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:6]
-        again = torch.is_grad_enabled()  # create_graph=True
-        if not again and dispatch.plain(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
+        if dispatch.pulled_back_plainly(dy):
             grads = _run_backward(*inputs, dy, *ctx.call, wanted)
         else:
             grads = _formula_gradients(inputs, dy, *ctx.call[:2], wanted)
@@ -392,9 +391,8 @@ _INPUTS = "Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, Tensor? w_gat
 
 
 def _fake_forward(x, w1, w2, b1, b2, w_gate, kind, mean, named):
-    from trinix.kernels.triton import (
-        head_mlp,
-    )  # not _triton: torch.compile traces that, and what it keeps must stay as it was seen
+    # not _triton: torch.compile traces that, and what it keeps must stay as it was seen
+    from trinix.kernels.triton import head_mlp
 
     return head_mlp.empty_output(x, w1, mean)
 

@@ -66,6 +66,7 @@ def _trains(x: Tensor, *others: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and x.requires_grad
+        and x.is_floating_point()  # complex products have conjugates in backward
         and not torch.compiler.is_compiling()
         and dispatch.plain(x, *others)
         and not any(t.layout != torch.strided or t.is_nested or t.is_meta for t in (x, *others))

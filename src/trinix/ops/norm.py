@@ -252,12 +252,6 @@ def _forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def _needs_formula(dy: Tensor, dh: Tensor) -> bool:
-    """Whether backward has to go through PyTorch's operations: create_graph=True, or gradients of any kind."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    return torch.is_grad_enabled() or not dispatch.plain(dy, dh) or batched(dy) or batched(dh)
-
-
 @functools.cache
 def _triton_missing() -> str | None:
     return dispatch.missing(_triton)
@@ -326,7 +320,7 @@ class _Norm(torch.autograd.Function):
         x, weight, bias, stats = ctx.saved_tensors
         shape, eps, offset, norm, backend = ctx.call
         wanted = ctx.needs_input_grad[:3]
-        if _needs_formula(dy, dy):
+        if not dispatch.pulled_back_plainly(dy):
             grads = _formula_gradients(
                 lambda x, w, b: reference.forward(x, w, b, shape, eps, offset, norm.center, norm.kind),
                 (x, weight, bias), wanted, dy,
@@ -423,7 +417,7 @@ class _ResidualNorm(torch.autograd.Function):
         h, weight, bias, stats, seed = ctx.saved_tensors
         shape, eps, offset, norm, p, backend = ctx.call
         need_x, need_r, *wanted = ctx.needs_input_grad[:4]
-        if _needs_formula(dy, dh):
+        if not dispatch.pulled_back_plainly(dy, dh):
             if p:
                 raise RuntimeError(
                     f"{'layer' if norm.center else 'rms'}_norm_residual: a second derivative with dropout_p > 0 is not "

@@ -226,8 +226,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        again = torch.is_grad_enabled()  # create_graph=True: y carries the graph to x
-        if not again and dispatch.plain(y, dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):
+        if dispatch.pulled_back_plainly(y, dy):  # else y carries the graph to x
             return BACKENDS[ctx.backend]().backward(y, dy, *ctx.call), None, None, None, None, None
         return reference.backward(y, dy, *ctx.call), None, None, None, None, None
 

@@ -726,7 +726,8 @@ class Prepared:
                 found = self.backward_plans[dout.stride(), *kept] = self._backward_plan(dout, q, k, v, out, lse)
         plan, places, parts, space_shape = found
         place = {"dtype": self.dtype, "device": self.device}
-        dq, dk, dv = _, parts_k, parts_v = _empty(places, place)
+        dq, dk, dv = _empty(places, place)
+        parts_k, parts_v = dk, dv
         if parts:
             parts_k, parts_v = (torch.empty_strided(*shape, **place) for shape in parts)
         space = torch.empty_strided(*space_shape, dtype=torch.float32, device=self.device)

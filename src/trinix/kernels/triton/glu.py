@@ -521,9 +521,8 @@ def backward_sums(
     return dx, total
 
 
-EARLY = (
-    True  # where the card can, the kernels of rows are launched before the one in front, mostly a product, has ended
-)
+# Where the card can, the kernels of rows are launched before the one in front, mostly a product, has ended.
+EARLY = True
 
 
 def _dependent(t: torch.Tensor) -> bool:

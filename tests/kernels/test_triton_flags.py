@@ -11,7 +11,7 @@ COMPILE = """
 import json, re
 import torch
 from binaries import compiled_case
-from trinix.kernels.triton import attention_decode, glu
+from trinix.kernels.triton import attention, attention_decode, glu
 from trinix.kernels.triton._compile import compile_case
 
 
@@ -28,6 +28,20 @@ def double():
         config = attention_decode.choose_config(4, d, d, False, 4, flags.pages, flags.new, 32)
         launch = attention_decode.attend_launch(d, d, 4, 4, flags, config)
         yield str(d), arch, launch, ("*fp32",) * 3 + ("*i32",) * 2 + ("*fp32",) * 6
+
+
+def float32_attention():
+    read = ("*fp32",) * 4 + ("*u8", "*fp32", "*i64", "*i32", "*i32", "*fp32", "*fp32")
+    forward = ("*fp32",) * 4 + ("*u8", "*fp32", "*fp32", "*i64", "*i32", "*i32", "*fp32", "*fp32")
+    for arch, card, d, dv in ((90, "sm_90", 192, 128), (80, "nvidia", 64, 64)):
+        call = d, dv, 4, card
+        form = attention.Form(d, dv, 4, precision="double", base2=False)
+        causal = form._replace(right=True, cap=True, raw=False)
+        yield "forward", arch, attention.forward_launch(form, attention.choose_forward(*call)), forward
+        yield "keys", arch, attention.keys_launch(causal, False, True, attention.choose_keys(*call)), read + ("*fp32",) * 3
+        for sums in (False, True):
+            launch = attention.queries_launch(causal, attention.choose_queries(*call), sums=sums)
+            yield "sums" if sums else "queries", arch, launch, read + ("*fp32",)
 
 
 for name, arch, launch, tensors in CASES():
@@ -53,9 +67,10 @@ def test_glu_launched_early_touches_no_tensor_before_it_has_waited(forked_proces
         assert not one["spills"], one
 
 
-def test_decoding_in_float64_runs_on_tensor_cores_and_spills_nothing(forked_process):
-    lines = compiled("double", forked_process)
-    assert len(lines) == 3
+@pytest.mark.parametrize(("cases", "count"), [("double", 3), ("float32_attention", 8)])
+def test_float32_as_float64_runs_on_tensor_cores_and_spills_nothing(cases, count, forked_process):
+    lines = compiled(cases, forked_process)
+    assert len(lines) == count
     for one in lines:
         assert one["float64"] >= 2, one
         assert not one["spills"], one

@@ -142,6 +142,12 @@ CASES = {
     "mask": lambda **w: make(1, 40, 50, 2, 1, 16, mask=seen(40, 50), causal=True, **w),
     "nothing is seen": lambda **w: make(1, 20, 35, 2, 1, 16, mask=torch.zeros(1, 1, 1, 35, dtype=torch.bool), **w),
     "alibi": lambda **w: make(1, 40, 50, 2, 1, 16, alibi_slopes=alibi_slopes(2), causal=True, **w),
+    # scores below -1024 and near each other: lse in float32 has little left of log(sum)
+    "alibi, keys far away": lambda **w: make(1, 2100, 20, 1, 1, 16, alibi_slopes=torch.full((1,), 0.6), **w),
+    "alibi, keys far away, lengths": lambda **w: flat(
+        make(1, 2220, 40, 1, 1, 16, cu_seqlens_q=ends(0, 9, 2120), cu_seqlens_k=ends(0, 20, 35),
+             alibi_slopes=torch.full((1,), 0.6), **w)
+    ),
     "alibi of a batch": lambda **w: make(2, 20, 30, 2, 1, 16, alibi_slopes=number(2, 2).abs(), **w),
     "sink": lambda **w: make(1, 30, 20, 4, 2, 16, sink=number(4), causal=True, **w),
     "dropout": lambda **w: make(2, 20, 40, 2, 1, 16, dropout_p=0.3, causal=True, **w),
@@ -162,6 +168,24 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_triton_holds_the_float64_budget(name):
     assert not CASES[name]().faults("triton")
+
+
+# out's rounding is all that there would be of dp - delta where a row sees one key, and much of what a bias or a sink adds up
+ROUNDED = {
+    "one key and dropout": lambda: make(
+        1, 60, 60, 2, 1, 16, 64, torch.float16, window=(0, 0), dropout_p=0.1
+    ),
+    "bias of keys": lambda: draw(119, "cpu"),
+    "sink": lambda: draw(149, "cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_the_rounding_of_out_stays_out_of_the_gradients(name, monkeypatch):
+    assert not ROUNDED[name]().faults("triton")
+    kernels.forget_plans()
+    monkeypatch.setattr(kernels, "choose_exact", lambda *_: False)
+    assert ROUNDED[name]().faults("triton")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +276,7 @@ def test_a_bias_or_mask_that_all_keys_share_is_not_copied():
 def test_only_wanted_gradients_are_made_and_they_are_the_same(wanted):
     tensors = [*make(1, 17, 20, 2, 1, 16).inputs, number(2, 17, 20), number(2)]
     results = []
-    for grads in (range(5), wanted):
+    for grads in (range(5 if max(wanted) > 2 else 3), wanted):  # delta is the exact one for a bias or a sink
         leaves = [t.detach().requires_grad_(i in grads) for i, t in enumerate(tensors)]
         out = attention(*leaves[:3], bias=leaves[3], sink=leaves[4], backend="triton")
         found = torch.autograd.grad(out.square().sum(), [leaves[i] for i in wanted])
@@ -890,7 +914,7 @@ BATCHES, EACH = 11, 30
 @pytest.mark.parametrize("backend", [name for name in contract.BACKENDS if name != "torch"])
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_on_the_card_random_calls_hold_the_float64_budget(batch, backend):
-    bad, few, ran = {}, [], 0
+    bad, few, ran = [], [], 0
     for seed in range(batch * EACH, batch * EACH + EACH):
         case = draw(seed)
         try:
@@ -901,11 +925,11 @@ def test_on_the_card_random_calls_hold_the_float64_budget(batch, backend):
         few += [four for four in results if four[0] == "dsink"]
         verdicts = [judge(*four) for four in results if four[0] != "dsink"]
         if faults := [str(v) for v in verdicts if not v.ok]:
-            bad[seed] = faults, describe(case)
+            bad.append(f"{seed}: {faults} {describe(case)}")
     if not ran:
         pytest.skip(f"{backend} takes none of these calls")
-    assert not bad
-    assert not [str(v) for v in pooled(few) if not v.ok]
+    bad += [str(v) for v in pooled(few) if not v.ok]
+    assert not bad, "\n".join(bad)
 
 
 def describe(case) -> str:

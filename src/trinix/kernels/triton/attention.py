@@ -3,17 +3,19 @@
 A forward program holds M queries and walks over tiles of N keys with the online softmax, in base 2. Tiles that every query
 sees in full go through a loop without bounds, those at an edge (causal diagonal, window, last keys) through one with them.
 
-Backward: ``_prepare`` makes delta = rowsum(dout out) - dlse; ``_backward_keys`` holds N keys, walks over queries of all
-heads of the group, with scores transposed (keys x queries), so that probabilities and dz multiply from registers. dq comes
-either from the same walk by float32 atomics (five products a tile), or from ``_backward_queries``, which repeats two of
-them (seven), in a fixed order: the same bits on every run. At 256 channels dk and dv are two walks (eight), so that the sums
-of 128 keys fit the registers. On Hopper these kernels overlap: none reads what another writes, so the next one fills the
-processors that one leaves idle at its end, and only waits for that end at its own. ``_backward_bias`` makes a bias's gradient in the bias's own
-shape, the broadcast dimensions added up in a fixed order.
+Backward: ``_prepare`` makes delta = rowsum(dout out) - dlse; where out's rounding would show, ``_backward_queries`` first adds up
+p dp in its place (``choose_exact``). ``_backward_keys`` holds N keys, walks over queries of all heads of the group, with scores
+transposed (keys x queries), so that probabilities and dz multiply from registers. dq comes either from the same walk by float32
+atomics (five products a tile), or from ``_backward_queries``, which repeats two of them (seven), in a fixed order: the same bits
+on every run. At 256 channels dk and dv are two walks (eight), so that the sums of 128 keys fit the registers. On Hopper these
+kernels overlap: none reads what another writes, so the next one fills the processors that one leaves idle at its end, and only
+waits for that end at its own. ``_backward_bias`` makes a bias's gradient in the bias's own shape, the broadcast dimensions added
+up in a fixed order.
 
 A bias may hold numbers as low as finfo.min where a key is hidden. With one, exponentials are natural: such a number times
-log2(e) is -inf. And where it stands at all keys of a row, lse = max + log(sum) has kept nothing of log(sum) in float32: before
-backward walks, ``_forward`` runs again for the tiles that have such rows, without values, and stores the two terms apart.
+log2(e) is -inf. And where it stands at all keys of a row, lse = max + log(sum) has kept nothing of log(sum) in float32 (under
+ALiBi float32 inputs see that too): before backward walks, ``_forward`` runs again for the tiles that have such rows, without
+values, and stores the two terms apart.
 
 Options are constants of a kernel: what is not there costs nothing.
 """
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from trinix.kernels.triton import activation
 from trinix.kernels.triton._compile import POINTERS, compile_case
+from trinix.kernels.triton._exact import exact_exp, exact_log, exact_tanh
 from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
 
 _tanh = activation._tanh
@@ -37,8 +40,11 @@ _LOG2E = math.log2(math.e)
 
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
-    """a @ b + total. PRECISION "upcast": Triton's interpreter multiplies 16-bit floats wrongly."""
-    if PRECISION == "upcast":
+    """a @ b + total. PRECISION "upcast": Triton's interpreter multiplies 16-bit floats wrongly; "double": of float32, by tensor
+    cores that take float64, where a chain of float32 additions over all keys has a larger error than PyTorch's product."""
+    if PRECISION == "double":
+        total += tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    elif PRECISION == "upcast":
         a = a.to(tl.float32)
         b = b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
@@ -53,7 +59,7 @@ def _exp(x, rest, BASE2: tl.constexpr, SIZE: tl.constexpr):
     if BASE2:
         return tl.exp2(x)
     if SIZE == 32:
-        return tl.exp(x - rest)
+        return exact_exp(x - rest)
     return tl.exp2(x * 1.4426950408889634 - rest)  # tl.exp takes three instructions more, for subnormal results
 
 
@@ -89,7 +95,7 @@ def _store_rows(at, x, row, end, stride, D: tl.constexpr, BLOCK_D: tl.constexpr)
 def _score(
     s, row, col, bounds, scales, slope, bias, mask,
     BOUND: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, ALIBI: tl.constexpr, RAW: tl.constexpr, BASE2: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, RAW: tl.constexpr, BASE2: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """(scores times log2(e) with BASE2, tanh of the cap) of s = q k^T. ``row`` and ``col`` broadcast to s, one way or the other.
 
@@ -100,7 +106,7 @@ def _score(
     scale, cap, into_cap = scales
     tanh = s
     if CAP:
-        tanh = _tanh(s * into_cap, 0.0, 0.0)
+        tanh = exact_tanh(s * into_cap) if SIZE == 32 else _tanh(s * into_cap, 0.0, 0.0)
         z = tanh * cap
     elif RAW:
         z = s
@@ -210,7 +216,7 @@ def _walk_keys(
                 s = _dot(more_queries, keys.T, s, PRECISION)
             s, _tanh_of = _score(
                 s, row[:, None], (start + place)[None, :], bounds, scales, slope, bias, mask,
-                BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, RAW, BASE2,
+                BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, RAW, BASE2, SIZE,
             )
             if RAW:  # the scale is positive, and joins the subtraction
                 new = tl.maximum(most, tl.max(s, 1) * scale)
@@ -281,11 +287,11 @@ def _forward(
         k += start_k * ks
         v += start_k * vs
         lse += start_q
-        out += (start_q.to(tl.int64) * heads + head) * DV
-    elif APART:
-        out += (batch * lse_b + head * lse_h) * 3
-    else:
+        out += start_q if APART else (start_q.to(tl.int64) * heads + head) * DV
+    elif not APART:
         out += (batch * seq_q * heads + head) * DV
+    if APART:
+        out += (batch * lse_b + head * lse_h) * 3
     first = tile * M
     row = first + tl.arange(0, M)
     lost = row < seq_q
@@ -340,14 +346,14 @@ def _forward(
     if APART:
         tl.store(out + row, most, mask=lost)
         total = tl.where(lost, total, 1.0)
-        tl.store(out + 2 * lse_h + row, tl.log(total) if SIZE == 32 else tl.log2(total), mask=lost)
+        tl.store(out + 2 * lse_h + row, exact_log(total) if SIZE == 32 else tl.log2(total), mask=lost)
         return
     total = tl.where(most == float("-inf"), 1.0, total)  # no key was seen: out 0, lse -inf
-    factor = 1.0 / total
+    factor = tl.math.div_rn(1.0, total) if SIZE == 32 else 1.0 / total
     if DROPOUT:
         factor = factor * keep_scale
-    log = most * 0.6931471805599453 + tl.log(total) if BASE2 else most + tl.log(total)
-    tl.store(lse + row, log, mask=row < seq_q)
+    log = most * 0.6931471805599453 if BASE2 else most
+    tl.store(lse + row, log + exact_log(total), mask=row < seq_q)
     _store_rows(out, acc * factor[:, None], row.to(tl.int64), seq_q, heads.to(tl.int64) * DV, DV, BLOCK_DV)
 
 
@@ -355,13 +361,13 @@ def _forward(
 
 
 @triton.jit
-def _statistics(at, far, row, end, BOUND: tl.constexpr, BIAS: tl.constexpr):
-    """(lse in the kernels' base, delta, with a bias rest) of rows, ``far`` apart; +inf and 0 for those from ``end`` on.
+def _statistics(at, far, row, end, BOUND: tl.constexpr, REST: tl.constexpr):
+    """(lse in the kernels' base, delta, with REST rest) of rows, ``far`` apart; +inf and 0 for those from ``end`` on.
 
     Some are read twice: with as many numbers as threads, each thread copies one into shared memory and takes from there
     what it needs. Of fewer, Triton 3.6 has every thread copy all that it needs by itself.
     """
-    at = at + (tl.arange(0, 4) % (3 if BIAS else 2))[:, None] * far + row[None, :]
+    at = at + (tl.arange(0, 4) % (3 if REST else 2))[:, None] * far + row[None, :]
     if BOUND:
         four = tl.load(at, mask=(row < end)[None, :], other=0.0)
     else:
@@ -380,11 +386,12 @@ def _prepare(
     ob: "i64", os: "i64", oh: "i64", gb: "i64", gs: "i64", gh: "i64", lb: "i64", lh: "i64", ls: "i64",
     heads: "i32", seq_q: "i32", tiles: "i32",
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr,
-    DLSE: tl.constexpr, BASE2: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr,
+    DLSE: tl.constexpr, BASE2: tl.constexpr, ZERO: tl.constexpr, REST: tl.constexpr, OUT: tl.constexpr, M: tl.constexpr,
 ):
     """stats [.., head, 2, row]: lse in the kernels' base, +inf where no key was seen, and delta = rowsum(dout out) - dlse.
 
-    With BIAS [.., head, 3, row]: the third, rest, is what lse lacks (see ``_exp``).
+    With REST [.., head, 3, row]: the third, rest, is what lse lacks (see ``_exp``). Without OUT delta is -dlse, which
+    ``_backward_queries`` adds the sum to.
 
     ZERO: zeroes dq, which atomics add to.
     """
@@ -393,18 +400,20 @@ def _prepare(
     batch = (pid // tiles // heads).to(tl.int64)
     row = pid % tiles * M + tl.arange(0, M)
     far = row.to(tl.int64)
-    o = _load_rows(out + (batch * ob + head * oh) * UNIT, far, seq_q, os * UNIT, DV, BLOCK_DV, True).to(tl.float32)
-    g = _load_rows(dout + (batch * gb + head * gh) * UNIT, far, seq_q, gs * UNIT, DV, BLOCK_DV, True).to(tl.float32)
-    sums = tl.sum(o * g, 1)
+    sums = tl.zeros((M,), tl.float32)
+    if OUT:
+        o = _load_rows(out + (batch * ob + head * oh) * UNIT, far, seq_q, os * UNIT, DV, BLOCK_DV, True).to(tl.float32)
+        g = _load_rows(dout + (batch * gb + head * gh) * UNIT, far, seq_q, gs * UNIT, DV, BLOCK_DV, True).to(tl.float32)
+        sums = tl.sum(o * g, 1)
     if DLSE:
         sums -= tl.load(dlse + (batch * lb + head * lh + far * ls), mask=row < seq_q, other=0.0).to(tl.float32)
     plane = (batch * heads + head) * seq_q
     log = tl.load(lse + plane + row, mask=row < seq_q, other=0.0)
     log = tl.where(log == float("-inf"), float("inf"), _in_base(log, BASE2))
-    stats += plane * (3 if BIAS else 2)
+    stats += plane * (3 if REST else 2)
     tl.store(stats + row, log, mask=row < seq_q)
     tl.store(stats + seq_q + row, sums, mask=row < seq_q)
-    if BIAS:
+    if REST:
         tl.store(stats + 2 * seq_q + row, tl.zeros((M,), tl.float32), mask=row < seq_q)
     if ZERO:
         dq += (batch * seq_q * heads + head) * D
@@ -420,6 +429,8 @@ def _walk_queries(
     MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, ONE: tl.constexpr,
 ):
+    SIZE: tl.constexpr = keys.dtype.primitive_bitwidth
+    REST: tl.constexpr = BIAS != 0 or (ALIBI and not BASE2)
     place = tl.arange(0, M)
     # A loop that may not run at all has sums that other instructions than products write on the way around it, and ptxas
     # then has every product of the loop wait for the one before (C7515). In a loop over heads it has not, and the guard
@@ -431,13 +442,13 @@ def _walk_queries(
             row = start + place
             queries = _load_rows(q + start * qs, place, seq_q - start, qs.to(tl.int32), D, BLOCK_D, BOUND)
             s = _dot(keys, queries.T, tl.zeros((N, M), tl.float32), PRECISION)
-            log, sums, rest = _statistics(stats, far_sums, row, seq_q, BOUND, BIAS)
+            log, sums, rest = _statistics(stats, far_sums, row, seq_q, BOUND, REST)
             inside = tl.minimum(row, seq_q - 1) if BOUND else row
             z, tanh = _score(
                 s, row[None, :], col[:, None], bounds, scales, slope, bias + inside[None, :] * bias_row * BIAS,
-                mask + inside[None, :] * mask_row * MASK, BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
+                mask + inside[None, :] * mask_row * MASK, BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2, SIZE,
             )
-            p = _exp(z - log[None, :], rest[None, :] if BIAS else 0.0, BASE2, keys.dtype.primitive_bitwidth)
+            p = _exp(z - log[None, :], rest[None, :] if REST else 0.0, BASE2, SIZE)
             grads = _load_rows(dout + start * gs, place, seq_q - start, gs.to(tl.int32), DV, BLOCK_DV, BOUND)
             if DROPOUT:
                 kept = _keep(seed, plane, row, first_key, drop, M, N, True)
@@ -504,7 +515,8 @@ def _backward_keys(
     dout += batch * gb * UNIT
     dk += (part * dk_split + batch * dkb + key_head * dkh) * UNIT
     dv += (part * dv_split + batch * dvb + key_head * dvh) * UNIT
-    stats += batch * lse_b * (3 if BIAS else 2)
+    REST: tl.constexpr = BIAS != 0 or (ALIBI and not BASE2)
+    stats += batch * lse_b * (3 if REST else 2)
     dq_row = heads.to(tl.int64) * D
     if VARLEN:
         start_q = tl.load(ends_q + batch).to(tl.int64)
@@ -563,7 +575,7 @@ def _backward_keys(
         plane = (batch * heads + head).to(tl.int32)
         q_at = q + head * qh * UNIT
         g_at = dout + head * gh * UNIT
-        stats_at = stats + head * lse_h * (3 if BIAS else 2)
+        stats_at = stats + head * lse_h * (3 if REST else 2)
         dq_at = dq + head * D
         if RIGHT:
             dk_sum, dv_sum = _walk_queries(
@@ -596,7 +608,11 @@ def _walk_keys_back(
     BOUND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
+    """dq and what these tiles add to it; with SUMS that is the sum of p dp, a number a row."""
+    SIZE: tl.constexpr = queries.dtype.primitive_bitwidth
+    REST: tl.constexpr = BIAS != 0 or (ALIBI and not BASE2)
     seq_k = bounds[0]
     place = tl.arange(0, N)
     some = low < high if LEFT else True  # see _walk_queries
@@ -609,15 +625,18 @@ def _walk_keys_back(
             dp = _dot(grads, values.T, tl.zeros((M, N), tl.float32), PRECISION)
             z, tanh = _score(
                 s, row[:, None], (start + place)[None, :], bounds, scales, slope, bias, mask,
-                BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
+                BOUND, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2, SIZE,
             )
-            p = _exp(z - log[:, None], rest[:, None] if BIAS else 0.0, BASE2, keys.dtype.primitive_bitwidth)
+            p = _exp(z - log[:, None], rest[:, None] if REST else 0.0, BASE2, SIZE)
             if DROPOUT:
                 dp = tl.where(_keep(seed, plane, row, start, drop, M, N, False), dp * keep_scale, 0.0)
-            dz = p * (dp - sums[:, None])
-            if CAP:
-                dz = dz * (1.0 - tanh * tanh)
-            dq = _dot(dz.to(keys.dtype), keys, dq, PRECISION)
+            if SUMS:
+                dq += tl.sum(p * dp, 1)
+            else:
+                dz = p * (dp - sums[:, None])
+                if CAP:
+                    dz = dz * (1.0 - tanh * tanh)
+                dq = _dot(dz.to(keys.dtype), keys, dq, PRECISION)
     return dq
 
 
@@ -637,9 +656,9 @@ def _backward_queries(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, VARLEN: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr, SUMS: tl.constexpr,
 ):
-    """dq of M queries: the forward's walk."""
+    """dq of M queries: the forward's walk. SUMS: instead of dq the sum of p dp of each row, which joins ``stats``."""
     pid = tl.program_id(0)
     tile = pid % tiles
     if RIGHT:
@@ -656,7 +675,8 @@ def _backward_queries(
     v += (batch * vb + head // group * vh) * UNIT
     dout += (batch * gb + head * gh) * UNIT
     dq += (batch * dqb + head * dqh) * UNIT
-    stats += (batch * lse_b + head * lse_h) * (3 if BIAS else 2)
+    REST: tl.constexpr = BIAS != 0 or (ALIBI and not BASE2)
+    stats += (batch * lse_b + head * lse_h) * (3 if REST else 2)
     if VARLEN:
         start_q = tl.load(ends_q + batch).to(tl.int64)
         start_k = tl.load(ends_k + batch).to(tl.int64)
@@ -678,7 +698,7 @@ def _backward_queries(
     stats_at = stats + inside
     log = tl.load(stats_at)
     sums = tl.load(stats_at + lse_h)
-    rest = tl.load(stats_at + 2 * lse_h) if BIAS else sums
+    rest = tl.load(stats_at + 2 * lse_h) if REST else sums
     bounds = seq_k, seq_k - seq_q, left, right
     scales = scale, cap, into_cap
     slope = 0.0
@@ -691,20 +711,23 @@ def _backward_queries(
         dropout_seed = tl.load(seed)
     plane = (batch * heads + head).to(tl.int32)
     low, full_low, full_high, high = _keys_of(first, bounds, M, N, LEFT, RIGHT)
-    total = tl.zeros((M, BLOCK_D), tl.float32)
+    total = tl.zeros((M,), tl.float32) if SUMS else tl.zeros((M, BLOCK_D), tl.float32)
     if LEFT:
         total = _walk_keys_back(
             total, queries, grads, log, sums, rest, k, v, row, low, full_low, ks, vs, bounds, scales, slope, bias_at,
             mask_at, dropout_seed, plane, drop, keep_scale,
-            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES)
+            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES, SUMS)
     total = _walk_keys_back(
         total, queries, grads, log, sums, rest, k, v, row, full_low, full_high, ks, vs, bounds, scales, slope, bias_at, mask_at, dropout_seed, plane, drop, keep_scale,
-        False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES)
+        False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES, SUMS)
     total = _walk_keys_back(
         total, queries, grads, log, sums, rest, k, v, row, full_high, high, ks, vs, bounds, scales, slope, bias_at,
         mask_at, dropout_seed, plane, drop, keep_scale,
-        True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES)
-    _store_rows(dq, total * back_scale, row.to(tl.int64), seq_q, dqs, D, BLOCK_D)
+        True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, BASE2, PRECISION, STAGES, SUMS)
+    if SUMS:
+        tl.store(stats_at + lse_h, sums + total, mask=row < seq_q)
+    else:
+        _store_rows(dq, total * back_scale, row.to(tl.int64), seq_q, dqs, D, BLOCK_D)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
@@ -777,7 +800,7 @@ def _backward_bias(
                 s, row[:, None], col[None, :], bounds, scales, slope,
                 bias + (b * bias_b + head * bias_h + far[:, None] * bias_row) * BIAS,
                 mask + (b * mask_b + head * mask_h + far[:, None] * mask_row) * MASK,
-                True, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2,
+                True, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, False, BASE2, keys.dtype.primitive_bitwidth,
             )
             plane = (b * heads + head).to(tl.int32)
             stats_at = stats + (b * lse_b + head * lse_h) * 3 + row
@@ -896,6 +919,19 @@ def choose_fused(d: int, dv: int, size: int, card: str) -> bool:
     return False
 
 
+_FEW_KEYS = 16
+
+
+def choose_exact(seq_k: int, left: int, right: int, more: bool) -> bool:
+    """Whether delta is the sum of p dp over the keys, for two more products, and not rowsum(dout out): out is rounded, and where a
+    row sees few keys the rounding is all that is left of dp - delta. ``more``: a gradient of a bias or a sink is wanted, which
+    adds such differences up without the products in between that would hide it (12 of 264 random calls in half types were up to 7 times
+    over the error that PyTorch makes).
+    """
+    keys = min(seq_k, left + right + 1) if left >= 0 and right >= 0 else seq_k
+    return more or keys <= _FEW_KEYS
+
+
 def choose_parts(programs: int, group: int, processors: int) -> int:
     """Into how many parts a group's query heads are split in ``_backward_keys``: enough programs for all processors twice."""
     for parts in range(1, group):
@@ -911,9 +947,6 @@ _PREPARE = Launcher(_prepare, tensors=6)
 _BACKWARD_KEYS = Launcher(_backward_keys, tensors=14)
 _BACKWARD_QUERIES = Launcher(_backward_queries, tensors=12)
 _BACKWARD_BIAS = Launcher(_backward_bias, tensors=10)
-
-
-FLOAT32_PRODUCTS = "ieee"
 
 
 class Form(NamedTuple):
@@ -934,6 +967,11 @@ class Form(NamedTuple):
     raw: bool = True
     precision: str = "ieee"  # of float32 products
     base2: bool = True  # exponentials by exp2; float32 inputs see what it costs to round lse log2(e), a bias overflows
+
+    @property
+    def rest(self) -> bool:
+        """Whether scores may be so large that a float32 lse keeps nothing of log(sum): backward then reads both (REST)."""
+        return self.bias != 0 or (self.alibi and not self.base2)
 
     @property
     def heavy(self) -> bool:
@@ -963,11 +1001,11 @@ def forward_launch(form: Form, config: Config, apart: bool = False) -> Launch:
 
 
 @functools.cache
-def prepare_launch(form: Form, dlse: bool, zero: bool) -> Launch:
+def prepare_launch(form: Form, dlse: bool, zero: bool, out: bool = True) -> Launch:
     widths = form.widths()
     names = "D", "BLOCK_D", "DV", "BLOCK_DV", "UNIT"
     return _PREPARE.bind(
-        **{name: widths[name] for name in names}, DLSE=dlse, BASE2=form.base2, ZERO=zero, BIAS=bool(form.bias),
+        **{name: widths[name] for name in names}, DLSE=dlse, BASE2=form.base2, ZERO=zero, REST=form.rest, OUT=out,
         M=_PREPARE_ROWS, num_warps=4,
     )  # fmt: skip
 
@@ -995,11 +1033,11 @@ def keys_launch(
 
 
 @functools.cache
-def queries_launch(form: Form, config: Config, overlap: bool = False) -> Launch:
+def queries_launch(form: Form, config: Config, overlap: bool = False, sums: bool = False) -> Launch:
     return _BACKWARD_QUERIES.bind(
         **form.widths(), **form.edges(), BIAS=form.bias, MASK=form.mask, ALIBI=form.alibi, DROPOUT=form.dropout,
         VARLEN=form.varlen, BASE2=form.base2, PRECISION=form.precision, M=config.m, N=config.n, STAGES=config.num_stages,
-        OVERLAP=overlap, num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=overlap,
+        OVERLAP=overlap, SUMS=sums, num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=overlap,
     )  # fmt: skip
 
 
@@ -1116,8 +1154,9 @@ def _plan(facts: _Facts) -> _Plan:
     form = Form(
         d, dv, unit, facts.left >= 0, facts.right >= 0, facts.softcap > 0, bias_unit, mask_unit, facts.slopes is not None,
         facts.sink, facts.p > 0, facts.varlen is not None, plain and facts.scale > 0,
-        "upcast" if INTERPRETED else FLOAT32_PRODUCTS, base2,
+        base2=base2,
     )  # fmt: skip
+    form = form._replace(precision=_precision(form, facts.dtype.itemsize, facts.device))
     extras = *bias_strides, *mask_strides, heads if facts.slopes == 2 else 0, lse_b, lse_h
     base = _LOG2E if base2 else 1.0
     into_cap = facts.scale / facts.softcap if facts.softcap else 0.0
@@ -1135,6 +1174,19 @@ def _card(device: int) -> str:
     if torch.version.hip is not None:
         return "amd"
     return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "nvidia"
+
+
+def _precision(form: Form, size: int, device: int) -> str:
+    """Of float32 products. Triton 3.7 does not compile those of float64 in kernels that hold bytes, of masks and of dropout."""
+    if INTERPRETED:
+        return "upcast"
+    return "double" if size == 4 and not form.heavy and _double(device) else "ieee"
+
+
+@functools.cache
+def _double(device: int) -> bool:
+    """Whether tensor cores take float64: no slower there than float32 without them."""
+    return device >= 0 and torch.version.hip is None and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
 
 
 @functools.cache
@@ -1221,6 +1273,7 @@ class _BackwardPlan(NamedTuple):
     fused: bool  # dq by atomics
     parts: int  # of a group's heads, whose dk and dv are added up
     prepare: _Call
+    sums: _Call | None  # delta from p dp
     keys: tuple[_Call, ...]
     queries: _Call | None
     bias: tuple | None  # (the kernel's call, splits)
@@ -1232,7 +1285,8 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
     plan = _plan(facts)
     form, size, varlen = plan.form, facts.dtype.itemsize, plan.form.varlen
     choice = form.d, form.dv, size, plan.card
-    want_q, want_k, want_v, want_bias, _ = needs
+    want_q, want_k, want_v, want_bias, want_sink = needs
+    exact = choose_exact(plan.seq_k, facts.left, facts.right, want_bias or want_sink)
     fused = want_q and not deterministic and choose_fused(*choice)
     out_shape = (*facts.q[0][:-1], form.dv)
     read = _three(*facts.q), _three(*facts.k), _three(*facts.v), _three(out_shape, dout)
@@ -1252,7 +1306,7 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
     tiles = -(-flat_rows // _PREPARE_ROWS)
     into_dlse = (0, 0, 0) if dlse is None else (0, *dlse) if varlen else dlse
     scalars = *(s // out_unit for s in (*out, *read[3])), *into_dlse, plan.heads, flat_rows, tiles
-    launch = prepare_launch(form._replace(unit=out_unit), dlse is not None, fused)
+    launch = prepare_launch(form._replace(unit=out_unit), dlse is not None, fused, not exact)
     prepare = _Call(launch, tiles * plan.heads * flat_batch, scalars)
 
     keys, queries, bias = (), None, None
@@ -1284,13 +1338,15 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
             )
             for i, (config, want) in enumerate(walks)
         )
+    config = choose_queries(*choice, form.heavy, form.right)
+    tiles = -(-plan.seq_q // config.m)
+    programs = tiles * plan.heads * plan.batch
+    scalars = (
+        *inputs, *into_dq, *plan.extras, plan.heads, plan.group, plan.seq_q, plan.seq_k, tiles, *window, *numbers,
+    )  # fmt: skip
+    sums = _Call(queries_launch(form, config, sums=True), programs, scalars) if exact else None
     if want_q and not fused:
-        config = choose_queries(*choice, form.heavy, form.right)
-        tiles = -(-plan.seq_q // config.m)
-        scalars = (
-            *inputs, *into_dq, *plan.extras, plan.heads, plan.group, plan.seq_q, plan.seq_k, tiles, *window, *numbers,
-        )  # fmt: skip
-        queries = _Call(queries_launch(form, config, overlap and bool(keys)), tiles * plan.heads * plan.batch, scalars)
+        queries = _Call(queries_launch(form, config, overlap and bool(keys)), programs, scalars)
     if want_bias:
         config = choose_bias(*choice)
         by_batch, by_head, by_row = (
@@ -1305,7 +1361,7 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
             *window, *plan.numbers, plan.drop,
         )  # fmt: skip
         bias = _Call(bias_launch(form, by_batch, by_head, by_row, config), own * splits, scalars), splits
-    return _BackwardPlan(fused, parts, prepare, keys, queries, bias)
+    return _BackwardPlan(fused, parts, prepare, sums, keys, queries, bias)
 
 
 def _like(shape, stride) -> tuple:
@@ -1334,14 +1390,17 @@ def backward(
     )  # fmt: skip
     like = torch.zeros_like if varlen else torch.empty_like  # zeros for rows that belong to no sequence
     dk = dv = dbias = dsink = None
-    numbers = 2 if options.bias is None else 3
+    rest = _plan(facts).form.rest
+    numbers = 3 if rest else 2
     stats = torch.empty((*lse.shape[:-1], numbers, lse.shape[-1]), dtype=torch.float32, device=lse.device)
     sum_q = torch.empty(q.shape, dtype=torch.float32, device=q.device) if plan.fused else q
     plan.prepare(out, dout, lse, q if dlse is None else dlse, stats, sum_q)
     bias, mask, slopes, _, seed, ends_q, ends_k = extras = _extras(q, options)
-    if options.bias is not None:
+    if rest:
         _forward_call(facts, True)[0](q, k, v, *extras, stats, lse)
     read = q, k, v, bias, mask, slopes, seed, ends_q, ends_k, dout, stats
+    if plan.sums:
+        plan.sums(*read, q)
     # made now: its kernel overlaps with what is launched from here on, by other threads too, and with what they free
     dq = like(q) if plan.queries else None
     if plan.keys:
@@ -1367,11 +1426,11 @@ def backward(
         dbias = total[0] if splits == 1 else total.sum(0).to(bias.dtype)
     if want_sink:
         logit = options.sink.to(torch.float32)[:, None]
-        if options.bias is None:
+        if not rest:
             share = torch.exp(logit - lse.masked_fill(lse == float("-inf"), float("inf")))
         else:
-            rest = stats[..., 2, :]
-            share = torch.exp(logit - stats[..., 0, :]) * (torch.exp(-rest) if q.itemsize == 4 else torch.exp2(-rest))
+            log = stats[..., 2, :]
+            share = torch.exp(logit - stats[..., 0, :]) * (torch.exp(-log) if q.itemsize == 4 else torch.exp2(-log))
         dsink = -(share * stats[..., 1, :]).sum(-1 if varlen else (0, 2)).to(options.sink.dtype)
     return dq, dk if want_k else None, dv if want_v else None, dbias, dsink
 
@@ -1426,6 +1485,8 @@ def compile_cases(lanes: int):
                 if suffix == "-bias":
                     apart = forward_launch(inner, choose_forward(*call, form.heavy), True)
                     yield case(f"{shape}/apart", apart, (t, t, t, *more, "*fp32", "*fp32"), access_bits=32)
+                    sums = queries_launch(inner, choose_queries(*call, form.heavy), sums=True)
+                    yield case(f"{shape}/sums", sums, (*read, t), access_bits=32)
                 keys = keys_launch(inner, choose_fused(*call), True, choose_keys(*call, form.heavy))
                 yield case(f"{shape}/keys{suffix}", keys, (*read, "*fp32", t, t))
                 yield case(

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 
 from trinix.kernels.triton._compile import POINTERS, compile_case
+from trinix.kernels.triton._exact import exact_exp, exact_log, exact_tanh
 from trinix.kernels.triton._launch import INTERPRETED, Launcher
-from trinix.kernels.triton.activation import tanh_from
 
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -51,16 +51,7 @@ def _store_rows(base, at, live, values, D: tl.constexpr, FIRST: tl.constexpr, WI
 
 @triton.jit
 def _exp(x, EXACT: tl.constexpr):
-    """exp(x) for x up to 0. EXACT: to a unit in the last place; tl.exp rounds x log2(e), at x = -10 by 5e-7 of the result, and
-    the hardware's exponential is 2 units off by itself."""
-    if EXACT:
-        x = tl.where(x < -200.0, -200.0, x)  # where it is 0; NaN stays
-        n = tl.floor(x * 1.4426950408889634 + 0.5)
-        rest = (x - n * 0.693359375) + n * 2.12194440e-4  # less n log(2), the first product exact
-        # (exp(rest) - 1 - rest) / rest^2 to 3e-9 of exp(rest), rest in -log(2)/2 .. log(2)/2
-        tail = 0.49999993 + rest * (0.16666515 + rest * (0.041668457 + rest * (0.008369419 + rest * 0.0013813145)))
-        return tl.exp2(n) * (1.0 + (rest + rest * rest * tail))
-    return tl.exp(x)
+    return exact_exp(x) if EXACT else tl.exp(x)
 
 
 @triton.jit
@@ -72,13 +63,6 @@ def _normalised(acc, total, EXACT: tl.constexpr):
     else:
         y = acc / total
     return y
-
-
-@triton.jit
-def _exact_tanh(x):
-    """Of scores: an exponential and a division to a unit in the last place. lse is float32 whatever the inputs are."""
-    e = _exp(-2.0 * tl.abs(x), True)
-    return tanh_from(x, tl.math.div_rn(1.0 - e, 1.0 + e))
 
 
 @triton.jit
@@ -111,7 +95,8 @@ def _scores(q0, q1, k0, k1, scale, softcap, TAIL: tl.constexpr, SOFTCAP: tl.cons
             s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
     s *= scale
     if SOFTCAP:
-        s = softcap * _exact_tanh(tl.math.div_rn(s, softcap))
+        # lse is float32 whatever the inputs are
+        s = softcap * exact_tanh(tl.math.div_rn(s, softcap))
     return s
 
 
@@ -154,19 +139,6 @@ def _step(
     else:
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new_m, total
-
-
-@triton.jit
-def _log(x):
-    """The natural logarithm of a normal number above 0 to a unit in the last place: the hardware's is off near 1."""
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23  # of the power of two that leaves sqrt(1/2) .. sqrt(2)
-    m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    s = tl.math.div_rn(m - 1.0, m + 1.0)
-    u = s * s
-    tail = u * (0.6666666666666735 + u * (0.3999999999940942 + u * (0.2857142874366239 + u * 0.2222219843214978)))
-    y = exponent.to(tl.float32) * 0.6931471805599453 + (2.0 * s + s * tail)
-    return tl.where(x == x, y, x)  # NaN stays
 
 
 @triton.jit
@@ -332,7 +304,7 @@ def _attend(
     else:
         acc = _normalised(acc, total[:, None], q0.dtype == tl.float32)
         acc = tl.where(outside, float("nan"), acc)
-        log_sum = tl.where(total == 0.0, float("-inf"), m + _log(tl.where(total == 0.0, 1.0, total)))
+        log_sum = tl.where(total == 0.0, float("-inf"), m + exact_log(tl.where(total == 0.0, 1.0, total)))
         log_sum = tl.where(outside, float("nan"), log_sum)
         tl.store(lse + (b * heads + h) * seq + i, log_sum, mask=inside)
         _store_rows(out, ((b * seq + i) * heads + h) * DV, inside, acc.to(out.dtype.element_ty), DV, 0, WIDTH)
@@ -376,7 +348,7 @@ def _combine(
         m = new_m
     some = tl.where(total == 0.0, 1.0, total)
     y = _normalised(acc, total, out.dtype.element_ty == tl.float32)
-    tl.store(lse + r, tl.where(total == 0.0, float("-inf"), m + _log(some)))
+    tl.store(lse + r, tl.where(total == 0.0, float("-inf"), m + exact_log(some)))
     at = ((b.to(tl.int64) * seq + i) * heads + h) * DV
     d = tl.arange(0, WIDTH)
     tl.store(out + at + d, y.to(out.dtype.element_ty), mask=d < DV)

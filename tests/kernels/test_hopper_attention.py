@@ -4,7 +4,9 @@ at odd sizes and the same bits on every run."""
 import itertools
 import json
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ for case in cases:
     names = case.kernel.arg_names
     annotated = {p.name: p.annotation_type for p in case.kernel.params}
     signature = {n: "constexpr" if n in case.constants else case.signature.get(n) or annotated[n] or "i32" for n in names}
-    aligned = ["sums"] if "sums" in names else []
+    aligned = [name for name in ("sums", "pieces") if name in names]
     binaries.append(compiled(case.kernel, signature, case.constants, {"num_warps": 4}, aligned))
 for case, (binary, log), lines in zip(cases, binaries, disassembled([binary.asm["cubin"] for binary, _ in binaries])):
     sass = "\\n".join(lines)
@@ -84,8 +86,8 @@ for case, (binary, log), lines in zip(cases, binaries, disassembled([binary.asm[
 
 # Every option at some head dimension, each head dimension both ways, and what spills most; --every-binary takes the others.
 FEW = {
-    "64": "forward/64/window forward/64/softcap-varlen short/64/causal short/64/grouped backward/64/full",
-    "forward": "forward/128/causal forward/128/alibi short/128/window forward/192/full forward/256/causal",
+    "64": "forward/64/window forward/64/softcap-varlen forward/64/shared short/64/causal short/64/grouped backward/64/full",
+    "forward": "forward/128/causal forward/128/alibi forward/128/shared-options short/128/window forward/192/full forward/256/causal",
     "backward-128": "backward/128/causal backward/128/window-tail backward/128/softcap-varlen backward/128/alibi"
     " backward/128/deterministic",
     "backward": "backward/192/window backward/192/deterministic backward/256/causal",
@@ -189,6 +191,58 @@ def test_short_programs_that_share_a_multiprocessor_go_from_both_ends(heads, row
     order = [row_blocks - 1 - turn if turn < falling else turn - falling for turn in range(row_blocks)]
     assert sorted(order) == list(range(row_blocks))
     assert (falling < row_blocks) == (132 < heads * row_blocks <= 3 * 132)
+
+
+def test_the_last_round_is_shared_where_that_saves_time():
+    def shared(batch, rows, heads, d, programs=132):
+        c = hopper.choose_forward(d, d, False, rows)
+        items = batch * heads * -(-rows // (c.m * c.consumers))
+        return hopper.choose_shared(items, programs, -(-rows // c.n))
+
+    assert shared(1, 4096, 32, 128) == 100
+    assert shared(1, 8192, 32, 128) == 68
+    assert shared(1, 4096, 32, 64) == 44
+    assert not shared(1, 4096, 33, 128)  # 8 whole rounds
+    assert not shared(1, 4096, 30, 64)
+    assert not shared(1, 4096, 6, 64)  # 132 items
+    assert not shared(1, 4096, 4, 128)  # not one whole round
+    assert not shared(1, 2048, 40, 128)  # 16 tiles: 2.4 would be saved, and the second segments' beginnings paid
+    assert not hopper.choose_shared(2 * 132 + 66, 132, 7)
+    assert not hopper.choose_shared(2 * 132 + 1, 132, 512)  # less than 4 tiles a program
+    assert not hopper.choose_shared(2 * 132 + 66, 132, 1 << 17)  # units of all programs are counted in 32 bits
+
+
+@pytest.mark.parametrize(
+    ("rest", "programs", "tiles"), [(44, 132, 32), (100, 132, 32), (131, 132, 8), (1, 132, 530), (3, 4, 10), (1, 4, 16)]
+)
+def test_shares_have_every_tile_once(rest, programs, tiles):
+    """Each in at most two segments. The owner of an item has drawn its number after all that leave it pieces: it waits for nobody
+    who has yet to begin; and it has left its own piece."""
+    kernels = gluon_on_cpu.kernels(Path(hopper.__file__).parent, ("attention_scores", "attention_forward"))
+    whole = 2 * programs
+    drawn = iter(range(whole, whole + programs))
+    seen = {}  # (item, tile) -> (number, share)
+
+    def program():
+        number = next(drawn)
+        for idx in (number, number + programs, number + 2 * programs):
+            item, begin, end, share = map(
+                int, kernels["_segment"](gluon_on_cpu.Tensor(idx), programs, whole + rest, tiles)
+            )
+            assert begin < end or idx != number
+            assert begin == 0 or idx == number
+            assert end <= 0 or idx < number + 2 * programs
+            for tile in range(begin, end):
+                assert (item, tile) not in seen
+                seen[item, tile] = number, share
+
+    gluon_on_cpu.launch(program, programs, (), {})
+    assert sorted(seen) == [(whole + i, tile) for i in range(rest) for tile in range(tiles)]
+    for i in range(rest):
+        numbers, shares = zip(*[seen[whole + i, tile] for tile in range(tiles)], strict=True)
+        assert sorted(numbers, reverse=True) == list(numbers)
+        assert sorted(shares) == list(shares)
+        assert len(set(shares)) == shares[-1] - shares[0] + 1
 
 
 def test_sections_of_heads_are_nearly_equal():
@@ -463,6 +517,94 @@ def test_emulated_the_tile_behind_the_last_key_adds_nothing(monkeypatch):
     emulated(monkeypatch, q, -q, v, Options(scale=0.125, window_right=150))
 
 
+def shares_all(monkeypatch):
+    """Every last round is shared that is not full."""
+    monkeypatch.setattr(hopper, "choose_short", lambda *_: None)
+    monkeypatch.setattr(hopper, "choose_shared", lambda items, programs, tiles: items % programs)
+    monkeypatch.setattr(hopper, "_plans", {})
+
+
+def notes_writes(monkeypatch):
+    """A list of where each block of O and each float elsewhere is written."""
+    writes = []
+    block, floats = gluon_on_cpu.tma_store, gluon_on_cpu.store
+
+    def tma_store(desc, at, src):
+        writes.append(tuple(map(int, at)))
+        block(desc, at, src)
+
+    def store(pointer, value, mask=None):
+        if pointer.kind is np.float32:
+            at = pointer.address + 4 * pointer.offset
+            writes.extend(at.ravel() if mask is None else at[mask.a])
+        floats(pointer, value, mask)
+
+    monkeypatch.setattr(gluon_on_cpu, "tma_store", tma_store)
+    monkeypatch.setattr(gluon_on_cpu, "store", store)
+    return writes
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+@pytest.mark.parametrize(
+    ("d", "heads", "keys", "programs", "options"),
+    [
+        (64, (5, 5), 256, 3, {}),  # a share ends one item and begins the next
+        (64, (8, 2), 300, 7, {"sink": 1, "softcap": 20.0}),  # an item of seven pieces, one tile or two
+        (128, (7, 1), 200, 4, {"softcap": 5.0}),
+        (128, (9, 3), 170, 4, {"sink": 1, "alibi_slopes": 1}),  # four pieces, the owner's own the smallest
+    ],
+    ids=str,
+)
+def test_emulated_last_round_that_programs_share(monkeypatch, d, heads, keys, programs, options, together):
+    """Whoever is first: the same bits, nothing written twice, and a counter of zeros."""
+    writes = notes_writes(monkeypatch)
+    counter = gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, programs)
+    shares_all(monkeypatch)
+    choose = hopper.choose_forward
+    monkeypatch.setattr(
+        hopper, "choose_forward", lambda *call: choose(*call)._replace(m=16, n=32)
+    )  # what is faster here
+    h, key_heads = heads
+    shapes = [(1, 30, h, d), (1, keys, key_heads, d), (1, keys, key_heads, d)]
+    q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
+    for i, name in enumerate(("sink", "alibi_slopes")):
+        if name in options:
+            options = options | {name: normal((h,), torch.float32, seed=5 + i).abs()}
+    options = Options(scale=d**-0.5, **options)
+    calls = [hopper.forward(q, k, v, options)]
+    assert not counter.any()
+    assert len(writes) == len(set(writes)) > 0
+    if together:
+        monkeypatch.setattr(gluon_on_cpu, "launch", lambda *call: gluon_on_cpu.launch_together(*call[:4]))
+    calls.append(hopper.forward(q, k, v, options))
+    assert not counter.any()
+    if options.sink is None and options.alibi_slopes is None:
+        calls.append(hopper.Prepared("hopper", q, k, v, options).forward(q, k, v, True))
+        assert not counter.any()
+    (plan,) = hopper._plans.values()
+    assert plan.pieces is not None
+    true = reference.forward(*(t.double() for t in (q, k, v)), options)
+    low = reference.forward(q, k, v, options)
+    verdict = judge("out", calls[0][0], low[0], true[0])
+    assert verdict.ok, str(verdict)
+    check_lse(calls[0][1], true[1])
+    for got in calls[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(got, calls[0], strict=True))
+
+
+@pytest.mark.parametrize("options", [CAUSAL, {"window_left": 20}, {"window_right": 20}, "lengths"], ids=str)
+def test_emulated_items_of_unlike_length_are_not_shared(monkeypatch, options):
+    gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, 2)
+    shares_all(monkeypatch)
+    q = normal((1, 64, 3, 64), torch.float16, seed=0)
+    if options == "lengths":
+        ends = torch.tensor([0, 64], dtype=torch.int32)
+        options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), ends) | {"max_seqlen_q": 64, "max_seqlen_k": 64}
+        q = q[0]
+    hopper.forward(q, q, q, Options(scale=0.125, **options))
+    assert all(plan.pieces is None for plan in hopper._plans.values())
+
+
 def test_emulated_rows_without_a_key_and_a_sink_of_minus_infinity(monkeypatch):
     shapes = (1, 70, 2, 64), (1, 30, 2, 64), (1, 30, 2, 64)
     q, k, v = [normal(shape, torch.float16, seed=i) for i, shape in enumerate(shapes)]
@@ -606,6 +748,38 @@ def test_a_sink_and_its_gradient(d):
 
 
 @on_card
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize(("d", "key_heads"), [(64, 32), (128, 32), (64, 4), (128, 8)])
+def test_a_shared_last_round_has_the_same_bits_beside_another_stream(monkeypatch, d, key_heads, sink):
+    shares_all(monkeypatch)
+    q, k, v = made([(1, 4096, 32, d), (1, 4096, key_heads, d), (1, 4096, key_heads, d)], torch.bfloat16)
+    sinks = normal((32,), torch.float32, seed=5, device="cuda") if sink else None
+    options = Options(scale=d**-0.5, sink=sinks)
+    out, lse = hopper.forward(q, k, v, options)
+    assert all(plan.pieces is not None for plan in hopper._plans.values())
+    one = 32 // key_heads
+    for head in range(0, 32, max(one, 4)):  # of all at once float64 would not fit
+        heads = slice(head, head + max(one, 4))
+        keys = slice(head // one, (head + max(one, 4)) // one)
+        part = q[:, :, heads], k[:, :, keys], v[:, :, keys]
+        some = options._replace(sink=sinks[heads] if sink else None)
+        true = reference.forward(*(t.double() for t in part), some)
+        verdict = judge("out", out[:, :, heads], reference.forward(*part, some)[0], true[0])
+        assert verdict.ok, str(verdict)
+        check_lse(lse[:, heads], true[1])
+    a = normal((4096, 4096), torch.bfloat16, seed=6, device="cuda")
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for i in range(200):
+        with torch.cuda.stream(stream):  # takes some multiprocessors, now more and now fewer
+            a[: 128 * (i % 32 + 1)] @ a
+            beside = hopper.forward(q, k, v, options) if i % 10 == 0 else (out, lse)
+        again = hopper.forward(q, k, v, options)
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, y) for x, y in zip((out, lse, *beside), (*again, out, lse), strict=True))
+
+
+@on_card
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("options", [{}, CAUSAL], ids=str)
 @pytest.mark.parametrize("short", [True, False], ids=["short", "any-length"])
@@ -628,6 +802,7 @@ def test_only_the_default_stream_keeps_a_counter(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(hopper, "_counters", {})
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
     kept = hopper._counter(0, 0)
     assert hopper._counter(0, 0) is kept
     assert hopper._counter(1, 0) is not kept

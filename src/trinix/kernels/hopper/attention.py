@@ -153,6 +153,19 @@ def choose_forward(d: int, dv: int, causal: bool, keys: int) -> ForwardConfig | 
     return ForwardConfig(64, 64, 256, max(used, 192), 256, 2, 2, 240, 1, False, True)
 
 
+def choose_shared(items: int, programs: int, tiles: int) -> int:
+    """How many items at the end all programs share, tile by tile; ``tiles``: of an item, which all take the same time.
+
+    A part-filled last round takes as long as a full one, us: (1, 4096, H, 128) 403.8 with 32 heads (7.76 rounds), 406.2 with 33
+    (8.00); D = 64 239.5, 280.3 and 283.0 with 30, 32 and 36 (5.00, 5.33 and 6.00). What sharing costs is a guess, *not measured
+    yet*: two tiles' time for the second segment's beginning and the pieces' way through memory, one for each piece that is added."""
+    shared = items % programs
+    if items < programs or tiles < 8 or shared * tiles < 4 * programs or tiles * programs**2 >= 2**31:
+        return 0
+    saved = tiles - shared * tiles / programs - 2 - programs / shared
+    return shared if saved >= 0.015 * tiles * _cdiv(items, programs) else 0
+
+
 def choose_short(
     d: int, dv: int, causal: bool, keys: int, key_heads: int, batch: int, programs: int, multiprocessors: int
 ) -> ShortConfig | None:
@@ -223,14 +236,14 @@ def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
 
 def forward_constants(
     c: ForwardConfig, *, left=False, right=False, tail=False, one_mask=True, softcap=False, alibi=False, sink=False,
-    varlen=False,
+    varlen=False, shared=False,
 ) -> dict:  # fmt: skip
     """The constants of the forward kernel, in its order."""
     return {
         "M": c.m, "N": c.n, "D": c.d, "D_QK": c.d_qk, "DV": c.dv, "STAGES": c.stages, "CONSUMERS": c.consumers,
         "REGISTERS": c.registers, "Q_BUFFERS": c.q_buffers, "LEFT": left, "RIGHT": right, "TAIL": tail,
         "ONE_MASK": one_mask, "SOFTCAP": softcap, "ALIBI": alibi, "SINK": sink, "VARLEN": varlen,
-        "PINGPONG": c.pingpong, "LAZY": c.lazy, "DEPENDENT": EARLY,
+        "SHARED": shared, "PINGPONG": c.pingpong, "LAZY": c.lazy, "DEPENDENT": EARLY,
     }  # fmt: skip
 
 
@@ -311,7 +324,8 @@ class _Shape:
 
 
 class _ForwardPlan:
-    """``counts``: whether its kernel draws work from a counter."""
+    """``counts``: whether its kernel draws work from a counter; ``pieces``: None, or the layout of the float32 that its programs
+    leave each other pieces in."""
 
     counts = True
 
@@ -323,10 +337,14 @@ class _ForwardPlan:
         heads = s.batch * s.heads
         items = heads * row_blocks
         self.blocks = min(_multiprocessors(s.device), items)
+        # items that take the same time; of wider heads the loop over tiles would be longer by 5 to 10 instructions of 330 to 415
+        alike = not (bounded or s.left >= 0 or s.varlen) and c.d <= 128
+        shared = alike and choose_shared(items, self.blocks, _cdiv(s.seq_k, c.n)) > 0
+        self.pieces = dense(self.blocks * rows * (c.dv + 2)) if shared else None
         section = choose_section(heads, 2 * s.seq_k * (s.d + s.dv), 40 << 20) if bounded else 1
         constants = forward_constants(
             c, left=s.left >= 0, right=bounded, tail=s.varlen or s.seq_k % c.n != 0, one_mask=s.one_mask(rows, c.n),
-            softcap=s.softcap, alibi=s.alibi, sink=options.sink is not None, varlen=s.varlen,
+            softcap=s.softcap, alibi=s.alibi, sink=options.sink is not None, varlen=s.varlen, shared=shared,
         )  # fmt: skip
         self.q, self.k, self.v = s.box(q, c.m, c.d), s.box(k, c.n, c.d), s.box(v, c.n, c.dv)
         self.out = s.box(out, c.m, c.dv)
@@ -336,7 +354,7 @@ class _ForwardPlan:
         )  # fmt: skip
         examples = (
             (self.q, q), (self.k, k), (self.v, v), (self.out, out), out, lse, counter, ends_q, ends_k, slopes, sink,
-            *self.scalars,
+            lse, *self.scalars,
         )  # fmt: skip
         self.binary = _binary(forward_kernels.attention_forward, s.device, examples, constants, launch_pdl=EARLY)
 
@@ -349,6 +367,7 @@ class _ForwardPlan:
 
 class _ShortPlan:
     counts = False
+    pieces = None
 
     def __init__(self, shape, c, q, k, v, out, lse):
         s = shape
@@ -442,15 +461,17 @@ _counters = {}  # of each device's default stream
 
 
 def _counter(device: int, stream: int) -> Tensor:
-    """Two zeros that the forward kernel leaves as zeros: which item is next, and how many programs are done.
+    """Zeros that the forward kernel leaves as zeros: which item is next, how many programs are done, and of each item that programs
+    share, fewer than there are programs, how many pieces have come for each of at most three warpgroups.
 
     Kernels of the default stream run one after the other and share them. A captured graph may run beside its stream and gets its
     own, and so does every call on another stream: torch.compile's graphs warm up on one of theirs, where nothing may be kept."""
+    length = 2 + 3 * _multiprocessors(device)
     if stream or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+        return torch.zeros(length, dtype=torch.int32, device=torch.device("cuda", device))
     found = _counters.get(device)
     if found is None:
-        found = _counters[device] = torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+        found = _counters[device] = torch.zeros(length, dtype=torch.int32, device=torch.device("cuda", device))
     return found
 
 
@@ -475,7 +496,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
         plan = _keep(key, _forward_plan(q, k, v, options, out, lse, counter, *_vectors(options, counter)))
     counter = _counter(device, stream) if plan.counts else lse
     more = _vectors(options, counter)
-    plan.launch(stream, *[t.data_ptr() for t in (q, k, v, out, lse, counter, *more)])
+    pieces = lse if plan.pieces is None else torch.empty_strided(*plan.pieces, dtype=torch.float32, device=q.device)
+    plan.launch(stream, *[t.data_ptr() for t in (q, k, v, out, lse, counter, *more, pieces)])
     return out, lse
 
 
@@ -703,8 +725,12 @@ class Prepared:
             plan = self.plan = _forward_plan(q, k, v, self.options, out, lse, counter, *(counter,) * 4)
         counter = _counter(self.index, stream) if plan.counts else lse
         at = counter.data_ptr()
+        pieces = lse
+        if plan.pieces is not None:
+            pieces = torch.empty_strided(*plan.pieces, dtype=torch.float32, device=self.device)
         plan.launch(
-            stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), at, at, at, at, at
+            stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), at, at, at, at, at,
+            pieces.data_ptr(),
         )  # fmt: skip
         return out, lse
 
@@ -798,14 +824,18 @@ def compile_cases() -> list[CompileCase]:
         "softcap-varlen": causal | {"softcap": True, "varlen": True},
     }  # fmt: skip
     few = {name: both[name] for name in ("full", "causal")}
+    shared = {
+        "shared": {"shared": True},
+        "shared-options": dict.fromkeys(("shared", "softcap", "alibi", "sink", "tail"), True),
+    }
     cases = []
-    for d, dv, ways in ((64, 64, both), (128, 128, both), (192, 128, few), (256, 256, few)):
+    for d, dv, ways in ((64, 64, both | shared), (128, 128, both | shared), (192, 128, few), (256, 256, few)):
         for name, options in ways.items():
             c = choose_forward(d, dv, "right" in options, 4096)
-            given = options | {"tail": "varlen" in options}
+            given = {"tail": "varlen" in options} | options
             given["one_mask"] = "right" not in options or (name == "causal" and c.m * c.consumers <= c.n)
             boxes = {"q_desc": (c.m, c.d), "k_desc": (c.n, c.d), "v_desc": (c.n, c.dv), "o_desc": (c.m, c.dv)}
-            pointers = {"o_ptr": "*bf16", "lse_ptr": "*fp32", "slopes": "*fp32", "sinks": "*fp32"}
+            pointers = {"o_ptr": "*bf16"} | dict.fromkeys(("lse_ptr", "slopes", "sinks", "pieces"), "*fp32")
             signature = _descriptors(boxes) | pointers | dict.fromkeys(("counter", "cu_q", "cu_k"), "*i32")
             constants = forward_constants(c, **given)
             cases.append(CompileCase(f"forward/{d}/{name}", forward_kernels.attention_forward, signature, constants))

@@ -10,6 +10,13 @@ of a barrier has the parity n & 1; waiting for the opposite parity passes at onc
 producer gets through its first round. An item is a block of query rows of one head; items are drawn from a counter that the
 last program sets back to zero. Each consumer keeps two products in flight, P(j-1) V(j-1) and Q K(j); the warpgroups drift
 apart, or take turns (PINGPONG), so that one's products run under another's softmax.
+
+Without bounds all items take the same time, so a last round with few items would take as long as a full one. With SHARED the
+key tiles of these items are dealt out evenly to all programs (as stream-K does with products): a share is the last tiles of one
+item and then the first of the next, or some in the middle of one. Who has an item's first tiles owns it; the others leave it
+their sums, maxima and O unnormalised as pieces in memory, which it adds up in the order of the shares: the same bits on every
+run. Shares go by the number that a program has drawn, from the last share to the first, and pieces are left before anything is
+waited for. So whatever a program waits for comes from programs that run already, however few do so at once.
 """
 
 from triton.experimental import gluon
@@ -36,6 +43,7 @@ from trinix.kernels.hopper.attention_scores import (
 )
 
 LN2 = gl.constexpr(0.6931471805599453)
+NO_ITEM = gl.constexpr(2**31 - 1)
 
 
 # ---- consumers take turns at starting products: hardware barriers 9 to 11 (Triton itself uses the low ids) -----------------
@@ -80,11 +88,52 @@ def _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM: gl.
 
 
 @gluon.jit
+def _segment(idx, programs, items, tiles):
+    """Number idx -> (item, its first tile, its end, share), tiles as they are visited: from the last key on.
+
+    The first numbers, a multiple of all programs, are whole items, of no share: -1. Then come as many shares of the items that are
+    left. A share's second segment has the number that lies as far behind its first; where there is none it ends at 0 or below."""
+    item = idx
+    begin = 0
+    end = tiles
+    share = -1
+    rest = items % programs
+    idx -= items - rest
+    if idx >= 0:
+        share = programs - 1 - idx % programs
+        lo = share * rest * tiles // programs
+        hi = (share + 1) * rest * tiles // programs
+        item = lo // tiles + idx // programs
+        begin = gl.maximum(lo - item * tiles, 0)
+        end = gl.minimum(hi - item * tiles, tiles)
+        item += items - rest
+    return item, begin, end, share
+
+
+@gluon.jit
+def _next_segment(idx, counter, items, tiles):
+    programs = gl.num_programs(0)
+    if idx < items - items % programs:
+        idx = gl.atomic_add(counter, 1) + programs
+    else:
+        idx += programs
+        _, _, end, _ = _segment(idx, programs, items, tiles)
+        idx = gl.where(end > 0, idx, NO_ITEM)
+    return idx
+
+
+@gluon.jit
+def _anew(n):
+    """n as the compiler has not seen it yet: what follows from it is computed again, and not kept in registers until then."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left, right, M: gl.constexpr,
     N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, VARLEN: gl.constexpr,
+    RIGHT: gl.constexpr, VARLEN: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = M * CONSUMERS
     t = 0  # items so far
@@ -92,12 +141,22 @@ def _producer(
     idx = _next_item(gl.program_id(0), counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
     if VARLEN:
         _publish(idx, 0, work_s, work_full, work_empty)
-    while idx < items:
-        m, bh = place(idx, heads, row_blocks, section)
+    stop = items
+    if SHARED:
+        stop = NO_ITEM
+        tiles = gl.cdiv(seq_k, N)
+    while idx < stop:
+        item = idx
+        if SHARED:
+            item, begin, end, _ = _segment(idx, gl.num_programs(0), items, tiles)
+        m, bh = place(item, heads, row_blocks, section)
         b = bh // H
         h = bh - b * H
         batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
         first, last = keys_visited(m * BM, sq, sk, left, right, BM, N, LEFT, RIGHT)
+        if SHARED:
+            first = tiles - end
+            last = tiles - begin
         for g in gl.static_range(CONSUMERS):
             i = (t % Q_BUFFERS) * CONSUMERS + g
             mbarrier.wait(q_empty.index(i), ((t // Q_BUFFERS) & 1) ^ 1)
@@ -116,8 +175,11 @@ def _producer(
             kv += 1
         # Draw the next item now: the latency hides behind the key tiles that are still in flight. Earlier it would stand before
         # the item's first K, and an item drawn late goes to the program that is free first.
-        idx = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        idx = _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
+        if SHARED:
+            idx = _next_segment(idx, counter, items, tiles)
+        else:
+            idx = gl.atomic_add(counter, 1) + gl.num_programs(0)
+            idx = _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
         t += 1
         _publish(idx, t if VARLEN else t - 1, work_s, work_full, work_empty)
     # Every program has drawn its last item before it says so; the last to say so leaves the counters as it found them.
@@ -158,6 +220,58 @@ def _rescale(o, alpha, DV: gl.constexpr):
     else:
         o = gl.inline_asm_elementwise(ASM_64, CONSTRAINTS_64, [o, factors], dtype=gl.float32, is_pure=True, pack=64)
     return o
+
+
+# ---- items that programs share -------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _leave_piece(at, arrived, o, m_i, l_row):
+    """Write down what a share has of an item, and tell the item's owner."""
+    M: gl.constexpr = o.shape[0]
+    DV: gl.constexpr = o.shape[1]
+    rows = gl.arange(0, M, m_i.type.layout)
+    gl.store(at + _in_rows(o), o)
+    gl.store(at + M * DV + rows, m_i)
+    gl.store(at + M * DV + M + rows, l_row)
+    block_barrier()  # the stores of all threads come before the one thread's atomic
+    gl.atomic_add(arrived, 1, sem="release")
+
+
+@gluon.jit
+def _with_pieces(at, step, pieces, arrived, o, m_i, l_row):
+    """O, maxima and sums of all of an item, whose other pieces lie every ``step`` numbers behind ``at``, in order."""
+    M: gl.constexpr = o.shape[0]
+    DV: gl.constexpr = o.shape[1]
+    o_row: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    rows = gl.arange(0, M, m_i.type.layout)
+    while gl.atomic_add(arrived, 0, sem="acquire") < pieces:
+        pass
+    block_barrier()
+    gl.store(arrived, 0)  # as the next call wants it
+    for i in range(pieces):
+        piece = at + (i + 1) * step
+        # not through the L1 cache, which may hold what an earlier call's pieces were
+        m_more = gl.load(piece + M * DV + rows, cache_modifier=".cg")
+        l_more = gl.load(piece + M * DV + M + rows, cache_modifier=".cg")
+        o_more = gl.load(piece + _in_rows(o), cache_modifier=".cg")
+        m_new = gl.maximum(m_i, m_more)
+        m_use = gl.where(m_new == -float("inf"), 0.0, m_new)
+        ours = gl.exp2(m_i - m_use)
+        theirs = gl.exp2(m_more - m_use)
+        m_i = m_new
+        l_row = l_row * ours + l_more * theirs
+        o = o * gl.expand_dims(gl.convert_layout(ours, o_row), 1)
+        o += o_more * gl.expand_dims(gl.convert_layout(theirs, o_row), 1)
+    return o, m_i, l_row
+
+
+@gluon.jit
+def _in_rows(o):
+    """Where each element of a block lies, row by row."""
+    rows = gl.arange(0, o.shape[0], gl.SliceLayout(1, o.type.layout))
+    columns = gl.arange(0, o.shape[1], gl.SliceLayout(0, o.type.layout))
+    return gl.expand_dims(rows, 1) * o.shape[1] + gl.expand_dims(columns, 0)
 
 
 # ---- consumers ---------------------------------------------------------------------------------------------------------
@@ -251,13 +365,22 @@ def _tiles_of(part: gl.constexpr, first, last, whole_from, whole_to, PARTS: gl.c
 
 
 @gluon.jit
+def _store_block(o, o_desc, at, q_s):
+    """Q is no longer needed: its buffer carries O out."""
+    o_s = q_s._reinterpret(o.dtype, [1, o.shape[0], 1, o.shape[1]], o_desc.layout)
+    o_s.reshape(o.shape).store(o)
+    fence_async_shared()  # ordinary stores before the copy engine reads them
+    tma_store(o_desc, at, o_s)
+
+
+@gluon.jit
 def _consumer(
-    ME: gl.constexpr, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left, right,
+    ME: gl.constexpr, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, pieces, q_s, k_s, v_s, work_s, q_full,
+    q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left, right,
     slopes_batch, scale, cap, D_OUT, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr,
     DV: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr,
     RIGHT: gl.constexpr, TAIL: gl.constexpr, ONE_MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
-    SINK: gl.constexpr, VARLEN: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
+    SINK: gl.constexpr, VARLEN: gl.constexpr, SHARED: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = M * CONSUMERS
     MASKED: gl.constexpr = LEFT or RIGHT or TAIL
@@ -281,12 +404,24 @@ def _consumer(
         mbarrier.arrive(work_empty.index(0), count=1)
     if PINGPONG and ME == CONSUMERS - 1:
         _pass_turn(ME, CONSUMERS)  # warpgroup 0 goes first
-    while idx < items:
-        m, bh = place(idx, heads, row_blocks, section)
+    stop = items
+    if SHARED:
+        gl.static_assert(ONE_MASK and not (LEFT or RIGHT or VARLEN))
+        PIECE: gl.constexpr = M * (DV + 2)
+        stop = NO_ITEM
+        tiles = gl.cdiv(seq_k, N)
+    while idx < stop:
+        item = idx
+        if SHARED:
+            item, begin, end, _ = _segment(idx, gl.num_programs(0), items, tiles)
+        m, bh = place(item, heads, row_blocks, section)
         b = bh // H
         h = bh - b * H
         batch, row0, _, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
         first, last = keys_visited(m * BM, sq, sk, left, right, BM, N, LEFT, RIGHT)
+        if SHARED:
+            first = tiles - end
+            last = tiles - begin
         whole_from, whole_to = key_tiles(m * BM, first, last, sq, sk, left, right, BM, N, LEFT, RIGHT)
         row = (m * CONSUMERS + ME) * M  # of the sequence
         if RIGHT and BM > N and not PINGPONG:  # give back the tiles on the diagonal that only the warpgroups below need
@@ -381,6 +516,22 @@ def _consumer(
         slot = kv % STAGES
         o = warpgroup_mma(gl.convert_layout(p, p_layout), v_s.index(slot).reshape([N, DV]), o, is_async=True)
         l_row = gl.convert_layout(gl.sum(l_i, 1), s_row)
+        if SHARED:
+            # anew: carried through the loop above, all this took 8 more instructions a tile of 418 (D = 64, Triton 3.6)
+            programs = _anew(gl.num_programs(0))
+            item, begin, _, share = _segment(_anew(idx), programs, items, tiles)
+            o = warpgroup_mma_wait(0, deps=(o,))
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            if share >= 0:
+                arrived = counter + 2 + item % programs * CONSUMERS + ME
+                mine_at = pieces + (share * CONSUMERS + ME) * PIECE
+                if begin > 0:
+                    _leave_piece(mine_at, arrived, o, m_i, l_row)
+                else:
+                    # the first share behind this item
+                    behind = gl.cdiv((item % programs + 1) * programs, items % programs)
+                    others = behind - share - 1
+                    o, m_i, l_row = _with_pieces(mine_at, CONSUMERS * PIECE, others, arrived, o, m_i, l_row)
         inv = gl.where(l_row == 0.0, 0.0, 1.0 / l_row)
         if SINK:  # one more logit in the normaliser, whose value is 0
             sink = gl.load(sinks + h).to(gl.float32) * 1.4426950408889634
@@ -396,9 +547,13 @@ def _consumer(
         else:
             lse = lse_ptr + bh.to(gl.int64) * seq_q
         # one fused multiply-add: the sum in base 2 would be rounded at the maximum's size
-        gl.store(lse + rows, m_i * LN2 + gl.log2(l_row) * LN2, mask=rows < sq)
-        o = warpgroup_mma_wait(0, deps=(o,))
-        mbarrier.arrive(v_empty.index(slot), count=1)
+        owned = rows < sq
+        if SHARED:
+            owned &= begin == 0
+        gl.store(lse + rows, m_i * LN2 + gl.log2(l_row) * LN2, mask=owned)
+        if not SHARED:
+            o = warpgroup_mma_wait(0, deps=(o,))
+            mbarrier.arrive(v_empty.index(slot), count=1)
         kv += 1
         o = (o * gl.expand_dims(gl.convert_layout(inv, o_row), 1)).to(dtype)
         if VARLEN:  # rows past the end of this sequence belong to the next one
@@ -409,15 +564,12 @@ def _consumer(
                 to += gl.expand_dims(o_rows, 1).to(gl.int64) * (H * D_OUT) + gl.expand_dims(o_cols, 0)
                 gl.store(to, o, mask=(gl.expand_dims(o_rows, 1) < sq) & (gl.expand_dims(o_cols, 0) < D_OUT))
             else:
-                o_s = q_s.index(mine)._reinterpret(dtype, [1, M, 1, DV], o_desc.layout)
-                o_s.reshape([M, DV]).store(o)
-                fence_async_shared()
-                tma_store(o_desc, [batch, row0 + row, h, 0], o_s)
+                _store_block(o, o_desc, [batch, row0 + row, h, 0], q_s.index(mine))
+        elif SHARED:
+            if begin == 0:
+                _store_block(o, o_desc, [batch, row, h, 0], q_s.index(mine))
         else:
-            o_s = q_s.index(mine)._reinterpret(dtype, [1, M, 1, DV], o_desc.layout)
-            o_s.reshape([M, DV]).store(o)  # Q is no longer needed: its buffer carries O out
-            fence_async_shared()  # ordinary stores before the copy engine reads them
-            tma_store(o_desc, [batch, row, h, 0], o_s)
+            _store_block(o, o_desc, [batch, row, h, 0], q_s.index(mine))
         if Q_BUFFERS == 1:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(mine), count=1)
@@ -438,12 +590,12 @@ _RUNTIME = (
 
 @gluon.jit(do_not_specialize=_RUNTIME)
 def attention_forward(
-    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, items, heads, H, group, row_blocks,
-    section, seq_q, seq_k, rows_all, left, right, slopes_batch, D_OUT, scale: "fp32", cap: "fp32", M: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, pieces, items, heads, H, group,
+    row_blocks, section, seq_q, seq_k, rows_all, left, right, slopes_batch, D_OUT, scale: "fp32", cap: "fp32", M: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, ONE_MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
-    VARLEN: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr, DEPENDENT: gl.constexpr,
+    VARLEN: gl.constexpr, SHARED: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(q_desc.dtype, [Q_BUFFERS * CONSUMERS, 1, M, 1, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, N, 1, D], k_desc.layout)
@@ -478,13 +630,13 @@ def attention_forward(
         (_producer, (
             q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full,
             v_empty, work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left, right, M, N,
-            STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, VARLEN,
+            STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, VARLEN, SHARED,
         )) if part == 0 else
         (_consumer, (
-            part - 1, o_desc, o_ptr, lse_ptr, cu_q, cu_k, slopes, sinks, q_s, k_s, v_s, work_s, q_full, q_empty, k_full,
-            k_empty, v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all,
+            part - 1, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, pieces, q_s, k_s, v_s, work_s, q_full,
+            q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all,
             left, right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT,
-            TAIL, ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, PINGPONG, LAZY,
+            TAIL, ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SHARED, PINGPONG, LAZY,
         ))
         for part in (0, 1, 2, 3)[:1 + CONSUMERS]
     ], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip

@@ -227,7 +227,7 @@ def test_shares_have_every_tile_once(rest, programs, tiles):
         number = next(drawn)
         for idx in (number, number + programs, number + 2 * programs):
             item, begin, end, share = map(
-                int, kernels["_segment"](gluon_on_cpu.Tensor(idx), programs, whole + rest, tiles)
+                int, kernels["_segment"](gluon_on_cpu.Tensor(idx), programs, whole, whole + rest, tiles)
             )
             assert begin < end or idx != number
             assert begin == 0 or idx == number

@@ -339,17 +339,17 @@ class _ForwardPlan:
         self.blocks = min(_multiprocessors(s.device), items)
         # items that take the same time; of wider heads the loop over tiles would be longer by 5 to 10 instructions of 330 to 415
         alike = not (bounded or s.left >= 0 or s.varlen) and c.d <= 128
-        shared = alike and choose_shared(items, self.blocks, _cdiv(s.seq_k, c.n)) > 0
+        shared = choose_shared(items, self.blocks, _cdiv(s.seq_k, c.n)) if alike else 0
         self.pieces = dense(self.blocks * rows * (c.dv + 2)) if shared else None
         section = choose_section(heads, 2 * s.seq_k * (s.d + s.dv), 40 << 20) if bounded else 1
         constants = forward_constants(
             c, left=s.left >= 0, right=bounded, tail=s.varlen or s.seq_k % c.n != 0, one_mask=s.one_mask(rows, c.n),
-            softcap=s.softcap, alibi=s.alibi, sink=options.sink is not None, varlen=s.varlen, shared=shared,
+            softcap=s.softcap, alibi=s.alibi, sink=options.sink is not None, varlen=s.varlen, shared=shared > 0,
         )  # fmt: skip
         self.q, self.k, self.v = s.box(q, c.m, c.d), s.box(k, c.n, c.d), s.box(v, c.n, c.dv)
         self.out = s.box(out, c.m, c.dv)
         self.scalars = (
-            items, heads, s.heads, s.heads // s.key_heads, row_blocks, section, s.seq_q, s.seq_k, s.rows,
+            items, items - shared, heads, s.heads, s.heads // s.key_heads, row_blocks, section, s.seq_q, s.seq_k, s.rows,
             max(s.left, 0), max(s.right, 0), s.slopes_batch, s.dv, s.scale, s.cap,
         )  # fmt: skip
         examples = (

@@ -88,36 +88,30 @@ def _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM: gl.
 
 
 @gluon.jit
-def _segment(idx, programs, items, tiles):
+def _segment(idx, programs, whole, items, tiles):
     """Number idx -> (item, its first tile, its end, share), tiles as they are visited: from the last key on.
 
-    The first numbers, a multiple of all programs, are whole items, of no share: -1. Then come as many shares of the items that are
-    left. A share's second segment has the number that lies as far behind its first; where there is none it ends at 0 or below."""
-    item = idx
-    begin = 0
-    end = tiles
-    share = -1
-    rest = items % programs
-    idx -= items - rest
-    if idx >= 0:
-        share = programs - 1 - idx % programs
-        lo = share * rest * tiles // programs
-        hi = (share + 1) * rest * tiles // programs
-        item = lo // tiles + idx // programs
-        begin = gl.maximum(lo - item * tiles, 0)
-        end = gl.minimum(hi - item * tiles, tiles)
-        item += items - rest
-    return item, begin, end, share
+    Numbers below ``whole``, a multiple of all programs, are items. Then come as many shares of the items that are left. A share's
+    second segment has the number that lies as far behind its first; where there is none it ends at 0 or below."""
+    rest = items - whole
+    idx -= whole
+    share = programs - 1 - idx % programs
+    lo = share * rest * tiles // programs
+    hi = (share + 1) * rest * tiles // programs
+    item = lo // tiles + idx // programs
+    begin = gl.maximum(lo - item * tiles, 0)
+    end = gl.minimum(hi - item * tiles, tiles)
+    return whole + item, begin, end, share
 
 
 @gluon.jit
-def _next_segment(idx, counter, items, tiles):
+def _next_segment(idx, counter, whole, items, tiles):
     programs = gl.num_programs(0)
-    if idx < items - items % programs:
+    if idx < whole:
         idx = gl.atomic_add(counter, 1) + programs
     else:
         idx += programs
-        _, _, end, _ = _segment(idx, programs, items, tiles)
+        _, _, end, _ = _segment(idx, programs, whole, items, tiles)
         idx = gl.where(end > 0, idx, NO_ITEM)
     return idx
 
@@ -131,7 +125,7 @@ def _anew(n):
 @gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left, right, M: gl.constexpr,
+    work_full, work_empty, items, whole, heads, H, group, row_blocks, section, seq_q, seq_k, left, right, M: gl.constexpr,
     N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr,
     RIGHT: gl.constexpr, VARLEN: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
@@ -148,7 +142,10 @@ def _producer(
     while idx < stop:
         item = idx
         if SHARED:
-            item, begin, end, _ = _segment(idx, gl.num_programs(0), items, tiles)
+            begin = 0
+            end = tiles
+            if idx >= whole:
+                item, begin, end, _ = _segment(idx, gl.num_programs(0), whole, items, tiles)
         m, bh = place(item, heads, row_blocks, section)
         b = bh // H
         h = bh - b * H
@@ -176,7 +173,7 @@ def _producer(
         # Draw the next item now: the latency hides behind the key tiles that are still in flight. Earlier it would stand before
         # the item's first K, and an item drawn late goes to the program that is free first.
         if SHARED:
-            idx = _next_segment(idx, counter, items, tiles)
+            idx = _next_segment(idx, counter, whole, items, tiles)
         else:
             idx = gl.atomic_add(counter, 1) + gl.num_programs(0)
             idx = _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
@@ -376,7 +373,7 @@ def _store_block(o, o_desc, at, q_s):
 @gluon.jit
 def _consumer(
     ME: gl.constexpr, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, pieces, q_s, k_s, v_s, work_s, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left, right,
+    q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, items, whole, heads, H, row_blocks, section, seq_q, seq_k, rows_all, left, right,
     slopes_batch, scale, cap, D_OUT, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr,
     DV: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr,
     RIGHT: gl.constexpr, TAIL: gl.constexpr, ONE_MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
@@ -413,7 +410,10 @@ def _consumer(
     while idx < stop:
         item = idx
         if SHARED:
-            item, begin, end, _ = _segment(idx, gl.num_programs(0), items, tiles)
+            begin = 0
+            end = tiles
+            if idx >= whole:
+                item, begin, end, _ = _segment(idx, gl.num_programs(0), whole, items, tiles)
         m, bh = place(item, heads, row_blocks, section)
         b = bh // H
         h = bh - b * H
@@ -517,19 +517,22 @@ def _consumer(
         o = warpgroup_mma(gl.convert_layout(p, p_layout), v_s.index(slot).reshape([N, DV]), o, is_async=True)
         l_row = gl.convert_layout(gl.sum(l_i, 1), s_row)
         if SHARED:
-            # anew: carried through the loop above, all this took 8 more instructions a tile of 418 (D = 64, Triton 3.6)
-            programs = _anew(gl.num_programs(0))
-            item, begin, _, share = _segment(_anew(idx), programs, items, tiles)
             o = warpgroup_mma_wait(0, deps=(o,))
             mbarrier.arrive(v_empty.index(slot), count=1)
-            if share >= 0:
-                arrived = counter + 2 + item % programs * CONSUMERS + ME
+            begin = 0
+            if idx >= whole:
+                # anew: carried through the loop above, all this took 8 more instructions a tile of 418 (D = 64, Triton 3.6)
+                programs = _anew(gl.num_programs(0))
+                item, begin, _, share = _segment(_anew(idx), programs, whole, items, tiles)
+                rest = items - whole
+                item -= whole
+                arrived = counter + 2 + item * CONSUMERS + ME
                 mine_at = pieces + (share * CONSUMERS + ME) * PIECE
                 if begin > 0:
                     _leave_piece(mine_at, arrived, o, m_i, l_row)
                 else:
                     # the first share behind this item
-                    behind = gl.cdiv((item % programs + 1) * programs, items % programs)
+                    behind = gl.cdiv((item + 1) * programs, rest)
                     others = behind - share - 1
                     o, m_i, l_row = _with_pieces(mine_at, CONSUMERS * PIECE, others, arrived, o, m_i, l_row)
         inv = gl.where(l_row == 0.0, 0.0, 1.0 / l_row)
@@ -583,14 +586,14 @@ def _consumer(
 
 
 _RUNTIME = (
-    "items", "heads", "H", "group", "row_blocks", "section", "seq_q", "seq_k", "rows_all", "left", "right",
+    "items", "whole", "heads", "H", "group", "row_blocks", "section", "seq_q", "seq_k", "rows_all", "left", "right",
     "slopes_batch", "D_OUT", "o_ptr", "lse_ptr", "counter", "cu_q", "cu_k", "slopes", "sinks",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_RUNTIME)
 def attention_forward(
-    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, pieces, items, heads, H, group,
+    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, pieces, items, whole, heads, H, group,
     row_blocks, section, seq_q, seq_k, rows_all, left, right, slopes_batch, D_OUT, scale: "fp32", cap: "fp32", M: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, D_QK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr, Q_BUFFERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
@@ -629,12 +632,12 @@ def attention_forward(
     gl.warp_specialize([
         (_producer, (
             q_desc, k_desc, v_desc, counter, cu_q, cu_k, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full,
-            v_empty, work_full, work_empty, items, heads, H, group, row_blocks, section, seq_q, seq_k, left, right, M, N,
+            v_empty, work_full, work_empty, items, whole, heads, H, group, row_blocks, section, seq_q, seq_k, left, right, M, N,
             STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT, VARLEN, SHARED,
         )) if part == 0 else
         (_consumer, (
             part - 1, o_desc, o_ptr, lse_ptr, counter, cu_q, cu_k, slopes, sinks, pieces, q_s, k_s, v_s, work_s, q_full,
-            q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, items, heads, H, row_blocks, section, seq_q, seq_k, rows_all,
+            q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, items, whole, heads, H, row_blocks, section, seq_q, seq_k, rows_all,
             left, right, slopes_batch, scale, cap, D_OUT, M, N, D, D_QK, DV, STAGES, CONSUMERS, Q_BUFFERS, LEFT, RIGHT,
             TAIL, ONE_MASK, SOFTCAP, ALIBI, SINK, VARLEN, SHARED, PINGPONG, LAZY,
         ))

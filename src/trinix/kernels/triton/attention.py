@@ -1180,7 +1180,7 @@ def _precision(form: Form, size: int, device: int) -> str:
     """Of float32 products. Triton 3.7 does not compile those of float64 in kernels that hold bytes, of masks and of dropout."""
     if INTERPRETED:
         return "upcast"
-    return "double" if size == 4 and not form.heavy and _double(device) else "ieee"
+    return "double" if size == 4 and not form.mask and not form.dropout and _double(device) else "ieee"
 
 
 @functools.cache

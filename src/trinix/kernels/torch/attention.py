@@ -64,7 +64,7 @@ def _dense(q, k, v, options, first_batch):
     queries = q.transpose(1, 2).to(wide)
     keys = k.repeat_interleave(group, 2).transpose(1, 2).to(wide)
     values = v.repeat_interleave(group, 2).transpose(1, 2)
-    z = queries @ keys.transpose(-1, -2) * options.scale
+    z = _products(queries, keys) * options.scale
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
     distance = key_distance(q.shape[1], k.shape[1], q.device)
@@ -82,6 +82,10 @@ def _dense(q, k, v, options, first_batch):
         keep = keep_mask(options.seed, *z.shape, options.dropout_p, first_batch * q.shape[2])
         p = torch.where(keep, p / (1.0 - options.dropout_p), 0.0)
     return (p.to(v.dtype) @ values).transpose(1, 2), lse
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    return queries @ keys.transpose(-1, -2)
 
 
 def key_distance(seq_q: int, seq_k: int, device: torch.device) -> Tensor:

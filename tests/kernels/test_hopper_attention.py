@@ -199,14 +199,15 @@ def test_the_last_round_is_shared_where_that_saves_time():
         items = batch * heads * -(-rows // (c.m * c.consumers))
         return hopper.choose_shared(items, programs, -(-rows // c.n))
 
-    assert shared(1, 4096, 32, 128) == 100
-    assert shared(1, 8192, 32, 128) == 68
-    assert shared(1, 4096, 32, 64) == 44
+    assert shared(1, 4096, 32, 64) == shared(2, 2048, 32, 64) == 44
+    assert not shared(2, 2048, 16, 64)
+    assert not shared(4, 4096, 32, 64)
+    assert not shared(1, 4096, 32, 128)
+    assert not shared(1, 8192, 32, 128)
     assert not shared(1, 4096, 33, 128)  # 8 whole rounds
     assert not shared(1, 4096, 30, 64)
     assert not shared(1, 4096, 6, 64)  # 132 items
     assert not shared(1, 4096, 4, 128)  # not one whole round
-    assert not shared(1, 2048, 40, 128)  # 16 tiles: 2.4 would be saved, and the second segments' beginnings paid
     assert not hopper.choose_shared(2 * 132 + 66, 132, 7)
     assert not hopper.choose_shared(2 * 132 + 1, 132, 512)  # less than 4 tiles a program
     assert not hopper.choose_shared(2 * 132 + 66, 132, 1 << 17)  # units of all programs are counted in 32 bits

@@ -156,13 +156,14 @@ def choose_forward(d: int, dv: int, causal: bool, keys: int) -> ForwardConfig | 
 def choose_shared(items: int, programs: int, tiles: int) -> int:
     """How many items at the end all programs share, tile by tile; ``tiles``: of an item, which all take the same time.
 
-    A part-filled last round takes as long as a full one, us: (1, 4096, H, 128) 403.8 with 32 heads (7.76 rounds), 406.2 with 33
-    (8.00); D = 64 239.5, 280.3 and 283.0 with 30, 32 and 36 (5.00, 5.33 and 6.00). What sharing costs is a guess, *not measured
-    yet*: two tiles' time for the second segment's beginning and the pieces' way through memory, one for each piece that is added."""
+    A part-filled last round takes as long as a full one: of 30, 32 and 36 heads of (1, 4096, H, 64), 5.00, 5.33 and 6.00 rounds,
+    239.5, 280.3 and 283.0 us. Sharing it costs about five tiles' time (a second segment's beginning, the pieces' way through memory,
+    waiting for them) and 2% of the call, as other programs no longer take over what a slow one leaves: it gains 6% there and 2% at
+    (2, 2048, 32 on 8, 64), nothing at (4, 4096, 32, 64), and loses 2% at (2, 2048, 16 on 1, 64) and 1 to 2% at (1, 4096, 32, 128)."""
     shared = items % programs
     if items < programs or tiles < 8 or shared * tiles < 4 * programs or tiles * programs**2 >= 2**31:
         return 0
-    saved = tiles - shared * tiles / programs - 2 - programs / shared
+    saved = tiles - shared * tiles / programs - 5 - 0.02 * tiles * items / programs
     return shared if saved >= 0.015 * tiles * _cdiv(items, programs) else 0
 
 

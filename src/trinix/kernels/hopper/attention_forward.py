@@ -219,6 +219,22 @@ def _rescale(o, alpha, DV: gl.constexpr):
     return o
 
 
+@gluon.jit
+def _normaliser(m_i, l_row, sinks, h, SINK: gl.constexpr):
+    """(what O is multiplied by, lse) of rows with these maxima and sums."""
+    inv = gl.where(l_row == 0.0, 0.0, 1.0 / l_row)
+    if SINK:  # one more logit in the normaliser, whose value is 0
+        sink = gl.load(sinks + h).to(gl.float32) * 1.4426950408889634
+        most = gl.maximum(m_i, sink)
+        m_use = gl.where(most == -float("inf"), 0.0, most)  # neither a key nor a sink: -inf - -inf would be NaN
+        shrink = gl.exp2(m_i - m_use)
+        l_row = l_row * shrink + gl.exp2(sink - m_use)
+        inv = gl.where(l_row == 0.0, 0.0, shrink / l_row)
+        m_i = m_use
+    # one fused multiply-add: the sum in base 2 would be rounded at the maximum's size
+    return inv, m_i * LN2 + gl.log2(l_row) * LN2
+
+
 # ---- items that programs share -------------------------------------------------------------------------------------------
 
 
@@ -516,9 +532,19 @@ def _consumer(
         slot = kv % STAGES
         o = warpgroup_mma(gl.convert_layout(p, p_layout), v_s.index(slot).reshape([N, DV]), o, is_async=True)
         l_row = gl.convert_layout(gl.sum(l_i, 1), s_row)
+        inv, log = _normaliser(m_i, l_row, sinks, h, SINK)
+        rows = row + gl.arange(0, M, s_row)
+        if VARLEN:
+            lse = lse_ptr + h.to(gl.int64) * rows_all + row0
+        else:
+            lse = lse_ptr + bh.to(gl.int64) * seq_q
+        owned = rows < sq
         if SHARED:
-            o = warpgroup_mma_wait(0, deps=(o,))
-            mbarrier.arrive(v_empty.index(slot), count=1)
+            owned &= idx < whole
+        gl.store(lse + rows, log, mask=owned)
+        o = warpgroup_mma_wait(0, deps=(o,))
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        if SHARED:
             begin = 0
             if idx >= whole:
                 # anew: carried through the loop above, all this took 8 more instructions a tile of 418 (D = 64, Triton 3.6)
@@ -535,28 +561,8 @@ def _consumer(
                     behind = gl.cdiv((item + 1) * programs, rest)
                     others = behind - share - 1
                     o, m_i, l_row = _with_pieces(mine_at, CONSUMERS * PIECE, others, arrived, o, m_i, l_row)
-        inv = gl.where(l_row == 0.0, 0.0, 1.0 / l_row)
-        if SINK:  # one more logit in the normaliser, whose value is 0
-            sink = gl.load(sinks + h).to(gl.float32) * 1.4426950408889634
-            most = gl.maximum(m_i, sink)
-            m_use = gl.where(most == -float("inf"), 0.0, most)  # neither a key nor a sink: -inf - -inf would be NaN
-            shrink = gl.exp2(m_i - m_use)
-            l_row = l_row * shrink + gl.exp2(sink - m_use)
-            inv = gl.where(l_row == 0.0, 0.0, shrink / l_row)
-            m_i = m_use
-        rows = row + gl.arange(0, M, s_row)
-        if VARLEN:
-            lse = lse_ptr + h.to(gl.int64) * rows_all + row0
-        else:
-            lse = lse_ptr + bh.to(gl.int64) * seq_q
-        # one fused multiply-add: the sum in base 2 would be rounded at the maximum's size
-        owned = rows < sq
-        if SHARED:
-            owned &= begin == 0
-        gl.store(lse + rows, m_i * LN2 + gl.log2(l_row) * LN2, mask=owned)
-        if not SHARED:
-            o = warpgroup_mma_wait(0, deps=(o,))
-            mbarrier.arrive(v_empty.index(slot), count=1)
+                    inv, log = _normaliser(m_i, l_row, sinks, h, SINK)
+                    gl.store(lse + rows, log, mask=rows < sq)
         kv += 1
         o = (o * gl.expand_dims(gl.convert_layout(inv, o_row), 1)).to(dtype)
         if VARLEN:  # rows past the end of this sequence belong to the next one

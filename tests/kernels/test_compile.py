@@ -190,7 +190,7 @@ def test_every_attention_kernel_and_dtype_is_listed(listed):
     kernels += ["prepare", "bias"]
     with_bias = ["fwd-bias", "keys-bias", "queries-bias", "apart", "sums"]
     halves = {f"d{d}/{kernel}" for d in ("64", "128", "192-128", "256") for kernel in kernels}
-    small = {f"d{d}/{kernel}" for d in (64, 128) for kernel in (*kernels, *with_bias)}
+    small = {f"d{d}/{kernel}" for d in (64, 128) for kernel in (*kernels, *with_bias, "keys-sink")}
     wanted = {f"attention/{name}/{dtype}" for name in halves | small for dtype in ("float16", "bfloat16")}
     assert listed("attention") == wanted | {f"attention/{name}/float32" for name in small}
 

@@ -15,19 +15,20 @@ from trinix.kernels.triton._compile import compile_case
 
 T = "*bf16"
 FORWARD = T, T, T, T, "*u8", "*fp32", T, "*i64", "*i32", "*i32", T, "*fp32"
-BACKWARD = T, T, T, T, "*u8", "*fp32", "*i64", "*i32", "*i32", T, "*fp32", T, T, T
+BACKWARD = T, T, T, T, "*u8", "*fp32", "*i64", "*i32", "*i32", T, "*fp32", T, T, T, "*fp32", "*fp32"
 
 
 def cases(d, dv, unit=8, **options):
     form, call = kernels.Form(d, dv, unit, **options), (d, dv, 2, "sm_90")
     yield "forward", kernels.forward_launch(form, kernels.choose_forward(*call, False, unit > 1)), FORWARD
     form = form._replace(raw=False)
-    walks = [(kernels.choose_keys(*call), (True, True))]
+    config = kernels.choose_keys(*call)
+    walks = [(config, (True, True, False)), (config, (True, True, True))]
     if split := kernels.choose_split(*call):
-        walks = zip(split, ((True, False), (False, True)))
+        walks = zip((*split, split[0]), ((True, False, False), (False, True, False), (True, False, True)))
     for config, want in walks:
         yield f"keys {want}", kernels.keys_launch(form, False, True, config, want, True), BACKWARD
-    yield "queries", kernels.queries_launch(form, kernels.choose_queries(*call, False, form.right), True), BACKWARD[:-2]
+    yield "queries", kernels.queries_launch(form, kernels.choose_queries(*call, False, form.right), True), BACKWARD[:-4]
 
 
 for name, launch, tensors in CASES():
@@ -52,7 +53,7 @@ def made(cases, forked_process):
 )
 def test_no_product_waits_for_itself(calls, forked_process):
     lines = made(f"(one for call in ({calls}) for one in call)", forked_process)
-    assert len(lines) >= 6
+    assert len(lines) >= 8
     for one in lines:
         assert one["products"] >= 2, one
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"

@@ -38,7 +38,7 @@ def float32_attention():
         form = attention.Form(d, dv, 4, precision="double", base2=False)
         causal = form._replace(right=True, cap=True, raw=False)
         yield "forward", arch, attention.forward_launch(form, attention.choose_forward(*call)), forward
-        yield "keys", arch, attention.keys_launch(causal, False, True, attention.choose_keys(*call)), read + ("*fp32",) * 3
+        yield "keys", arch, attention.keys_launch(causal, False, True, attention.choose_keys(*call)), read + ("*fp32",) * 5
         for sums in (False, True):
             launch = attention.queries_launch(causal, attention.choose_queries(*call), sums=sums)
             yield "sums" if sums else "queries", arch, launch, read + ("*fp32",)

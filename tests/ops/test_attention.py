@@ -185,7 +185,73 @@ def test_the_rounding_of_out_stays_out_of_the_gradients(name, monkeypatch):
     assert not ROUNDED[name]().faults("triton")
     kernels.forget_plans()
     monkeypatch.setattr(kernels, "choose_exact", lambda *_: False)
+    monkeypatch.setattr(kernels, "choose_sink", lambda *_: False)
     assert ROUNDED[name]().faults("triton")
+
+
+SINKS = {
+    "heads of a group": lambda: make(1, 30, 40, 4, 2, 16, sink=number(4), causal=True),
+    "lengths": lambda: flat(
+        make(1, 60, 75, 2, 1, 16, cu_seqlens_q=ends(0, 7, 7, 55), cu_seqlens_k=ends(0, 33, 38, 71), dropout_p=0.2,
+             sink=number(2), softcap=4.0, window=(30, 9))
+    ),
+    # as "alibi, keys far away"
+    "alibi": lambda: make(1, 2100, 20, 1, 1, 16, alibi_slopes=torch.full((1,), 0.6), sink=torch.full((1,), -1200.0)),
+}  # fmt: skip
+
+
+FORMS = "one walk", "dq by atomics", "two walks", "parts of a group"
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("alibi", "one walk"), *((name, form) for name in ("heads of a group", "lengths") for form in FORMS)],
+)
+def test_a_sinks_gradient_is_added_up_where_dk_is_made(name, form, monkeypatch):
+    def for_few_keys_only(seq_k, left, right, more):
+        assert not more
+        return False
+
+    monkeypatch.setattr(kernels, "choose_exact", for_few_keys_only)
+    monkeypatch.setattr(kernels, "choose_fused", lambda *_: form == "dq by atomics")
+    if form == "two walks":
+        monkeypatch.setattr(
+            kernels, "choose_split", lambda *_: (kernels.Config(16, 32, 4, 1), kernels.Config(32, 32, 4, 1))
+        )
+    elif form == "parts of a group":
+        monkeypatch.setattr(kernels, "choose_parts", lambda _, group, __: group)
+    assert not SINKS[name]().faults("triton")
+
+
+@pytest.mark.parametrize("others", [(), (0,), (1,), (2,), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_sinks_gradient_beside_any_others(others, dtype):
+    """By the walk that makes dk, or by one of its own; of lse's gradient too."""
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [t.detach().requires_grad_(i in others) for i, t in enumerate(make(2, 20, 40, 4, 2, 16).inputs)]
+        sink = number(4).requires_grad_()
+        outs = attention(*(t.to(dtype) for t in leaves), sink=sink, return_lse=True, backend=backend)
+        loss = sum(o.float().square().sum() for o in outs)
+        results.append(torch.autograd.grad(loss, [sink, *(leaves[i] for i in others)]))
+    close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(*results, **close)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 4), (4,)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_sink_of_no_weight_and_rows_that_see_nothing(wanted, dtype):
+    q, k, v = make(1, 40, 40, 2, 1, 16, dtype=dtype).inputs
+    mask = torch.ones(40, 40, dtype=torch.bool)
+    mask[10:20] = False
+    results = []
+    for backend in ("torch", "triton"):
+        tensors = q, k, v, None, torch.tensor([float("-inf"), 90.0])
+        leaves = [t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        out = attention(*leaves[:3], sink=leaves[4], mask=mask, window=(30, None), backend=backend)
+        results.append(torch.autograd.grad(out.float().square().sum(), [leaves[i] for i in wanted]))
+    torch.testing.assert_close(*results, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=2e-3)
+    assert not results[1][-1][0]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +342,7 @@ def test_a_bias_or_mask_that_all_keys_share_is_not_copied():
 def test_only_wanted_gradients_are_made_and_they_are_the_same(wanted):
     tensors = [*make(1, 17, 20, 2, 1, 16).inputs, number(2, 17, 20), number(2)]
     results = []
-    for grads in (range(5 if max(wanted) > 2 else 3), wanted):  # delta is the exact one for a bias or a sink
+    for grads in (range(5 if max(wanted) > 2 else 3), wanted):  # delta is the exact one for a bias
         leaves = [t.detach().requires_grad_(i in grads) for i, t in enumerate(tensors)]
         out = attention(*leaves[:3], bias=leaves[3], sink=leaves[4], backend="triton")
         found = torch.autograd.grad(out.square().sum(), [leaves[i] for i in wanted])

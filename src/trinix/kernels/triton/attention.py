@@ -4,13 +4,14 @@ A forward program holds M queries and walks over tiles of N keys with the online
 sees in full go through a loop without bounds, those at an edge (causal diagonal, window, last keys) through one with them.
 
 Backward: ``_prepare`` makes delta = rowsum(dout out) - dlse; where out's rounding would show, ``_backward_queries`` first adds up
-p dp in its place (``choose_exact``). ``_backward_keys`` holds N keys, walks over queries of all heads of the group, with scores
-transposed (keys x queries), so that probabilities and dz multiply from registers. dq comes either from the same walk by float32
-atomics (five products a tile), or from ``_backward_queries``, which repeats two of them (seven), in a fixed order: the same bits
-on every run. At 256 channels dk and dv are two walks (eight), so that the sums of 128 keys fit the registers. On Hopper these
-kernels overlap: none reads what another writes, so the next one fills the processors that one leaves idle at its end, and only
-waits for that end at its own. ``_backward_bias`` makes a bias's gradient in the bias's own shape, the broadcast dimensions added
-up in a fixed order.
+p dp in its place (``choose_exact``). A sink's gradient is such sums added up over all rows, which ``_backward_keys`` does by the
+way, a number for each tile of keys (``choose_sink``). ``_backward_keys`` holds N keys, walks over queries of all heads of the
+group, with scores transposed (keys x queries), so that probabilities and dz multiply from registers. dq comes either from the
+same walk by float32 atomics (five products a tile), or from ``_backward_queries``, which repeats two of them (seven), in a fixed
+order: the same bits on every run. At 256 channels dk and dv are two walks (eight), so that the sums of 128 keys fit the
+registers. On Hopper these kernels overlap: none reads what another writes, so the next one fills the processors that one leaves
+idle at its end, and only waits for that end at its own. ``_backward_bias`` makes a bias's gradient in the bias's own shape, the
+broadcast dimensions added up in a fixed order.
 
 A bias may hold numbers as low as finfo.min where a key is hidden. With one, exponentials are natural: such a number times
 log2(e) is -inf. And where it stands at all keys of a row, lse = max + log(sum) has kept nothing of log(sum) in float32 (under
@@ -422,12 +423,12 @@ def _prepare(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, keys, values, q, dout, stats, far_sums, dq, dq_row, col, low, high, seq_q, qs, gs, bounds, scales, slope,
+    dk, dv, dsink, keys, values, q, dout, stats, far_sums, share, dq, dq_row, col, low, high, seq_q, qs, gs, bounds, scales, slope,
     bias, bias_row, mask, mask_row, seed, plane, drop, keep_scale, back_scale, first_key,
     BOUND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, ONE: tl.constexpr,
+    STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_SINK: tl.constexpr, ONE: tl.constexpr,
 ):
     SIZE: tl.constexpr = keys.dtype.primitive_bitwidth
     REST: tl.constexpr = BIAS != 0 or (ALIBI and not BASE2)
@@ -462,7 +463,13 @@ def _walk_queries(
                 dp = _dot(values, grads.T, tl.zeros((N, M), tl.float32), PRECISION)
                 if DROPOUT:
                     dp = tl.where(kept, dp * keep_scale, 0.0)
-                dz = p * (dp - sums[None, :])
+                if WANT_SINK:  # the shares are read no sooner, for want of registers; p dp is then part of dz
+                    _log, shares, _rest = _statistics(share, 0, row, seq_q, BOUND, False)
+                    dz = p * dp
+                    dsink += tl.sum(dz * shares[None, :], 1)
+                    dz -= p * sums[None, :]
+                else:
+                    dz = p * (dp - sums[None, :])
                 if CAP:
                     dz = dz * (1.0 - tanh * tanh)
                 dz = dz.to(queries.dtype)
@@ -476,7 +483,7 @@ def _walk_queries(
                     tl.atomic_add(at, part, mask=(row < seq_q)[:, None] & (d < D)[None, :], sem="relaxed")
                 else:
                     tl.atomic_add(at, part, sem="relaxed")
-    return dk, dv
+    return dk, dv, dsink
 
 
 @triton.jit(do_not_specialize=[
@@ -485,7 +492,7 @@ def _walk_queries(
     "slopes_b", "lse_b", "lse_h", "heads", "group", "each", "seq_q", "seq_k", "tiles", "left", "right", "drop",
 ])
 def _backward_keys(
-    q, k, v, bias, mask, slopes, seed, ends_q, ends_k, dout, stats, dq, dk, dv,
+    q, k, v, bias, mask, slopes, seed, ends_q, ends_k, dout, stats, dq, dk, dv, share, dsink,
     qb: "i64", qs: "i64", qh: "i64", kb: "i64", ks: "i64", kh: "i64", vb: "i64", vs: "i64", vh: "i64",
     gb: "i64", gs: "i64", gh: "i64", dkb: "i64", dks: "i64", dkh: "i64", dvb: "i64", dvs: "i64", dvh: "i64",
     dk_split: "i64", dv_split: "i64", bias_b: "i64", bias_h: "i64", bias_row: "i64",
@@ -495,9 +502,13 @@ def _backward_keys(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, VARLEN: tl.constexpr, FUSED: tl.constexpr, ONE: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, OVERLAP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_SINK: tl.constexpr, OVERLAP: tl.constexpr,
 ):
-    """dk and dv of N keys over ``each`` heads of the group (the whole, or one of several parts that are added up later)."""
+    """dk and dv of N keys over ``each`` heads of the group (the whole, or one of several parts that are added up later).
+
+    WANT_SINK: dsink [batch, head, tile] takes the sum of share p dp over these keys and all queries; share [.., head, row] is the
+    probability of the sink.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
@@ -517,6 +528,7 @@ def _backward_keys(
     dv += (part * dv_split + batch * dvb + key_head * dvh) * UNIT
     REST: tl.constexpr = BIAS != 0 or (ALIBI and not BASE2)
     stats += batch * lse_b * (3 if REST else 2)
+    share += batch * lse_b
     dq_row = heads.to(tl.int64) * D
     if VARLEN:
         start_q = tl.load(ends_q + batch).to(tl.int64)
@@ -533,6 +545,7 @@ def _backward_keys(
         dv += start_k * dvs * UNIT
         stats += start_q
         dq += start_q * dq_row
+        share += start_q
     else:
         dq += batch * seq_q * dq_row
     first_key = tile * N
@@ -577,22 +590,26 @@ def _backward_keys(
         g_at = dout + head * gh * UNIT
         stats_at = stats + head * lse_h * (3 if REST else 2)
         dq_at = dq + head * D
+        share_at = share + head * lse_h
+        sink_sum = tl.zeros((N,), tl.float32) if WANT_SINK else 0.0
         if RIGHT:
-            dk_sum, dv_sum = _walk_queries(
-                dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, lse_h, dq_at, dq_row, col, low, full_low, seq_q,
+            dk_sum, dv_sum, sink_sum = _walk_queries(
+                dk_sum, dv_sum, sink_sum, keys, values, q_at, g_at, stats_at, lse_h, share_at, dq_at, dq_row, col, low, full_low, seq_q,
                 qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
                 plane, drop, keep_scale, back_scale, first_key,
-                True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, ONE)
-        dk_sum, dv_sum = _walk_queries(
-            dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, lse_h, dq_at, dq_row, col, full_low, full_high, seq_q,
+                True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, WANT_SINK, ONE)
+        dk_sum, dv_sum, sink_sum = _walk_queries(
+            dk_sum, dv_sum, sink_sum, keys, values, q_at, g_at, stats_at, lse_h, share_at, dq_at, dq_row, col, full_low, full_high, seq_q,
             qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
             plane, drop, keep_scale, back_scale, first_key,
-            False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, ONE)
-        dk_sum, dv_sum = _walk_queries(
-            dk_sum, dv_sum, keys, values, q_at, g_at, stats_at, lse_h, dq_at, dq_row, col, full_high, high, seq_q,
+            False, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, WANT_SINK, ONE)
+        dk_sum, dv_sum, sink_sum = _walk_queries(
+            dk_sum, dv_sum, sink_sum, keys, values, q_at, g_at, stats_at, lse_h, share_at, dq_at, dq_row, col, full_high, high, seq_q,
             qs, gs, bounds, scales, slope, bias_at, bias_row, mask_at, mask_row, dropout_seed,
             plane, drop, keep_scale, back_scale, first_key,
-            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, ONE)
+            True, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, CAP, BIAS, MASK, ALIBI, DROPOUT, FUSED, BASE2, PRECISION, STAGES, WANT_K, WANT_V, WANT_SINK, ONE)
+        if WANT_SINK:
+            tl.store(dsink + (batch * heads + head) * tiles + tile, tl.sum(sink_sum, 0))
     if WANT_K:
         _store_rows(dk, dk_sum * back_scale, far, seq_k, dks * UNIT, D, BLOCK_D)
     if WANT_V:
@@ -924,12 +941,18 @@ _FEW_KEYS = 16
 
 def choose_exact(seq_k: int, left: int, right: int, more: bool) -> bool:
     """Whether delta is the sum of p dp over the keys, for two more products, and not rowsum(dout out): out is rounded, and where a
-    row sees few keys the rounding is all that is left of dp - delta. ``more``: a gradient of a bias or a sink is wanted, which
-    adds such differences up without the products in between that would hide it (12 of 264 random calls in half types were up to 7 times
-    over the error that PyTorch makes).
+    row sees few keys the rounding is all that is left of dp - delta. ``more``: a gradient of a bias is wanted, or of a sink that
+    is not added up elsewhere (``choose_sink``): these add such differences up without the products in between that would hide it
+    (12 of 264 random calls in half types were up to 7 times over the error that PyTorch makes).
     """
     keys = min(seq_k, left + right + 1) if left >= 0 and right >= 0 else seq_k
     return more or keys <= _FEW_KEYS
+
+
+def choose_sink(dk: bool, bias: bool) -> bool:
+    """Whether a sink's gradient is added up where dk is made, which has p and dp. With a bias the sum would take the layout of the
+    bias's tile, and ptxas then has every product of the loop wait for the one before (C7515)."""
+    return dk and not bias
 
 
 def choose_parts(programs: int, group: int, processors: int) -> int:
@@ -944,7 +967,7 @@ def choose_parts(programs: int, group: int, processors: int) -> int:
 
 _FORWARD = Launcher(_forward, tensors=12)
 _PREPARE = Launcher(_prepare, tensors=6)
-_BACKWARD_KEYS = Launcher(_backward_keys, tensors=14)
+_BACKWARD_KEYS = Launcher(_backward_keys, tensors=16)
 _BACKWARD_QUERIES = Launcher(_backward_queries, tensors=12)
 _BACKWARD_BIAS = Launcher(_backward_bias, tensors=10)
 
@@ -1019,15 +1042,15 @@ def keys_launch(
     fused: bool,
     one: bool,
     config: Config,
-    want: tuple[bool, bool] = (True, True),
+    want: tuple[bool, bool, bool] = (True, True, False),
     overlap: bool = False,
     early: bool = False,
 ) -> Launch:
-    """``want``: dk, dv; ``early``: it may start before the kernel in front has ended."""
+    """``want``: dk, dv, dsink; ``early``: it may start before the kernel in front has ended."""
     return _BACKWARD_KEYS.bind(
         **form.widths(), **form.edges(), BIAS=form.bias, MASK=form.mask, ALIBI=form.alibi, DROPOUT=form.dropout,
         VARLEN=form.varlen, FUSED=fused, ONE=one, BASE2=form.base2, PRECISION=form.precision, M=config.m, N=config.n, STAGES=config.num_stages,
-        WANT_K=want[0], WANT_V=want[1], OVERLAP=overlap, num_warps=config.num_warps, num_stages=config.num_stages,
+        WANT_K=want[0], WANT_V=want[1], WANT_SINK=want[2], OVERLAP=overlap, num_warps=config.num_warps, num_stages=config.num_stages,
         launch_pdl=early,
     )  # fmt: skip
 
@@ -1277,6 +1300,7 @@ class _BackwardPlan(NamedTuple):
     keys: tuple[_Call, ...]
     queries: _Call | None
     bias: tuple | None  # (the kernel's call, splits)
+    sink: tuple | None  # the shape of the sink's gradient in parts; None: it is made from stats
 
 
 @functools.lru_cache(4096)
@@ -1286,8 +1310,10 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
     form, size, varlen = plan.form, facts.dtype.itemsize, plan.form.varlen
     choice = form.d, form.dv, size, plan.card
     want_q, want_k, want_v, want_bias, want_sink = needs
-    exact = choose_exact(plan.seq_k, facts.left, facts.right, want_bias or want_sink)
     fused = want_q and not deterministic and choose_fused(*choice)
+    by_keys = want_sink and choose_sink(want_k or fused, facts.bias is not None)
+    exact = choose_exact(plan.seq_k, facts.left, facts.right, want_bias or (want_sink and not by_keys))
+    by_keys &= not exact
     out_shape = (*facts.q[0][:-1], form.dv)
     read = _three(*facts.q), _three(*facts.k), _three(*facts.v), _three(out_shape, dout)
     dq, dk, dv = (_three(shape, _like(shape, stride)) for shape, stride in facts[2:5])
@@ -1309,15 +1335,16 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
     launch = prepare_launch(form._replace(unit=out_unit), dlse is not None, fused, not exact)
     prepare = _Call(launch, tiles * plan.heads * flat_batch, scalars)
 
-    keys, queries, bias = (), None, None
+    keys, queries, bias, sink = (), None, None, None
     parts = 1
     # rows of sequences are zeroed first, by kernels of their own in between
     overlap = plan.card == "sm_90" and not varlen
     if want_k or want_v or fused:
-        walks = [(choose_keys(*choice, form.heavy), (True, True))]
+        walks = [(choose_keys(*choice, form.heavy), (True, True, by_keys))]
         if not fused and (split := choose_split(*choice, form.heavy)):
-            walks = [(split[0], (True, False))] * want_k + [(split[1], (False, True))] * want_v
+            walks = [(split[0], (True, False, by_keys))] * want_k + [(split[1], (False, True, False))] * want_v
         tiles = -(-plan.seq_k // walks[0][0].n)
+        sink = (plan.batch, plan.heads, tiles) if by_keys else None
         programs = tiles * plan.batch * plan.heads // plan.group
         parts = choose_parts(programs, plan.group, plan.processors)
         apart = 0, 0
@@ -1361,7 +1388,7 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
             *window, *plan.numbers, plan.drop,
         )  # fmt: skip
         bias = _Call(bias_launch(form, by_batch, by_head, by_row, config), own * splits, scalars), splits
-    return _BackwardPlan(fused, parts, prepare, sums, keys, queries, bias)
+    return _BackwardPlan(fused, parts, prepare, sums, keys, queries, bias, sink)
 
 
 def _like(shape, stride) -> tuple:
@@ -1390,17 +1417,22 @@ def backward(
     )  # fmt: skip
     like = torch.zeros_like if varlen else torch.empty_like  # zeros for rows that belong to no sequence
     dk = dv = dbias = dsink = None
-    rest = _plan(facts).form.rest
-    numbers = 3 if rest else 2
+    form = _plan(facts).form
+    numbers = 3 if form.rest else 2
     stats = torch.empty((*lse.shape[:-1], numbers, lse.shape[-1]), dtype=torch.float32, device=lse.device)
     sum_q = torch.empty(q.shape, dtype=torch.float32, device=q.device) if plan.fused else q
     plan.prepare(out, dout, lse, q if dlse is None else dlse, stats, sum_q)
     bias, mask, slopes, _, seed, ends_q, ends_k = extras = _extras(q, options)
-    if rest:
+    if form.rest:
         _forward_call(facts, True)[0](q, k, v, *extras, stats, lse)
     read = q, k, v, bias, mask, slopes, seed, ends_q, ends_k, dout, stats
     if plan.sums:
         plan.sums(*read, q)
+    share = by_tile = stats  # where nobody reads them
+    if want_sink:
+        share = _share(options.sink, stats, form, q.itemsize)
+    if plan.sink:
+        by_tile = (torch.zeros if varlen else torch.empty)(plan.sink, dtype=torch.float32, device=q.device)
     # made now: its kernel overlaps with what is launched from here on, by other threads too, and with what they free
     dq = like(q) if plan.queries else None
     if plan.keys:
@@ -1410,7 +1442,7 @@ def backward(
             make = torch.zeros if varlen else torch.empty
             dk, dv = (make((plan.parts, *t.shape), dtype=torch.float32, device=t.device) for t in (k, v))
         for call in plan.keys:
-            call(*read, sum_q, dk, dv)
+            call(*read, sum_q, dk, dv, share, by_tile)
     if plan.queries:  # with no other kernel in front of it: it may overlap with the walks over queries
         plan.queries(*read, dq)
     elif plan.fused:
@@ -1425,14 +1457,26 @@ def backward(
         call(q, k, v, bias, mask, slopes, seed, dout, stats, total)
         dbias = total[0] if splits == 1 else total.sum(0).to(bias.dtype)
     if want_sink:
-        logit = options.sink.to(torch.float32)[:, None]
-        if not rest:
-            share = torch.exp(logit - lse.masked_fill(lse == float("-inf"), float("inf")))
+        rows = -1 if varlen else (0, 2)
+        if plan.sink:
+            total = by_tile.sum((0, 2))
+            if dlse is not None:
+                total -= (share * dlse).sum(rows)
         else:
-            log = stats[..., 2, :]
-            share = torch.exp(logit - stats[..., 0, :]) * (torch.exp(-log) if q.itemsize == 4 else torch.exp2(-log))
-        dsink = -(share * stats[..., 1, :]).sum(-1 if varlen else (0, 2)).to(options.sink.dtype)
+            total = (share * stats[..., 1, :]).sum(rows)
+        dsink = -total.to(options.sink.dtype)
     return dq, dk if want_k else None, dv if want_v else None, dbias, dsink
+
+
+def _share(sink: Tensor, stats: Tensor, form: Form, size: int) -> Tensor:
+    """The probability of the sink in each row; 0 in rows that see nothing, whose lse is +inf in ``stats``."""
+    logit = sink.to(torch.float32)[:, None]
+    if form.base2:
+        return torch.exp2(logit * _LOG2E - stats[..., 0, :])
+    share = torch.exp(logit - stats[..., 0, :])
+    if form.rest:
+        share *= torch.exp(-stats[..., 2, :]) if size == 4 else torch.exp2(-stats[..., 2, :])
+    return share
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
@@ -1488,7 +1532,11 @@ def compile_cases(lanes: int):
                     sums = queries_launch(inner, choose_queries(*call, form.heavy), sums=True)
                     yield case(f"{shape}/sums", sums, (*read, t), access_bits=32)
                 keys = keys_launch(inner, choose_fused(*call), True, choose_keys(*call, form.heavy))
-                yield case(f"{shape}/keys{suffix}", keys, (*read, "*fp32", t, t))
+                walk = *read, "*fp32", t, t, "*fp32", "*fp32"
+                yield case(f"{shape}/keys{suffix}", keys, walk)
+                if suffix == "-causal" and d <= 128:
+                    keys = keys_launch(inner, choose_fused(*call), True, choose_keys(*call), (True, True, True))
+                    yield case(f"{shape}/keys-sink", keys, walk)
                 yield case(
                     f"{shape}/queries{suffix}", queries_launch(inner, choose_queries(*call, form.heavy)), (*read, t)
                 )

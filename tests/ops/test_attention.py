@@ -144,6 +144,13 @@ CASES = {
     "alibi": lambda **w: make(1, 40, 50, 2, 1, 16, alibi_slopes=alibi_slopes(2), causal=True, **w),
     # scores below -1024 and near each other: lse in float32 has little left of log(sum)
     "alibi, keys far away": lambda **w: make(1, 2100, 20, 1, 1, 16, alibi_slopes=torch.full((1,), 0.6), **w),
+    "alibi, keys far away, sink": lambda **w: make(
+        1, 2100, 20, 1, 1, 16, alibi_slopes=torch.full((1,), 0.6), sink=torch.full((1,), -1200.0), **w
+    ),
+    # of float32: by p dp the rounding of lse would show, of scores near -200 that is 1e-5 of p
+    "alibi, keys far away, bias": lambda **w: make(
+        1, 140, 20, 2, 1, 32, alibi_slopes=torch.full((2,), 2.0), bias=number(1, 1, 1, 20), **w
+    ),
     "alibi, keys far away, lengths": lambda **w: flat(
         make(1, 2220, 40, 1, 1, 16, cu_seqlens_q=ends(0, 9, 2120), cu_seqlens_k=ends(0, 20, 35),
              alibi_slopes=torch.full((1,), 0.6), **w)
@@ -190,25 +197,21 @@ def test_the_rounding_of_out_stays_out_of_the_gradients(name, monkeypatch):
 
 
 SINKS = {
-    "heads of a group": lambda: make(1, 30, 40, 4, 2, 16, sink=number(4), causal=True),
+    "heads of a group": lambda: make(1, 30, 40, 4, 2, 16, dtype=torch.float16, sink=number(4), causal=True),
     "lengths": lambda: flat(
-        make(1, 60, 75, 2, 1, 16, cu_seqlens_q=ends(0, 7, 7, 55), cu_seqlens_k=ends(0, 33, 38, 71), dropout_p=0.2,
+        make(1, 60, 75, 2, 1, 16, dtype=torch.bfloat16, cu_seqlens_q=ends(0, 7, 7, 55), cu_seqlens_k=ends(0, 33, 38, 71), dropout_p=0.2,
              sink=number(2), softcap=4.0, window=(30, 9))
     ),
-    # as "alibi, keys far away"
-    "alibi": lambda: make(1, 2100, 20, 1, 1, 16, alibi_slopes=torch.full((1,), 0.6), sink=torch.full((1,), -1200.0)),
 }  # fmt: skip
 
 
 FORMS = "one walk", "dq by atomics", "two walks", "parts of a group"
 
 
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [("alibi", "one walk"), *((name, form) for name in ("heads of a group", "lengths") for form in FORMS)],
-)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", SINKS)
 def test_a_sinks_gradient_is_added_up_where_dk_is_made(name, form, monkeypatch):
-    def for_few_keys_only(seq_k, left, right, more):
+    def for_few_keys_only(size, seq_k, left, right, more):
         assert not more
         return False
 
@@ -1005,8 +1008,9 @@ def test_on_the_card_random_calls_hold_the_float64_budget(batch, backend):
         if case.inputs[0].itemsize == 2:
             name, got, _, true = results[1]
             results[1] = name, got, lse_of_half_products(case), true
-        few += [four for four in results if four[0] == "dsink"]
-        verdicts = [judge(*four) for four in results if four[0] != "dsink"]
+        # so few numbers that chance decides: judged together
+        few += [four for four in results if four[0] == "dsink" or (four[0] == "lse" and four[1].numel() < 64)]
+        verdicts = [judge(*four) for four in results if not any(four is one for one in few)]
         if faults := [str(v) for v in verdicts if not v.ok]:
             bad.append(f"{seed}: {faults} {describe(case)}")
     if not ran:

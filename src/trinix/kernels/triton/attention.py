@@ -939,20 +939,23 @@ def choose_fused(d: int, dv: int, size: int, card: str) -> bool:
 _FEW_KEYS = 16
 
 
-def choose_exact(seq_k: int, left: int, right: int, more: bool) -> bool:
-    """Whether delta is the sum of p dp over the keys, for two more products, and not rowsum(dout out): out is rounded, and where a
-    row sees few keys the rounding is all that is left of dp - delta. ``more``: a gradient of a bias is wanted, or of a sink that
-    is not added up elsewhere (``choose_sink``): these add such differences up without the products in between that would hide it
-    (12 of 264 random calls in half types were up to 7 times over the error that PyTorch makes).
+def choose_exact(size: int, seq_k: int, left: int, right: int, more: bool) -> bool:
+    """Whether delta is the sum of p dp over the keys, for two more products, and not rowsum(dout out): an out of 2 bytes is rounded,
+    and where a row sees few keys the rounding is all that is left of dp - delta. ``more``: a gradient of a bias is wanted, or of a
+    sink that is not added up elsewhere (``choose_sink``): these add such differences up without the products in between that would
+    hide it (12 of 264 random calls in half types were up to 7 times over the error that PyTorch makes). A float32 out is as good as
+    p, which has the rounding of lse in it.
     """
+    if size == 4:
+        return False
     keys = min(seq_k, left + right + 1) if left >= 0 and right >= 0 else seq_k
     return more or keys <= _FEW_KEYS
 
 
-def choose_sink(dk: bool, bias: bool) -> bool:
-    """Whether a sink's gradient is added up where dk is made, which has p and dp. With a bias the sum would take the layout of the
+def choose_sink(size: int, dk: bool, bias: bool) -> bool:
+    """Whether a sink's gradient is added up where dk is made, which has p and dp, as ``choose_exact`` has it. With a bias the sum would take the layout of the
     bias's tile, and ptxas then has every product of the loop wait for the one before (C7515)."""
-    return dk and not bias
+    return size == 2 and dk and not bias
 
 
 def choose_parts(programs: int, group: int, processors: int) -> int:
@@ -1311,8 +1314,8 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
     choice = form.d, form.dv, size, plan.card
     want_q, want_k, want_v, want_bias, want_sink = needs
     fused = want_q and not deterministic and choose_fused(*choice)
-    by_keys = want_sink and choose_sink(want_k or fused, facts.bias is not None)
-    exact = choose_exact(plan.seq_k, facts.left, facts.right, want_bias or (want_sink and not by_keys))
+    by_keys = want_sink and choose_sink(size, want_k or fused, facts.bias is not None)
+    exact = choose_exact(size, plan.seq_k, facts.left, facts.right, want_bias or (want_sink and not by_keys))
     by_keys &= not exact
     out_shape = (*facts.q[0][:-1], form.dv)
     read = _three(*facts.q), _three(*facts.k), _three(*facts.v), _three(out_shape, dout)

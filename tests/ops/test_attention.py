@@ -182,7 +182,7 @@ ROUNDED = {
     "one key and dropout": lambda: make(
         1, 60, 60, 2, 1, 16, 64, torch.float16, window=(0, 0), dropout_p=0.1
     ),
-    "bias of keys": lambda: draw(119, "cpu"),
+    "bias": lambda: draw(250, "cpu"),
     "sink": lambda: draw(149, "cpu"),
 }  # fmt: skip
 

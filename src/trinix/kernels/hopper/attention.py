@@ -158,8 +158,8 @@ def choose_shared(items: int, programs: int, tiles: int) -> int:
 
     A part-filled last round takes as long as a full one: of 30, 32 and 36 heads of (1, 4096, H, 64), 5.00, 5.33 and 6.00 rounds,
     239.5, 280.3 and 283.0 us. Sharing it costs about five tiles' time (a second segment's beginning, the pieces' way through memory,
-    waiting for them) and 2% of the call, as other programs no longer take over what a slow one leaves: it gains 6% there and 2% at
-    (2, 2048, 32 on 8, 64), nothing at (4, 4096, 32, 64), and loses 2% at (2, 2048, 16 on 1, 64) and 1 to 2% at (1, 4096, 32, 128)."""
+    waiting for them) and 2% of the call, by what is not known: it gains 6% at 32 heads and 2% at (2, 2048, 32 on 8, 64), nothing at
+    (4, 4096, 32, 64), and loses 2% at (2, 2048, 16 on 1, 64) and 1 to 2% at (1, 4096, 32, 128)."""
     shared = items % programs
     if items < programs or tiles < 8 or shared * tiles < 4 * programs or tiles * programs**2 >= 2**31:
         return 0

@@ -105,6 +105,17 @@ def _segment(idx, programs, whole, items, tiles):
 
 
 @gluon.jit
+def _item_or_segment(idx, whole, items, tiles):
+    """Number idx -> (item, its first tile, its end). Whole items pay none of the divisions."""
+    item = idx
+    begin = 0
+    end = tiles
+    if idx >= whole:
+        item, begin, end, _ = _segment(idx, gl.num_programs(0), whole, items, tiles)
+    return item, begin, end
+
+
+@gluon.jit
 def _next_segment(idx, counter, whole, items, tiles):
     programs = gl.num_programs(0)
     if idx < whole:
@@ -142,10 +153,7 @@ def _producer(
     while idx < stop:
         item = idx
         if SHARED:
-            begin = 0
-            end = tiles
-            if idx >= whole:
-                item, begin, end, _ = _segment(idx, gl.num_programs(0), whole, items, tiles)
+            item, begin, end = _item_or_segment(idx, whole, items, tiles)
         m, bh = place(item, heads, row_blocks, section)
         b = bh // H
         h = bh - b * H
@@ -426,10 +434,7 @@ def _consumer(
     while idx < stop:
         item = idx
         if SHARED:
-            begin = 0
-            end = tiles
-            if idx >= whole:
-                item, begin, end, _ = _segment(idx, gl.num_programs(0), whole, items, tiles)
+            item, begin, end = _item_or_segment(idx, whole, items, tiles)
         m, bh = place(item, heads, row_blocks, section)
         b = bh // H
         h = bh - b * H

@@ -953,8 +953,8 @@ def choose_exact(size: int, seq_k: int, left: int, right: int, more: bool) -> bo
 
 
 def choose_sink(size: int, dk: bool, bias: bool) -> bool:
-    """Whether a sink's gradient is added up where dk is made, which has p and dp, as ``choose_exact`` has it. With a bias the sum would take the layout of the
-    bias's tile, and ptxas then has every product of the loop wait for the one before (C7515)."""
+    """Whether a sink's gradient is added up where dk is made, which has p and dp, as ``choose_exact`` has it. With a bias the sum
+    would take the layout of the bias's tile, and ptxas then has every product of the loop wait for the one before (C7515)."""
     return size == 2 and dk and not bias
 
 
@@ -1296,6 +1296,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
 
 
 class _BackwardPlan(NamedTuple):
+    form: Form
     fused: bool  # dq by atomics
     parts: int  # of a group's heads, whose dk and dv are added up
     prepare: _Call
@@ -1391,7 +1392,7 @@ def _backward_plan(facts, dout, out, dlse, needs, deterministic) -> _BackwardPla
             *window, *plan.numbers, plan.drop,
         )  # fmt: skip
         bias = _Call(bias_launch(form, by_batch, by_head, by_row, config), own * splits, scalars), splits
-    return _BackwardPlan(fused, parts, prepare, sums, keys, queries, bias, sink)
+    return _BackwardPlan(form, fused, parts, prepare, sums, keys, queries, bias, sink)
 
 
 def _like(shape, stride) -> tuple:
@@ -1420,7 +1421,7 @@ def backward(
     )  # fmt: skip
     like = torch.zeros_like if varlen else torch.empty_like  # zeros for rows that belong to no sequence
     dk = dv = dbias = dsink = None
-    form = _plan(facts).form
+    form = plan.form
     numbers = 3 if form.rest else 2
     stats = torch.empty((*lse.shape[:-1], numbers, lse.shape[-1]), dtype=torch.float32, device=lse.device)
     sum_q = torch.empty(q.shape, dtype=torch.float32, device=q.device) if plan.fused else q

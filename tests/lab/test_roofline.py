@@ -785,6 +785,9 @@ class Event:
     def elapsed_time(self, other):
         return (other.at - self.at) * 1000
 
+    def query(self):
+        return False
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -810,6 +813,28 @@ def test_every_clock_tells_a_long_call_from_a_short_one_within_its_budget(clock)
 
 def test_a_call_that_launches_nothing_has_no_device_time(clock):
     assert clock.device_ms({"nothing": lambda: None})["nothing"].p50 < 0.001
+
+
+def test_a_repetition_that_the_gpu_began_before_the_host_was_done_does_not_count(clock, monkeypatch):
+    spins, late = [], iter([False] * 8 + [True] * 2 + [False] * 1000)
+    real = clock._record
+    monkeypatch.setattr(Event, "query", lambda self: next(late))
+    monkeypatch.setattr(clock, "_record", lambda call, spin, *events: [spins.append(spin), real(call, spin, *events)])
+    monkeypatch.setattr(clock, "_spin_us", lambda call: 0.0)
+    clock.runs = 20
+    clock.device_ms({"one": lambda: None})
+    timed = spins[2:]  # the first two ask what a repetition costs
+    assert len(timed) == 2 * 20 + 2, "two repetitions were taken again"
+    assert timed[8:11] == [timed[0], 2 * timed[0], 4 * timed[0]], "each behind a longer spin"
+
+
+def test_a_call_that_waits_for_the_gpu_is_timed_as_it_is(clock, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Event, "query", lambda self: True)
+    monkeypatch.setattr(clock, "_spin_us", lambda call: 0.0)
+    clock.runs = 10
+    assert clock.device_ms({"one": lambda: [calls.append(1), time.sleep(0.001)]})["one"].p50 >= 1.0
+    assert len(calls) == 1 + 5 + 9, "once for its cost, five tries at the first repetition, one at each of the others"
 
 
 def test_a_call_that_no_budget_pays_is_timed_in_five_rounds(clock, monkeypatch):

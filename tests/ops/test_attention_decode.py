@@ -160,6 +160,7 @@ def test_float32_as_float64_is_closer_than_pytorch(case, monkeypatch):
     caches = [f for f in vars(kernels).values() if hasattr(f, "cache_clear")]
     asked = []
     monkeypatch.setattr(kernels, "_card", lambda index: (1, False, False, asked.append(index) or True))
+    monkeypatch.setattr(op, "_prepared", {})
     for f in caches:
         f.cache_clear()
     try:
@@ -437,6 +438,69 @@ def test_what_triton_cannot_read_is_unsupported():
         attention_decode(
             **{n: t.double() if t.is_floating_point() else t for n, t in arguments().items()}, backend="triton"
         )
+
+
+KINDS = {
+    "plain": {}, "no mask": {"causal": False}, "window": {"window": (5, 0)}, "wider window": {"window": (6, 0)},
+    "softcap": {"softcap": 2.0}, "scale": {"scale": 0.5}, "one share": {"num_splits": 1}, "two shares": {"num_splits": 2},
+    "sink": {"sink": torch.tensor([0.5, -1.0, 2.0, 0.0])}, "slopes": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+    "slopes of each sequence": {"alibi_slopes": torch.tensor([[0.5, 0.25, 0.1, 0.0], [0.1, 0.2, 0.3, 0.4]])},
+    "queries, heads first": {"q": normal((2, 4, 3, 16), torch.float32, seed=30).transpose(1, 2)}, "queries": {"q": normal((2, 3, 4, 16), torch.float32, seed=30)},
+    "other heads": {"q": normal((2, 1, 2, 16), torch.float32, seed=31)},
+    "keys, heads first": {"k_cache": normal((2, 2, 100, 16), torch.float32, seed=32).transpose(1, 2)},
+    "values, heads first": {"v_cache": normal((2, 2, 100, 16), torch.float32, seed=33).transpose(1, 2)},
+    "a row of lengths": {"cache_seqlens": torch.tensor([[70, 0], [3, 0]], dtype=torch.int32)[:, 0]},
+    "one token": {"k_new": normal((2, 1, 2, 16), torch.float32, seed=34), "v_new": normal((2, 1, 2, 16), torch.float32, seed=35)},
+    "two tokens": {"k_new": normal((2, 2, 2, 16), torch.float32, seed=34), "v_new": normal((2, 2, 2, 16), torch.float32, seed=35)},
+    "rows": {"page_table": torch.tensor([[1], [0]], dtype=torch.int32)},
+}  # fmt: skip
+
+
+def test_a_call_like_one_before_is_not_looked_at_again_and_every_other_one_is(monkeypatch):
+    monkeypatch.setattr(op, "_prepared", {})
+    calls = {name: arguments(**changed) for name, changed in KINDS.items()}
+    keys = calls["plain"]["k_cache"]
+    calls["the keys are the values"] = arguments(k_cache=keys, v_cache=keys)
+    for call in calls.values():
+        call["k_cache"], call["v_cache"] = (
+            [call["k_cache"].clone()] * 2
+            if call["k_cache"] is call["v_cache"]
+            else (call["k_cache"].clone(), call["v_cache"].clone())
+        )
+
+    def run(name, backend):
+        call = calls[name]
+        if "k_new" in call:  # what another backend has written must not be there already
+            call = call | {"k_cache": call["k_cache"].clone(), "v_cache": call["v_cache"].clone()}
+        return *attention_decode(**call, backend=backend, return_lse=True), call["k_cache"], call["v_cache"]
+
+    wanted = {name: run(name, "torch") for name in calls}
+    for name in calls:
+        run(name, "triton")
+    copied = {"a row of lengths"}  # it is read as a copy, made anew for every call
+    assert len(op._prepared) == len(calls) - len(copied)
+    monkeypatch.setattr(op, "_check", lambda *_: pytest.fail("looked at again"))
+    for name in calls.keys() - copied:
+        for got, true in zip(run(name, "triton"), wanted[name], strict=True):
+            torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "changed"),
+    [
+        (RuntimeError, "forward only", {"q": torch.zeros(2, 1, 4, 16, requires_grad=True)}),
+        (TypeError, "k_cache must be a tensor", {"k_cache": None}),
+        (TypeError, "cache_seqlens must be an int32 tensor", {"cache_seqlens": torch.tensor([70, 3])}),
+        (ValueError, "num_splits must be", {"num_splits": 2.0}),
+        (ValueError, "window must be", {"window": (5.0, 0)}),
+        (ValueError, "backend must be one of", {"backend": "hopper"}),
+    ],
+)
+def test_what_does_not_fit_is_refused_behind_a_call_like_it_too(error, words, changed):
+    good = {"q": torch.zeros(2, 1, 4, 16), "num_splits": 2, "window": (5, 0), "backend": "triton"}
+    attention_decode(**arguments(**good))
+    with pytest.raises(error, match=words):
+        attention_decode(**arguments(**good | changed))
 
 
 def test_explain_says_what_would_run():

@@ -130,18 +130,59 @@ def attention_decode(
     >>> trinix.ops.attention_decode(q, cache, cache, torch.tensor([5], dtype=torch.int32)).shape
     torch.Size([1, 1, 4, 8])
     """
-    _check(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, alibi_slopes, sink)
-    options = _options(q, causal, window, softcap, alibi_slopes, sink, scale, num_splits)
-    call = q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options
-    out, lse = _run(call, backend)
+    tensors = q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, alibi_slopes, sink
+    kind = plan = None
+    if not torch.compiler.is_compiling():
+        kind = _kind(tensors, causal, window, softcap, scale, num_splits, backend)
+        plan = _prepared.get(kind)
+    if plan is not None:
+        out, lse = _triton_module.run(plan, *tensors)
+    else:
+        _check(*tensors)
+        options = _options(q, causal, window, softcap, alibi_slopes, sink, scale, num_splits)
+        out, lse = _run((*tensors[:7], options), backend, kind)
     return (out, lse) if return_lse else out
+
+
+_prepared = {}  # kind of a call -> what its kernels share; emptied when it has grown
+_NUMBERS = (float, int, type(None))
+
+
+def _kind(tensors, causal, window, softcap, scale, num_splits, backend) -> tuple | None:
+    """All that checks, choice of backend and plans look at; None for a call that needs a look of its own."""
+    given = [t for t in tensors if t is not None]
+    # numbers by type: a tensor would be found again by its identity, whatever its value has become
+    if (
+        not dispatch.plain(*given)
+        or tensors[1] is None or tensors[2] is None
+        or type(causal) is not bool or type(backend) is not str or type(scale) not in _NUMBERS
+        or type(softcap) not in _NUMBERS or type(num_splits) not in (int, type(None))
+    ):  # fmt: skip
+        return None
+    if torch.is_grad_enabled():
+        for t in given:
+            if t.requires_grad:
+                return None
+    return (
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
+        tensors[1].data_ptr() == tensors[2].data_ptr(), causal, None if window is None else repr(window), softcap, scale,
+        num_splits, backend, dispatch.forced,
+    )  # fmt: skip
+
+
+def _prepare(kind, call) -> None:
+    plan = _triton().prepared(*call)
+    if plan is not None:
+        if len(_prepared) >= 2_000:
+            _prepared.clear()
+        _prepared[kind] = plan
 
 
 def _tensors(call) -> list[Tensor]:
     return [t for t in (*call[:7], call[7].alibi_slopes, call[7].sink) if t is not None]
 
 
-def _run(call, backend):
+def _run(call, backend, kind):
     if torch.is_grad_enabled():
         for t in _tensors(call):
             if t.requires_grad:
@@ -161,6 +202,8 @@ def _run(call, backend):
         return reference.forward(*call)
     if torch.compiler.is_compiling() or not dispatch.plain(*_tensors(call)):
         return (_append_op if call[4] is not None else _read_op)(*call[:7], *call[7])
+    if kind is not None:
+        _prepare(kind, call)
     return _triton().forward(*call)
 
 

@@ -258,7 +258,7 @@ def short_constants(c: ShortConfig, *, left=False, right=False, tail=False, one_
 
 def backward_constants(
     c: BackwardConfig, *, left=False, right=False, tail=False, softcap=False, alibi=False, varlen=False,
-    deterministic=False,
+    deterministic=False, sink=False,
 ) -> dict:  # fmt: skip
     """The constants of the backward kernel, in its order."""
     wide = c.dq_way == backward_kernels.WIDE.value
@@ -270,7 +270,7 @@ def backward_constants(
         "M": c.m, "N": c.n, "D": c.d, **({"USED": c.d_qk, "DV": c.dv} if wide else {}), "STAGES": c.stages,
         **({} if wide else {"DQ_WAY": c.dq_way}), "BLOCK": backward_kernels.BLOCK, "LEFT": left, "RIGHT": right,
         "TAIL": tail, "SOFTCAP": softcap, "ALIBI": alibi, "VARLEN": varlen, "DETERMINISTIC": deterministic,
-        **({} if wide else narrow),
+        **({} if wide else narrow), "SINK": sink,
     }  # fmt: skip
 
 
@@ -516,7 +516,7 @@ def _vectors(options, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 class _BackwardPlan:
     """``gradients`` (dq, dk, dv) lie as those of every call will."""
 
-    def __init__(self, tensors, gradients, options, needs_dlse, ends_q, ends_k, slopes, sink):
+    def __init__(self, tensors, gradients, options, needs_dlse, needs_sink, ends_q, ends_k, slopes, sink):
         q, k, v, out, dout, lse, dlse = tensors
         dq, dk, dv = gradients
         self.shape = s = _Shape(q, k, v, options)
@@ -561,7 +561,9 @@ class _BackwardPlan:
         square = torch.empty(4, 256, dtype=torch.float32, device=device)
         # 64 rows of ``width`` columns, as they lie in memory
         self.dq = Box((self.padded_rows * sums // 256, 256), (256, 1), (width // 4, 256), torch.float32, swizzled=False)
-        self.lse, self.delta = (Box((self.padded_rows,), (1,), (c.m,), torch.float32) for _ in range(2))
+        self.lines = 4 if needs_sink else 3  # lse, delta, the sink's shares of rows if its gradient is wanted, turns
+        self.lse = Box((self.padded_rows,), (1,), (c.m,), torch.float32)
+        self.delta = Box(((self.lines - 2) * self.padded_rows,), (1,), (c.m,), torch.float32)
 
         def steps(t):  # batch, row, head, in units of 8 elements: so the compiler knows how they are aligned
             strides = (0, *t.stride()) if s.varlen else t.stride()
@@ -575,7 +577,7 @@ class _BackwardPlan:
             (out, dout, lse, dlse, line, line, line, turns, sink, line, ends_q, *self.before_scalars),
             {
                 "D": sums, "DV_PADDED": padded(s.dv), "BLOCK": block, "VARLEN": s.varlen, "DLSE": needs_dlse,
-                "SINK": options.sink is not None, "DETERMINISTIC": self.deterministic,
+                "SINK": needs_sink, "DETERMINISTIC": self.deterministic,
                 "DRAWN": drawn, "DEPENDENT": EARLY,
             },
             num_warps=16 if max(c.d, dv_width) == 256 else 8, launch_pdl=EARLY,
@@ -584,11 +586,12 @@ class _BackwardPlan:
             key_blocks, out_heads, section, s.key_heads, parts, group // parts, s.seq_q, s.seq_k, self.padded,
             max(s.left, 0), max(s.right, 0), s.slopes_batch, s.d, s.dv, s.scale, s.cap, options.scale,
         )  # fmt: skip
+        self.sink_parts = blocks + key_blocks * (1 if wide else 2) if needs_sink else 0
         # a bound of 0 hides the keys behind the end from every row; a greater one lets the last rows see them
         tail = s.right != 0 and (s.varlen or s.seq_k % c.n != 0)
         constants = backward_constants(
             c, left=s.left >= 0, right=bounded, tail=tail, softcap=s.softcap, alibi=s.alibi, varlen=s.varlen,
-            deterministic=self.deterministic,
+            deterministic=self.deterministic, sink=needs_sink,
         )  # fmt: skip
         self.wide = wide
         self.binary = _binary(
@@ -596,7 +599,7 @@ class _BackwardPlan:
             (
                 (self.q, q), (self.dout, dout), (self.k, k), (self.v, v), (self.dk, dk), (self.dv, dv),
                 *([] if wide else [(self.dq, square)]), (self.lse, line), (self.delta, line), dk, dv, line, turns, ends_q,
-                ends_k, slopes, *self.scalars,
+                ends_k, slopes, *self.scalars, line,
             ),
             constants, launch_pdl=True,
         )  # fmt: skip
@@ -609,7 +612,7 @@ class _BackwardPlan:
         self.after_blocks = 2 * self.small * (sums // width)
         self.sums = self.padded_rows * sums
         # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation
-        self.space = self.sums + 3 * self.padded_rows + self.small
+        self.space = self.sums + self.lines * self.padded_rows + self.sink_parts * s.batch * s.heads
 
     def launch(self, stream: int, *addresses: int) -> None:
         before, main, after = _arguments.get((self, *addresses)) or _made(self, *addresses)
@@ -620,14 +623,14 @@ class _BackwardPlan:
     def arguments(self, q, k, v, out, lse, dout, dlse, dq, dk, dv, space, end_q, end_k, slopes, sink) -> tuple:
         rows = 4 * self.padded_rows
         lse2 = space + 4 * self.sums
-        delta, turns, d_sinks = lse2 + rows, lse2 + 2 * rows, lse2 + 3 * rows
+        delta, turns, d_sinks = (lse2 + n * rows for n in (1, self.lines - 1, self.lines))
         boxes = (
             self.q.at(q) + self.dout.at(dout) + self.k.at(k) + self.v.at(v) + self.dk.at(dk) + self.dv.at(dv)
             + (() if self.wide else self.dq.at(space)) + self.lse.at(lse2) + self.delta.at(delta)
         )  # fmt: skip
         return (
             (out, dout, lse, dlse, lse2, delta, space, turns, sink, d_sinks, end_q, *self.before_scalars),
-            (*boxes, dk, dv, space, turns, end_q, end_k, slopes, *self.scalars),
+            (*boxes, dk, dv, space, turns, end_q, end_k, slopes, *self.scalars, d_sinks + 4 * self.small),
             (space, dq, end_q, *self.after_scalars),
         )
 
@@ -662,7 +665,8 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
     lse = lse.contiguous()
     given_dlse = lse if dlse is None else dlse.contiguous()
     more = _vectors(options, lse)
-    key = _key(q, k, v, options), dout.stride(), out.stride(), dlse is None, options.deterministic
+    needs_sink = options.sink is not None and needs[4]
+    key = _key(q, k, v, options), dout.stride(), out.stride(), dlse is None, options.deterministic, needs_sink
     plan = _plans.get(key)
     make = torch.empty if options.cu_seqlens_q is None else torch.zeros  # rows behind the last sequence are nobody's
     dq, dk, dv = (make(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
@@ -672,7 +676,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
         plan = _plans.get(key)
         if plan is None:
             tensors = q, k, v, out, dout, lse, given_dlse
-            plan = _keep(key, _BackwardPlan(tensors, (dq, dk, dv), options, dlse is not None, *more))
+            plan = _keep(key, _BackwardPlan(tensors, (dq, dk, dv), options, dlse is not None, needs_sink, *more))
     parts_k, parts_v = dk, dv
     if plan.parts > 1:
         parts_k, parts_v = (make(shape, dtype=q.dtype, device=q.device) for shape in (plan.dk_shape, plan.dv_shape))
@@ -684,8 +688,9 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
         plan.join(parts_k, dk)
         plan.join(parts_v, dv)
     dsink = None
-    if options.sink is not None and needs[4]:
-        dsink = space[-plan.small :].view(plan.shape.batch, plan.shape.heads, -1).sum((0, 2)).to(options.sink.dtype)
+    if needs_sink:
+        parts = space[-plan.sink_parts * plan.shape.batch * plan.shape.heads :].view(-1, plan.shape.heads)
+        dsink = -parts.sum(0).to(options.sink.dtype)
     return dq, dk, dv, None, dsink
 
 
@@ -772,7 +777,7 @@ class Prepared:
         """(plan, places of dq, dk and dv, shapes of the parts that these are sums of, shape of the space for all else)."""
         places = _places(q, k, v)
         gradients = _empty(places, {"dtype": self.dtype, "device": self.device})
-        plan = _BackwardPlan((q, k, v, out, dout, lse, lse), gradients, self.options, False, *(lse,) * 4)
+        plan = _BackwardPlan((q, k, v, out, dout, lse, lse), gradients, self.options, False, False, *(lse,) * 4)
         parts = (dense(*plan.dk_shape), dense(*plan.dv_shape)) if plan.parts > 1 else None
         return plan, places, parts, dense(plan.space)
 
@@ -850,11 +855,12 @@ def compile_cases() -> list[CompileCase]:
             cases.append(
                 CompileCase(f"short/{d}/{name}", forward_kernels.attention_forward_short, signature, constants)
             )
-    both["window-tail"] = both["window"] | {"tail": True}
+    sink = {"sink": causal | {"sink": True}}
+    both |= {"window-tail": both["window"] | {"tail": True}} | sink
     more = both | {"deterministic": {"deterministic": True}}
-    for d, dv, ways in ((64, 64, both), (128, 128, more), (192, 128, more), (256, 256, few)):
+    for d, dv, ways in ((64, 64, both), (128, 128, more), (192, 128, more), (256, 256, few | sink)):
         for name, options in ways.items():
-            plain = name in ("full", "causal", "window", "window-tail")
+            plain = name in ("full", "causal", "window", "window-tail", "sink")
             c = choose_backward(d, dv, plain)
             wide = c.dq_way == backward_kernels.WIDE.value
             keys = c.n if wide else c.n // 2
@@ -866,7 +872,7 @@ def compile_cases() -> list[CompileCase]:
             line = f"tensordesc<fp32[{c.m}],NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)>"
             square = f"tensordesc<fp32[{width // 4}, 256],NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)>"
             signature = _descriptors(boxes) | {"dq_desc": square, "lse_desc": line, "delta_desc": line}
-            signature |= {"dk_ptr": "*bf16", "dv_ptr": "*bf16", "sums": "*fp32", "slopes": "*fp32"}
+            signature |= {"dk_ptr": "*bf16", "dv_ptr": "*bf16"} | dict.fromkeys(("sums", "slopes", "d_sinks"), "*fp32")
             signature |= dict.fromkeys(("turns", "cu_q", "cu_k"), "*i32")
             kernel = wide_kernels.attention_backward_wide if wide else backward_kernels.attention_backward
             cases.append(CompileCase(f"backward/{d}/{name}", kernel, signature, backward_constants(c, **options)))

@@ -10,6 +10,12 @@ together under a causal mask read the same tiles. Per query tile, in each warpgr
     dV += P^T dO,  dK += dS^T Q           P^T and dS^T straight from registers as the left operand
     dQ  = dS K                            needs both warpgroups' dS: exchanged through shared memory
 
+A sink is a key whose value is 0: its gradient is minus the sum over all rows of share (sum(P dP) - dlse), share being its
+probability. delta is sum(P dP) - dlse but for the rounding of out, which PyTorch's gradient has not. So where this gradient is
+wanted, the main kernel adds up share sum(P (dP - delta)) = share (sum(P dP) - (1 - share) delta) by the way, a number for each
+head and each warpgroup's keys, and ``before`` what is missing, share ((1 - share) delta - dlse): the rounding is in both, and
+cancels.
+
 dQ is added up in float32 by reductions into global memory; its last bits depend on the order of arrival unless
 DETERMINISTIC makes every program wait for its turn. dK and dV are the same on every run. The sums lie in the order in which
 the threads of a warpgroup hold them (``_in_thread_order``), so that every reduction is 16 bytes a thread and 512 in a row;
@@ -86,8 +92,11 @@ def before(
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     row0, rows, base = _rows_of(cu_q, b, bh, H, seq_q, padded, BLOCK, VARLEN)
+    if SINK:
+        batch_heads = tl.num_programs(0) // blocks
+        d_sinks += tl.program_id(0) % blocks * batch_heads + bh
     if SINK and m >= rows:
-        tl.store(d_sinks + tl.program_id(0), 0.0)
+        tl.store(d_sinks, 0.0)
     if m >= rows:
         return
     i = m + tl.arange(0, BLOCK)
@@ -104,15 +113,20 @@ def before(
     do = tl.load(dout + (b * dout_b + h * dout_h + at * dout_s) * 8 + d[None, :], mask=inside, other=0.0)
     sum_o_do = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if DLSE:
-        sum_o_do -= tl.load(dlse + at_lse, mask=live, other=0.0)
+        d_total = tl.load(dlse + at_lse, mask=live, other=0.0)
+        sum_o_do -= d_total
     total = tl.load(lse + at_lse, mask=live, other=float("-inf"))
     # +inf makes P zero: for rows past the end and for rows that saw no key
     total = tl.where(total == float("-inf"), float("inf"), total)
     tl.store(lse2 + base + i, total * 1.4426950408889634)
     tl.store(delta + base + i, sum_o_do)
-    if SINK:  # this block's part of the sink's gradient: the sink is a key whose value is 0
-        p = tl.where(live, tl.exp2((tl.load(sinks + h).to(tl.float32) - total) * 1.4426950408889634), 0.0)
-        tl.store(d_sinks + tl.program_id(0), -tl.sum(p * sum_o_do, 0))
+    if SINK:
+        share = tl.where(live, tl.exp2((tl.load(sinks + h).to(tl.float32) - total) * 1.4426950408889634), 0.0)
+        tl.store(delta + (H if VARLEN else batch_heads) * padded + base + i, share)
+        rest = sum_o_do * (1.0 - share)
+        if DLSE:
+            rest -= d_total
+        tl.store(d_sinks, tl.sum(share * rest, 0))
     WIDTH: tl.constexpr = 64 if D == 192 else D  # a power of two
     for part in tl.static_range(D // WIDTH):
         clear = sums + (base + m) * D + part * (BLOCK * WIDTH) + tl.arange(0, BLOCK * WIDTH)
@@ -252,12 +266,21 @@ def _padded_row(b, h, row0, H, padded, BLOCK: gl.constexpr, VARLEN: gl.constexpr
 
 
 @gluon.jit
+def _padded_rows(out_heads, group, Hk, parts, padded, VARLEN: gl.constexpr):
+    """Of all heads and batches."""
+    heads = out_heads * group
+    if VARLEN:
+        heads = Hk * parts * group
+    return heads * padded
+
+
+@gluon.jit
 def _load_item(
     idx, t, it, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s,
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty, key_blocks, out_heads,
     section, Hk, parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    TAIL: gl.constexpr, VARLEN: gl.constexpr, COPY_SUMS: gl.constexpr, KV_SLOTS: gl.constexpr,
+    TAIL: gl.constexpr, VARLEN: gl.constexpr, COPY_SUMS: gl.constexpr, KV_SLOTS: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     n, b, out_head = _place(idx, key_blocks, out_heads, section, Hk, parts)
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
@@ -274,6 +297,8 @@ def _load_item(
         tma_load(
             v_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full.index(kv), v_s.index(2 * kv + g)
         )
+    LINES: gl.constexpr = 2 if SINK else 1
+    all_rows = _padded_rows(out_heads, group, Hk, parts, padded, VARLEN)
     row_1 = 0  # the sums' rows of the last tile, and of the one before it
     row_2 = 0
     for g in range(group):
@@ -289,9 +314,11 @@ def _load_item(
             tma_load(q_desc, [batch, row0 + m * M, h, 0], q_full.index(slot), q_s.index(slot))
             tma_load(lse_desc, [row + m * M], q_full.index(slot), lse_s.index(slot))
             mbarrier.wait(do_empty.index(slot), phase ^ 1)
-            mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + LINES * delta_desc.block_type.nbytes)
             tma_load(do_desc, [batch, row0 + m * M, h, 0], do_full.index(slot), do_s.index(slot))
             tma_load(delta_desc, [row + m * M], do_full.index(slot), delta_s.index(slot))
+            if SINK:
+                tma_load(delta_desc, [all_rows + row + m * M], do_full.index(slot), delta_s.index(STAGES + slot))
             if COPY_SUMS:  # with two slots, dQ of the tile before the last is there when a slot is free for the next
                 if it > 2:
                     _add_copied(dq_desc, dq_s, dq_full, dq_empty, it - 3, row_2, D, DQ_WAY)
@@ -312,7 +339,7 @@ def _producer(
     key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, VARLEN: gl.constexpr, COPY_SUMS: gl.constexpr,
-    KV_SLOTS: gl.constexpr,
+    KV_SLOTS: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     it = 0
     t = 0
@@ -323,7 +350,7 @@ def _producer(
                 idx, t, it, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s,
                 lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full,
                 dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D,
-                STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS,
+                STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS, SINK,
             )  # fmt: skip
             idx = gl.atomic_add(work, 1) + gl.num_programs(0)
             _publish(idx, t, work_s, work_full, work_empty)
@@ -333,7 +360,7 @@ def _producer(
             idx, t, it, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s,
             delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s, dq_full, dq_empty,
             key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M, N, D, STAGES,
-            DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS,
+            DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS, SINK,
         )  # fmt: skip
 
 
@@ -433,15 +460,45 @@ def _dq_product(ds_s, buf, k0, k1, zero, ME: gl.constexpr, WIDTH: gl.constexpr, 
     return dq
 
 
+# ---- a sink's gradient: sums of share P (dP - delta), by thread until a head's tiles are done ----------------------------
+
+
+@gluon.jit
+def pairs_of_rows(x):
+    """x [64, M] of a product -> [warp, 8, M]: the sums of a thread's two rows, which take half as many multiplications."""
+    return gl.sum(gl.reshape(x, (4, 2, 8, x.shape[1])), 1)
+
+
+@gluon.jit
+def sums_of_threads(x):
+    """[4, 8, M] -> [4, 8, 4]: over each thread's own columns."""
+    M: gl.constexpr = x.shape[2]
+    x = gl.permute(gl.reshape(x, (4, 8, M // 8, 4, 2)), (0, 1, 3, 2, 4))
+    return gl.sum(gl.reshape(x, (4, 8, 4, M // 4)), 3)
+
+
+@gluon.jit
+def weighted(pairs, share_s):
+    """``sums_of_threads`` of pairs share."""
+    layout: gl.constexpr = pairs.type.layout
+    share = share_s.load(gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+    return sums_of_threads(pairs * gl.expand_dims(gl.expand_dims(share, 0), 0))
+
+
+@gluon.jit
+def sum_of_all(x):
+    return gl.sum(gl.sum(gl.sum(x, 2), 1), 0)
+
+
 @gluon.jit
 def _consume_item(
     idx, t, it, ME: gl.constexpr, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s,
     v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full,
     dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K,
-    D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    D_V, scale, cap, k_scale, d_sinks, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr,
+    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = N // 2  # keys of this warpgroup
     PARTS: gl.constexpr = 3 if LEFT else (2 if RIGHT or TAIL else 1)
@@ -490,6 +547,8 @@ def _consume_item(
         slope = 0.0
         if ALIBI:
             slope = gl.load(slopes + b * slopes_batch + h).to(gl.float32) * 1.4426950408889634
+        if SINK:
+            sink_sums = sums_of_threads(pairs_of_rows(zero_s))
         for part in gl.static_range(PARTS - 1, -1, -1):  # tiles on the left edge, whole ones, those on the right one
             lo = first
             hi = end
@@ -532,10 +591,12 @@ def _consume_item(
                     p = keep_columns(p, from_query - col, to_query - col, 0.0, True, LEFT)
                 dp = warpgroup_mma_wait(0, deps=(dp_tok,))
                 delta = gl.expand_dims(delta_s.index(slot).load(query_axis), 0)
+                ds = p * (dp - delta)
+                if SINK:
+                    ds_pairs = pairs_of_rows(ds)
                 if SOFTCAP:
-                    ds = (p * (dp - delta) * (1.0 - tanh * tanh)).to(dtype)
-                else:
-                    ds = (p * (dp - delta)).to(dtype)
+                    ds = ds * (1.0 - tanh * tanh)
+                ds = ds.to(dtype)
                 pb = gl.convert_layout(p.to(dtype), a_layout)
                 dsb = gl.convert_layout(ds, a_layout)
                 dv_tok = warpgroup_mma(pb, do, dv, is_async=True)
@@ -549,6 +610,9 @@ def _consume_item(
                 fence_async_shared()
                 if DQ_WAY == COLUMNS:
                     _both()
+                if SINK:  # while products are under way
+                    sink_sums += weighted(ds_pairs, delta_s.index(STAGES + slot))
+                if DQ_WAY == COLUMNS:
                     dq_tok = _dq_product(ds_s, buf, k0, k1, zero_q, ME, WIDTH, DQ_WAY)
                     dk_tok = warpgroup_mma(dsb, q, dk, is_async=True)
                     dv, dq = warpgroup_mma_wait(1, deps=(dv_tok, dq_tok))
@@ -575,6 +639,8 @@ def _consume_item(
                             sums, dq_s, dq_full, dq_empty, it - 1, row, 0, dq, turns, turn, ME, D, WIDTH, DQ_WAY,
                             DETERMINISTIC, COPY_SUMS,
                         )  # fmt: skip
+        if SINK:
+            gl.store(d_sinks + (2 * n + ME) * (out_heads * group) + b * H + h, sum_of_all(sink_sums))
     _both()  # nobody reads K or V any more: their buffers carry dK and dV out
     dk_out = (dk * k_scale).to(dtype)
     dv_out = dv.to(dtype)
@@ -606,10 +672,10 @@ def _consumer(
     work_s, work_full, work_empty, ME: gl.constexpr, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes,
     q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full,
     dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
-    slopes_batch, D_K, D_V, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    slopes_batch, D_K, D_V, scale, cap, k_scale, d_sinks, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr,
+    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     it = 0
     t = 0
@@ -620,8 +686,8 @@ def _consumer(
                 idx, t, it, ME, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s,
                 ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
                 key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
-                slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL,
-                SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
+                slopes_batch, D_K, D_V, scale, cap, k_scale, d_sinks, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT,
+                TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS, SINK,
             )  # fmt: skip
             idx = _published(t, work_s, work_full, work_empty)
             t += 1
@@ -630,15 +696,15 @@ def _consumer(
             idx, t, it, ME, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s,
             ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
             key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right,
-            slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
-            ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
+            slopes_batch, D_K, D_V, scale, cap, k_scale, d_sinks, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL,
+            SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS, SINK,
         )  # fmt: skip
     tma.store_wait(0)
 
 
 _RUNTIME = (
     "dk_ptr", "dv_ptr", "turns", "cu_q", "cu_k", "slopes", "key_blocks", "out_heads", "section", "Hk", "parts",
-    "group", "seq_q", "seq_k", "padded", "left", "right", "slopes_batch", "D_K", "D_V",
+    "group", "seq_q", "seq_k", "padded", "left", "right", "slopes_batch", "D_K", "D_V", "d_sinks",
 )  # fmt: skip
 
 
@@ -646,10 +712,10 @@ _RUNTIME = (
 def attention_backward(
     q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, dq_desc, lse_desc, delta_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k,
     slopes, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V,
-    scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
+    scale: "fp32", cap: "fp32", k_scale: "fp32", d_sinks, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, DQ_WAY: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr,
+    COPY_SUMS: gl.constexpr, K_HELD: gl.constexpr, V_HELD: gl.constexpr, KV_SLOTS: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     SLOTS: gl.constexpr = KV_SLOTS if KV_SLOTS else 1
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
@@ -659,7 +725,8 @@ def attention_backward(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ds_s = gl.allocate_shared_memory(q_desc.dtype, [4, N // 2, M], ds_layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], delta_desc.layout)
+    LINES: gl.constexpr = 2 if SINK else 1
+    delta_s = gl.allocate_shared_memory(gl.float32, [LINES * STAGES, M], delta_desc.layout)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], bar)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -708,14 +775,14 @@ def attention_backward(
             turns, work_s, work_full, work_empty, q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k,
             q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_desc, dq_s,
             dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M,
-            N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS,
+            N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS, SINK,
         )) if part == 0 else
         (_consumer, (
             work_s, work_full, work_empty, part - 1, dk_desc, dv_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k, slopes,
             q_s, do_s, k_s, v_s, ds_s, dq_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
             dq_full, dq_empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
-            padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT,
-            RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS,
+            padded, left, right, slopes_batch, D_K, D_V, scale, cap, k_scale, d_sinks, M, N, D, STAGES, DQ_WAY, BLOCK,
+            LEFT, RIGHT, TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS, SINK,
         ))
         for part in (0, 1, 2)
     ], [4, 4], [240, 240])  # fmt: skip

@@ -9,6 +9,9 @@ Per query tile, keys being the rows::
 P^T goes from the first to the second through shared memory, dS^T back, and both make columns of dQ = dS K, one tile late.
 Both buffers are double: what a warpgroup waits for before it writes one tells that the other has read it.
 
+Where a sink's gradient is wanted, the second adds it up, and gets P in two parts: rounded once it would be worth no more than
+delta. (Not beside softcap, whose derivative goes with P: there P comes a second time without it, rounded once.)
+
 Tiles of Q and K are 256 columns wide (a power of two), of which the products read USED. Of 192, dK is two sums, of 128 and of
 64 columns, and dQ the first warpgroup's 128 and the second one's 64.
 """
@@ -27,10 +30,15 @@ from trinix.kernels.hopper._compat import block_barrier, tma_load, tma_store
 from trinix.kernels.hopper.attention_backward import (
     _both,
     _padded_row,
+    _padded_rows,
     _place,
     _queries_that_see,
     _query_tiles,
     add_from_registers,
+    pairs_of_rows,
+    sum_of_all,
+    sums_of_threads,
+    weighted,
 )
 from trinix.kernels.hopper.attention_scores import follow, keep_columns, sequence, tanh_over_2
 
@@ -40,7 +48,7 @@ def _producer(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, q_full,
     do_full, empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M: gl.constexpr,
     N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    TAIL: gl.constexpr, VARLEN: gl.constexpr,
+    TAIL: gl.constexpr, VARLEN: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     n, b, out_head = _place(gl.program_id(0), key_blocks, out_heads, section, Hk, parts)
     batch, row0, key0, sq, sk = sequence(b, cu_q, cu_k, seq_q, seq_k, VARLEN)
@@ -48,6 +56,8 @@ def _producer(
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [batch, key0 + n * N, out_head // parts, 0], kv_full, k_s.index(0))
     tma_load(v_desc, [batch, key0 + n * N, out_head // parts, 0], kv_full, v_s.index(0))
+    LINES: gl.constexpr = 2 if SINK else 1
+    all_rows = _padded_rows(out_heads, group, Hk, parts, padded, VARLEN)
     it = 0
     for g in range(group):
         h = out_head * group + g
@@ -59,9 +69,11 @@ def _producer(
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
             tma_load(q_desc, [batch, row0 + m * M, h, 0], q_full.index(slot), q_s.index(slot))
             tma_load(lse_desc, [row + m * M], q_full.index(slot), lse_s.index(slot))
-            mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + LINES * delta_desc.block_type.nbytes)
             tma_load(do_desc, [batch, row0 + m * M, h, 0], do_full.index(slot), do_s.index(slot))
             tma_load(delta_desc, [row + m * M], do_full.index(slot), delta_s.index(slot))
+            if SINK:
+                tma_load(delta_desc, [all_rows + row + m * M], do_full.index(slot), delta_s.index(STAGES + slot))
 
 
 @gluon.jit
@@ -81,10 +93,10 @@ def _scores(left, right, zero, USED: gl.constexpr, D: gl.constexpr):
 def _consumer(
     ME: gl.constexpr, out_desc, out_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s,
     kv_full, q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k,
-    padded, left, right, slopes_batch, D_OUT, scale, cap, k_scale, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    padded, left, right, slopes_batch, D_OUT, scale, cap, k_scale, d_sinks, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     USED: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr,
     RIGHT: gl.constexpr, TAIL: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
+    DETERMINISTIC: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup 0 makes dV, warpgroup 1 dK; ``out`` is that, and ``out_2`` the columns of dK from 128 on of 192."""
     SPLIT: gl.constexpr = ME == 1 and USED == 192
@@ -125,6 +137,8 @@ def _consumer(
         slope = 0.0
         if ALIBI:
             slope = gl.load(slopes + b * slopes_batch + h).to(gl.float32) * 1.4426950408889634
+        if SINK and ME == 1:
+            sink_sums = sums_of_threads(pairs_of_rows(zero_s))
         for m in range(first, end):
             slot = it % STAGES
             phase = (it // STAGES) & 1
@@ -172,15 +186,27 @@ def _consumer(
                     p_s.index(buf).store((p * slant).to(dtype))
                 else:
                     p_s.index(buf).store(operand)
+                if SINK:
+                    more = operand
+                    if not SOFTCAP:
+                        more = (p - operand.to(gl.float32)).to(dtype)
+                    _more(p_s, ds_s, buf, LATE).store(more)
                 mbarrier.arrive(p_full.index(buf), count=1)
             else:
                 delta = gl.expand_dims(delta_s.index(slot).load(query_axis), 0)
                 mbarrier.wait(p_full.index(buf), use)
                 p = p_s.index(buf).load(s_layout)
+                if SINK:
+                    exact = _more(p_s, ds_s, buf, LATE).load(s_layout).to(gl.float32)
+                    if not SOFTCAP:
+                        exact = exact + p.to(gl.float32)
+                    ds_pairs = pairs_of_rows(exact * (s - delta))
                 operand = (p.to(gl.float32) * (s - delta)).to(dtype)
                 ds_s.index(buf).store(operand)
                 fence_async_shared()
                 mbarrier.arrive(ds_full.index(buf), count=1)
+                if SINK:
+                    sink_sums += weighted(ds_pairs, delta_s.index(STAGES + slot))
             if ME == 0:
                 mbarrier.wait(do_full.index(slot), phase)
                 out = warpgroup_mma(gl.convert_layout(operand, a_layout), do, out, is_async=True)
@@ -211,6 +237,8 @@ def _consumer(
             if LEFT:
                 late_turn = n - gl.maximum(m * M + sk - sq - left, 0) // N
             it += 1
+        if SINK and ME == 1:
+            gl.store(d_sinks + n * (out_heads * group) + b * H + h, sum_of_all(sink_sums))
     if it > 0:
         mbarrier.wait(ds_full.index((it - 1) % 2), ((it - 1) // 2) & 1)
         dq = warpgroup_mma(ds_s.index((it - 1) % 2).permute((1, 0)), k_mine, zero_q, use_acc=False, is_async=True)
@@ -246,6 +274,17 @@ def _consumer(
 
 
 @gluon.jit
+def _more(p_s, ds_s, buf, LATE: gl.constexpr):
+    """Where P's other part is handed over: in the buffer that dS is about to be written to, which is free by then; but not with
+    LATE, when the second warpgroup's product of two tiles ago may still read it."""
+    if LATE:
+        place = p_s.index(2 + buf)
+    else:
+        place = ds_s.index(buf)
+    return place
+
+
+@gluon.jit
 def _store_rows(to, out, key0, key, sk, heads, head, FIRST: gl.constexpr, D_OUT):
     """The rows of a sequence's last keys, from column FIRST on."""
     layout: gl.constexpr = out.type.layout
@@ -257,7 +296,7 @@ def _store_rows(to, out, key0, key, sk, heads, head, FIRST: gl.constexpr, D_OUT)
 
 _RUNTIME = (
     "dk_ptr", "dv_ptr", "turns", "cu_q", "cu_k", "slopes", "key_blocks", "out_heads", "section", "Hk", "parts", "group",
-    "seq_q", "seq_k", "padded", "left", "right", "slopes_batch", "D_K", "D_V",
+    "seq_q", "seq_k", "padded", "left", "right", "slopes_batch", "D_K", "D_V", "d_sinks",
 )  # fmt: skip
 
 
@@ -265,19 +304,21 @@ _RUNTIME = (
 def attention_backward_wide(
     q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, lse_desc, delta_desc, dk_ptr, dv_ptr, sums, turns, cu_q, cu_k,
     slopes, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, slopes_batch, D_K, D_V,
-    scale: "fp32", cap: "fp32", k_scale: "fp32", M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, USED: gl.constexpr,
+    scale: "fp32", cap: "fp32", k_scale: "fp32", d_sinks, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, USED: gl.constexpr,
     DV: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, VARLEN: gl.constexpr, DETERMINISTIC: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, DV], do_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, N, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, N, 1, DV], v_desc.layout)
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    p_s = gl.allocate_shared_memory(q_desc.dtype, [2, N, M], square)
+    P_BUFFERS: gl.constexpr = 4 if SINK and USED == 192 and DV == 128 else 2
+    p_s = gl.allocate_shared_memory(q_desc.dtype, [P_BUFFERS, N, M], square)
     ds_s = gl.allocate_shared_memory(q_desc.dtype, [2, N, M], square)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], delta_desc.layout)
+    LINES: gl.constexpr = 2 if SINK else 1
+    delta_s = gl.allocate_shared_memory(gl.float32, [LINES * STAGES, M], delta_desc.layout)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -301,18 +342,18 @@ def attention_backward_wide(
         (_producer, (
             q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, cu_q, cu_k, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full,
             q_full, do_full, empty, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded, left, right, M,
-            N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN,
+            N, STAGES, BLOCK, LEFT, RIGHT, TAIL, VARLEN, SINK,
         )),
         (_consumer, (
             W0, dv_desc, dv_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s, kv_full,
             q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
-            left, right, slopes_batch, D_V, scale, cap, k_scale, M, N, D, USED, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
-            ALIBI, VARLEN, DETERMINISTIC,
+            left, right, slopes_batch, D_V, scale, cap, k_scale, d_sinks, M, N, D, USED, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL,
+            SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, SINK,
         )),
         (_consumer, (
             W1, dk_desc, dk_ptr, sums, turns, cu_q, cu_k, slopes, q_s, do_s, k_s, v_s, p_s, ds_s, lse_s, delta_s, kv_full,
             q_full, do_full, empty, p_full, ds_full, key_blocks, out_heads, section, Hk, parts, group, seq_q, seq_k, padded,
-            left, right, slopes_batch, D_K, scale, cap, k_scale, M, N, D, USED, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL, SOFTCAP,
-            ALIBI, VARLEN, DETERMINISTIC,
+            left, right, slopes_batch, D_K, scale, cap, k_scale, d_sinks, M, N, D, USED, DV, STAGES, BLOCK, LEFT, RIGHT, TAIL,
+            SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, SINK,
         )),
     ], [4, 4], [240, 240])  # fmt: skip

@@ -25,28 +25,27 @@ def backward(dtype, d, config, precision, want_x=True, wanted=(True, False, True
 
 
 def early():
-    dtype, layout = torch.bfloat16, kernels.Layout(True, 8, False, False)
+    dtype, layout, d = torch.bfloat16, kernels.Layout(True, 8, False, False), 64
     for now in (True, False):
-        for d in (64, 128) if now else (64,):
-            config = kernels.choose_forward(2048, d, 2, False)
-            forward = kernels.forward_launch(
-                "silu", dtype, False, False, False, False, True, layout, d, config, None, 32, now
-            )
-            yield f"forward {now}", d, 90, forward, ("*bf16",) * 7
-            config = kernels.choose_backward(2048, d, 2, False)
-            yield f"backward {now}", d, 90, backward(dtype, d, config, None, early=now), ("*bf16",) * 12
+        config = kernels.choose_forward(2048, d, 2, False)
+        forward = kernels.forward_launch(
+            "silu", dtype, False, False, False, False, True, layout, d, config, None, 32, now
+        )
+        yield f"forward {now}", d, 90, forward, ("*bf16",) * 7
+        config = kernels.choose_backward(2048, d, 2, False)
+        yield f"backward {now}", d, 90, backward(dtype, d, config, None, early=now), ("*bf16",) * 12
         yield f"add {now}", 0, 90, kernels.partials_launch(now), ("*fp32",) * 6
 
 
 def apart():
     for name, config in kernels.APART.items():
-        for d, arch in ((256, 90), (192, 90), (256, 100)):
+        for d, arch in ((256, 90), (192, 90), (256, 100)) if EVERY or name == "w1" else ((256, 90), (256, 100)):
             yield name, d, arch, backward(torch.bfloat16, d, config, None, *WANTED[name]), ("*bf16",) * 12
 
 
 def double():
     dtype, layout = torch.float32, kernels.Layout(True, 4, False, False)
-    for d, arch in ((16, 80), (64, 80), (128, 90), (256, 80), (256, 90)):
+    for d, arch in ((16, 80), (64, 80), (128, 90), *[(256, 80)] * EVERY, (256, 90)):
         config = kernels.choose_forward(2048, d, 4, False)
         forward = kernels.forward_launch("silu", dtype, False, False, False, False, True, layout, d, config, "double", 32)
         yield "forward", d, arch, forward, ("*fp32",) * 7
@@ -69,21 +68,28 @@ for name, d, arch, launch, tensors in CASES():
 """
 
 
-def compiled(cases, forked_process):
-    return [json.loads(line) for line in forked_process(COMPILE.replace("CASES", cases)).splitlines()]
+@pytest.fixture
+def compiled(forked_process, every_binary):
+    """The binaries of some cases; with --every-binary also those whose like is among the others."""
+
+    def run(cases):
+        code = f"EVERY = {every_binary}\n" + COMPILE.replace("CASES", cases)
+        return [json.loads(line) for line in forked_process(code).splitlines()]
+
+    return run
 
 
-def test_a_kernel_launched_early_touches_no_tensor_before_it_has_waited(forked_process):
-    lines = compiled("early", forked_process)
-    assert len(lines) == 8
+def test_a_kernel_launched_early_touches_no_tensor_before_it_has_waited(compiled):
+    lines = compiled("early")
+    assert len(lines) == 6
     for one in lines:
         early = one["name"].endswith("True")
         assert (0 < one["waits"] < one["reads"]) if early else one["waits"] == -1, one
 
 
-def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill_little(forked_process):
-    lines = compiled("apart", forked_process)
-    assert len(lines) == 9
+def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill_little(compiled, every_binary):
+    lines = compiled("apart")
+    assert len(lines) == (9 if every_binary else 7)
     for one in lines:
         assert one["kib"] <= one["kib_limit"], one
         assert not one["warnings"], one
@@ -91,9 +97,9 @@ def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill
             assert one["spills"] <= 64, one
 
 
-def test_float32_as_float64_runs_on_tensor_cores(forked_process):
-    lines = compiled("double", forked_process)
-    assert len(lines) == 10
+def test_float32_as_float64_runs_on_tensor_cores(compiled, every_binary):
+    lines = compiled("double")
+    assert len(lines) == (10 if every_binary else 8)
     for one in lines:
         assert one["float64 on tensor cores"] >= 2, one
         assert not one["tf32"], one

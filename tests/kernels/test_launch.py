@@ -325,6 +325,23 @@ def test_a_hook_sends_launches_to_the_normal_path_as_long_as_it_stays(name, rig)
     assert rig() == "fast"
 
 
+def test_a_caller_that_knows_the_key_launches_what_a_call_has_kept(rig):
+    dtypes = (torch.float32,) * 2
+    key = rig.launch.key(0, dtypes, (48, 5, 0.5))
+    assert not rig.launch.again(key, 0, 2, (256, 512), (48, 5, 0.5)), "nothing is kept yet"
+    rig()
+    assert rig.launch.again(key, 256 | 512, 9, (256, 512), (48, 5, 0.25))
+    assert rig.sent == (9, 7000, (256, 512, 48, 5, 0.25))
+    count = len(rig.kernel.log)
+    assert not rig.launch.again(key, 256 | 520, 2, (256, 520), (48, 5, 0.5)), "not aligned"
+    assert not rig.launch.again(rig.launch.key(0, dtypes, (47, 5, 0.5)), 0, 2, (256, 512), (47, 5, 0.5)), "another binary"
+    assert not rig.launch.again(rig.launch.key(1, dtypes, (48, 5, 0.5)), 0, 2, (256, 512), (48, 5, 0.5)), "another card"
+    for put in HOOKS.values():
+        with put(rig.kernel, lambda *_, **__: None):
+            assert not rig.launch.again(key, 0, 2, (256, 512), (48, 5, 0.5)), "a hook"
+    assert len(rig.kernel.log) == count
+
+
 @pytest.fixture
 def two_devices(fake_driver, monkeypatch):
     """The launcher as on a machine with two cards; yields the current one, in a list, and the devices that were switched to."""
@@ -341,6 +358,15 @@ def two_devices(fake_driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", switch)
     monkeypatch.setattr(_launch._State, "many_devices", True)
     return current, fake_driver
+
+
+def test_a_caller_that_knows_the_key_is_sent_away_from_a_card_that_is_not_current(two_devices):
+    rig = Rig()
+    rig(card=1)
+    key = rig.launch.key(1, (torch.float32,) * 2, (48, 5, 0.5))
+    assert not rig.launch.again(key, 0, 2, (256, 512), (48, 5, 0.5))
+    two_devices[0][0] = 1
+    assert rig.launch.again(key, 0, 2, (256, 512), (48, 5, 0.5))
 
 
 def test_a_tensor_on_another_device_than_the_current_one_is_launched_there(two_devices, monkeypatch):

@@ -12,6 +12,7 @@ import trinix
 from helpers import Watch, captured, pooled, same
 from trinix.dispatch import Unsupported
 from trinix.kernels.triton import attention_decode as kernels
+from trinix.kernels.triton._launch import Launch
 from trinix.ops import attention, attention_decode
 from trinix.testing import judge, normal
 
@@ -483,6 +484,25 @@ def test_a_call_like_one_before_is_not_looked_at_again_and_every_other_one_is(mo
     for name in calls.keys() - copied:
         for got, true in zip(run(name, "triton"), wanted[name], strict=True):
             torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kept_binaries_are_asked_for_as_the_launcher_keeps_them(dtype, monkeypatch):
+    """``run`` knows keys and addresses beforehand: they are what the launcher makes of the tensors, call by call."""
+    asked = []
+    monkeypatch.setattr(Launch, "again", lambda self, *more: asked.append((self.kernel, *more)))
+    launches = 0
+    for name, case in CASES.items():
+        for other in (torch.float32, torch.bfloat16):
+            case = {n: o.to(other) if isinstance(o, torch.Tensor) else o for n, o in case.items()}
+            try:
+                Case("cpu", dtype, **case).run("triton")
+            except Unsupported:
+                continue
+        assert asked[::2] == asked[1::2], name
+        launches += len(asked) // 2
+        asked.clear()
+    assert launches > 2 * len(CASES)
 
 
 @pytest.mark.parametrize(

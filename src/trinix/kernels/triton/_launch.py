@@ -22,6 +22,7 @@ import operator
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -140,6 +141,22 @@ class Launch:
             key = (device, *[t.dtype for t in tensors])
         if self.specialized:
             key += tuple([_int_class(scalars[i]) for i in self.specialized])
+        if self.again(key, bits, blocks, pointers, scalars):
+            return
+        kept = key in self.keep
+        if kept and _State.many_devices and torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                if self.again(key, bits, blocks, pointers, scalars):
+                    return
+        self._normal(blocks, tensors, scalars, key, not kept and not bits & 15)
+
+    def key(self, device: int, dtypes: Sequence[torch.dtype], scalars: tuple) -> tuple:
+        """Under which a binary for such arguments is kept, for a caller that launches many times with the same scalars."""
+        return (device, *dtypes, *[_int_class(scalars[i]) for i in self.specialized])
+
+    def again(self, key: tuple, bits: int, blocks: int, pointers: tuple, scalars: tuple) -> bool:
+        """Launch the binary kept under ``key``; False where there is none, or Triton's own path has to be taken. ``bits``: those of
+        all pointers."""
         fire = self.keep.get(key)
         if (
             fire is None
@@ -149,15 +166,12 @@ class Launch:
             or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
             or _NO_EXIT_HOOK.calls
             or self.kernel.pre_run_hooks
+            or (_State.many_devices and torch._C._cuda_getDevice() != key[0])
         ):
-            self._normal(blocks, tensors, scalars, key, fire is None and not bits & 15)
-            return
+            return False
         # pointers go as integers: nobody then asks the tensor or the driver about them
-        if _State.many_devices and torch._C._cuda_getDevice() != device:
-            with torch.cuda.device(device):
-                fire(blocks, _raw_stream(device), pointers + scalars)
-        else:
-            fire(blocks, _raw_stream(device), pointers + scalars)
+        fire(blocks, _raw_stream(key[0]), pointers + scalars)
+        return True
 
     def _normal(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple, keep: bool) -> None:
         """Triton's own path; with ``keep`` it keeps the kernel under ``key`` if later calls may launch it directly."""

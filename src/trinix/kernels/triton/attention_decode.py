@@ -507,10 +507,12 @@ class Plan(NamedTuple):
 
     attend: object
     combine: object  # None with one share
-    blocks: int  # programs of ``attend`` and its scalars
+    blocks: int  # programs of ``attend``, its scalars, and under which key its binary is kept
     counts: tuple
-    rows: int  # programs of ``combine`` and its scalars
+    key: tuple
+    rows: int  # the same of ``combine``
     sizes: tuple
+    combine_key: tuple
     splits: int
     config: Config
     out: tuple  # shape and strides; lse, parts: the same
@@ -528,8 +530,8 @@ def plan(
     dtype, q_shape, q_strides, k_shape, k_strides, v_shape, v_strides, new_shape, k_new_strides, v_new_strides,
     table_shape, table_row, slopes_row, options, shared, index, config=None,
 ) -> Plan:  # fmt: skip
-    """``options``: (window_left, window_right, scale, softcap, alibi, sink, num_splits)."""
-    window_left, window_right, scale, softcap, alibi, sink, num_splits = options
+    """``options``: (window_left, window_right, scale, softcap, dtypes of slopes and sink or None, num_splits)."""
+    window_left, window_right, scale, softcap, slopes, sink, num_splits = options
     batch, seq, heads, d = q_shape
     key_heads, dv = k_shape[2], v_shape[3]
     group = heads // key_heads
@@ -559,7 +561,7 @@ def plan(
     dependent = dependent and parts
     flags = Flags(
         pages, new > 0, shared,
-        window_left >= 0, window_right >= 0 and seq > 1, alibi, softcap > 0, sink, parts, dependent,
+        window_left >= 0, window_right >= 0 and seq > 1, slopes is not None, softcap > 0, sink is not None, parts, dependent,
         double and dtype == torch.float32 and max(d, dv) <= 256,
     )  # fmt: skip
     strides = [s // unit for one in (*used, (0,) * 3, (0,) * 3)[:5] for s in one]
@@ -568,10 +570,15 @@ def plan(
         slopes_row, *strides, scale, softcap,
     )  # fmt: skip
     attend = attend_launch(d, dv, group, unit, flags, config)
-    combine = combine_launch(dv, sink, dependent, splits > 8) if parts else None
+    combine = combine_launch(dv, flags.sink, dependent, splits > 8) if parts else None
     rows = batch * heads * seq
+    sizes = entries, splits, heads, seq
+    wide, int32 = torch.float32, torch.int32
+    optional = slopes or dtype, sink or dtype
+    read = dtype, dtype, dtype, int32, int32, dtype, dtype, *optional, wide if parts else dtype, wide
     return Plan(
-        attend, combine, key_heads * tiles * entries, counts, rows, (entries, splits, heads, seq), splits, config,
+        attend, combine, key_heads * tiles * entries, counts, attend.key(index, read, counts), rows, sizes,
+        combine.key(index, (wide, optional[1], dtype, wide), sizes) if parts else (), splits, config,
         dense(batch, seq, heads, dv), dense(batch, heads, seq), dense(splits * rows * (dv + 2)),
     )  # fmt: skip
 
@@ -621,8 +628,8 @@ def _plan(q, k_cache, v_cache, k_new, v_new, page_table, options, config=None) -
         v_new.stride() if k_new is not None else None,
         page_table.shape if page_table is not None else None, page_table.stride(0) if page_table is not None else 0,
         slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0,
-        (options.window_left, options.window_right, options.scale, options.softcap, slopes is not None,
-         options.sink is not None, options.num_splits),
+        (options.window_left, options.window_right, options.scale, options.softcap, slopes.dtype if slopes is not None else None,
+         options.sink.dtype if options.sink is not None else None, options.num_splits),
         _shared(k_cache, v_cache), q.get_device(), config,
     )  # fmt: skip
 
@@ -653,19 +660,34 @@ def prepared(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, optio
 
 
 def run(call: Plan, q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, slopes, sink):
-    """``forward`` of tensors that are read as they lie. By ``empty_strided``, which costs the host two thirds of ``empty``."""
-    device = q.device
+    """``forward`` of tensors that are read as they lie; q stands for those that are not there."""
+    # on the path of every eager call: ``empty_strided`` costs the host two thirds of ``empty``, and addresses are asked for once
+    device, wide = q.device, torch.float32
     out = torch.empty_strided(*call.out, dtype=q.dtype, device=device)
-    lse = torch.empty_strided(*call.lse, dtype=torch.float32, device=device)
-    parts = torch.empty_strided(*call.parts, dtype=torch.float32, device=device) if call.combine else out
-    sink = q if sink is None else sink  # q stands for what is not there
-    tensors = (
-        q, k_cache, v_cache, cache_seqlens, cache_seqlens if page_table is None else page_table,
-        q if k_new is None else k_new, q if v_new is None else v_new, q if slopes is None else slopes, sink, parts, lse,
+    lse = torch.empty_strided(*call.lse, dtype=wide, device=device)
+    parts = torch.empty_strided(*call.parts, dtype=wide, device=device) if call.combine else out
+    at, at_sink = q.data_ptr(), (q if sink is None else sink).data_ptr()
+    at_lengths, at_parts, at_lse = cache_seqlens.data_ptr(), parts.data_ptr(), lse.data_ptr()
+    pointers = (
+        at, k_cache.data_ptr(), v_cache.data_ptr(), at_lengths, at_lengths if page_table is None else page_table.data_ptr(),
+        at if k_new is None else k_new.data_ptr(), at if v_new is None else v_new.data_ptr(),
+        at if slopes is None else slopes.data_ptr(), at_sink, at_parts, at_lse,
     )  # fmt: skip
-    call.attend(call.blocks, tensors, call.counts)
+    bits = 0
+    for one in pointers:
+        bits |= one
+    if not call.attend.again(call.key, bits, call.blocks, pointers, call.counts):
+        tensors = (
+            q, k_cache, v_cache, cache_seqlens, cache_seqlens if page_table is None else page_table,
+            q if k_new is None else k_new, q if v_new is None else v_new, q if slopes is None else slopes,
+            q if sink is None else sink, parts, lse,
+        )  # fmt: skip
+        call.attend(call.blocks, tensors, call.counts)
     if call.combine:
-        call.combine(call.rows, (parts, sink, out, lse), call.sizes)
+        at_out = out.data_ptr()
+        pointers, bits = (at_parts, at_sink, at_out, at_lse), at_parts | at_sink | at_out | at_lse
+        if not call.combine.again(call.combine_key, bits, call.rows, pointers, call.sizes):
+            call.combine(call.rows, (parts, q if sink is None else sink, out, lse), call.sizes)
     return out, lse
 
 

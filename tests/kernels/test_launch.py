@@ -334,7 +334,7 @@ def test_a_caller_that_knows_the_key_launches_what_a_call_has_kept(rig):
     assert rig.sent == (9, 7000, (256, 512, 48, 5, 0.25))
     count = len(rig.kernel.log)
     assert not rig.launch.again(key, 256 | 520, 2, (256, 520), (48, 5, 0.5)), "not aligned"
-    assert not rig.launch.again(rig.launch.key(0, dtypes, (47, 5, 0.5)), 0, 2, (256, 512), (47, 5, 0.5)), "another binary"
+    assert not rig.launch.again(rig.launch.key(0, dtypes, (47, 5, 0.5)), 0, 2, (256, 512), (47, 5, 0.5)), "another"
     assert not rig.launch.again(rig.launch.key(1, dtypes, (48, 5, 0.5)), 0, 2, (256, 512), (48, 5, 0.5)), "another card"
     for put in HOOKS.values():
         with put(rig.kernel, lambda *_, **__: None):

@@ -16,11 +16,13 @@ if platform.machine() == "x86_64":
     # PyTorch's products in the same order of adding on every machine: a budget is twice PyTorch's own error, which of a few
     # numbers is chance.
     os.environ.setdefault("MKL_CBWR", "AVX2")
+# two xdist workers share two cores: of NumPy's products, which kernels on the CPU are made of, before it is imported
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # two xdist workers share two cores
+torch.set_num_threads(1)  # as NumPy above
 
 
 def pytest_configure(config):

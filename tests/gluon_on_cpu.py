@@ -7,6 +7,7 @@ as an error, and a wait that nothing ends as a time-out. It knows nothing of lay
 
 import ast
 import ctypes
+import functools
 import itertools
 import math
 import operator
@@ -28,9 +29,10 @@ _here = threading.local()  # the program and the warpgroup that this thread is
 class Tensor:
     """A value of a kernel: a scalar or a block."""
 
+    type = types.SimpleNamespace(layout=None)
+
     def __init__(self, a):
         self.a = np.asarray(a)
-        self.type = types.SimpleNamespace(layout=None)
 
     shape = property(lambda self: self.a.shape)
     dtype = property(lambda self: types.SimpleNamespace(primitive_bitwidth=8 * self.a.itemsize))
@@ -69,8 +71,7 @@ def _operator(function, swapped=False):
         if isinstance(other, Pointer):
             return NotImplemented
         a, b = (raw(other), self.a) if swapped else (self.a, raw(other))
-        with np.errstate(all="ignore"):
-            return Tensor(function(a, b))
+        return Tensor(function(a, b))
 
     return apply
 
@@ -95,13 +96,18 @@ class Pointer:
 
     @property
     def memory(self):
-        size = int(np.max(self.offset)) + 1
-        assert np.min(self.offset) >= 0, "a negative offset"
-        kind = np.ctypeslib.as_ctypes_type(self.kind) if self.kind != np.float16 else ctypes.c_uint16
-        return np.ctypeslib.as_array((kind * size).from_address(self.address)).view(self.kind)
+        offset = np.asarray(self.offset)
+        assert offset.min() >= 0, "a negative offset"
+        size = (int(offset.max()) + 1) * np.dtype(self.kind).itemsize
+        return np.frombuffer((ctypes.c_byte * size).from_address(self.address), self.kind)
 
 
 _atomic = threading.Lock()
+
+
+def _broadcast(x, shape):
+    """NumPy's takes as long as a copy."""
+    return x if np.shape(x) == shape and isinstance(x, np.ndarray) else np.broadcast_to(x, shape)
 
 
 def load(pointer, mask=None, other=0.0, cache_modifier="", volatile=False):
@@ -112,10 +118,9 @@ def load(pointer, mask=None, other=0.0, cache_modifier="", volatile=False):
     offset = np.asarray(pointer.offset)
     if mask is None:
         return Tensor(pointer.memory[offset])
-    mask = np.broadcast_to(raw(mask), offset.shape) if offset.shape else raw(mask)
+    mask = _broadcast(raw(mask), offset.shape) if offset.shape else raw(mask)
     out = np.full(np.broadcast_shapes(offset.shape, np.shape(mask)), other, pointer.kind)
-    offset = np.broadcast_to(offset, out.shape)
-    mask = np.broadcast_to(mask, out.shape)
+    offset, mask = _broadcast(offset, out.shape), _broadcast(mask, out.shape)
     if mask.any():
         out[mask] = Pointer(pointer.address, pointer.kind, offset[mask]).memory[offset[mask]]
     return Tensor(out)
@@ -124,8 +129,8 @@ def load(pointer, mask=None, other=0.0, cache_modifier="", volatile=False):
 def store(pointer, value, mask=None):
     offset = np.asarray(pointer.offset)
     shape = np.broadcast_shapes(offset.shape, np.shape(raw(value)))
-    offset, value = np.broadcast_to(offset, shape), np.broadcast_to(raw(value), shape)
-    keep = np.broadcast_to(True if mask is None else raw(mask), shape)
+    offset, value = _broadcast(offset, shape), _broadcast(raw(value), shape)
+    keep = _broadcast(True if mask is None else raw(mask), shape)
     if keep.any():
         at = offset[keep] if shape else offset
         Pointer(pointer.address, pointer.kind, at).memory[at] = value[keep] if shape else value
@@ -382,8 +387,7 @@ def _inline_asm(asm, constraints, args, dtype=None, is_pure=False, pack=1):
     if "exchange: " in asm:
         return _here.program.exchange.run(asm, args)
     if asm.startswith("ex2.approx"):
-        with np.errstate(all="ignore"):
-            return Tensor(np.exp2(args[0].a))
+        return Tensor(np.exp2(args[0].a))
     if "rcp.approx" in asm:
         return Tensor(np.float32(1) / args[0].a)
     if "vote.sync" in asm:
@@ -415,8 +419,7 @@ def _binary(function):
 
 def _unary(function):
     def apply(x):
-        with np.errstate(all="ignore"):
-            return Tensor(function(raw(x)))
+        return Tensor(function(raw(x)))
 
     return apply
 
@@ -433,7 +436,8 @@ def _specialize(parts, warps, registers):
     def run(function, arguments):
         _here.program, _here.products = program, []
         try:
-            function(*arguments)
+            with np.errstate(all="ignore"):  # each thread has its own
+                function(*arguments)
             assert all(p.value is not None for p in _here.products), "a product that nobody waited for"
         except BaseException as error:
             program.errors.append(error)
@@ -520,20 +524,31 @@ def range_of_tensors(*bounds):
     return (Tensor(np.int64(i)) for i in range(*map(int, bounds)))
 
 
+def _is_kernel(node) -> bool:
+    return isinstance(node, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, node.decorator_list))
+
+
+def _is_no_import(node) -> bool:
+    """Imports are bound by hand."""
+    return not isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+@functools.cache
+def _code(file: Path, kept):
+    """What a module has of one kind, without annotations of parameters, which are Triton's."""
+    tree = ast.parse(file.read_text())
+    tree.body = list(filter(kept, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return compile(ast.fix_missing_locations(tree), file, "exec")
+
+
 def functions_of(module, **names):
     """A module's kernels as plain Python, among the names that they use."""
     g = language()
     names = {"gl": g, "gluon": g} | names
-    tree = ast.parse(Path(module.__file__).read_text())
-    tree.body = [
-        n
-        for n in tree.body
-        if isinstance(n, ast.FunctionDef) and "gluon" in "".join(map(ast.unparse, n.decorator_list))
-    ]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None  # Triton's
-    exec(compile(ast.fix_missing_locations(tree), module.__file__, "exec"), names)
+    exec(_code(Path(module.__file__), _is_kernel), names)
     return names
 
 
@@ -550,16 +565,10 @@ def kernels(folder: Path, names) -> dict:
     tl.extra = _namespace(cuda=_namespace(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None))
     done = {}
     for name in names:
-        tree = ast.parse((folder / f"{name}.py").read_text())
-        # imports are bound by hand, and annotations of parameters are Triton's
-        tree.body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.arg):
-                node.annotation = None
         space = own | vars(compat) | {"triton": g, "tl": tl, "gluon": g, "gl": g, "__name__": name}
         for other in done.values():
             space = {k: v for k, v in other.items() if not k.startswith("__")} | space
-        exec(compile(ast.fix_missing_locations(tree), name, "exec"), space)
+        exec(_code(folder / f"{name}.py", _is_no_import), space)
         done[name] = space
     return {k: v for space in done.values() for k, v in space.items()}
 
@@ -572,7 +581,8 @@ def launch_together(function, programs: int, arguments: tuple, constants: dict):
         program = Program((place, 0, 0), programs)
         _here.program, _here.products = program, []
         try:
-            function(*arguments, **constants)
+            with np.errstate(all="ignore"):
+                function(*arguments, **constants)
         except BaseException as error:
             program.errors.append(error)
         all_errors.extend(program.errors)
@@ -591,7 +601,8 @@ def launch(function, programs: int, arguments: tuple, constants: dict, y: int = 
     for place in itertools.product(range(programs), range(y), range(z)):
         program = Program(place, programs)
         _here.program, _here.products = program, []
-        function(*arguments, **constants)
+        with np.errstate(all="ignore"):
+            function(*arguments, **constants)
         if program.errors:
             raise program.errors[0]
 

@@ -1411,8 +1411,9 @@ def test_statistics_a_little_off_fail_the_oracle(factor, monkeypatch):
 
 
 def test_eps_in_the_wrong_place_fails_the_oracle(monkeypatch):
-    real = kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda *a: real(*a[:5], a[5] * 3, *a[6:]))
+    real = kernels.forward_plan
+    monkeypatch.setattr(op, "_prepared", {})
+    monkeypatch.setattr(kernels, "forward_plan", lambda *a: real(*a[:5], a[5] * 3, *a[6:]))
     refused("rms_norm")
 
 
@@ -1421,6 +1422,93 @@ def test_a_mask_that_is_drawn_anew_fails(monkeypatch):
     monkeypatch.setattr(kernels, "backward", lambda *a: real(*a[:6], None if a[6] is None else a[6] + 1, *a[7:]))
     with pytest.raises(AssertionError):
         test_dropout_forward_and_backward_use_one_mask(37, 129, 0.5, "cpu")
+
+
+# ---- calls like one before ---------------------------------------------------------------------------------------------
+
+
+def kinds() -> dict[str, tuple]:
+    """name -> (op, arguments): each another kind of call."""
+    x, w, b = (
+        normal((6, 32), torch.float32, seed=1),
+        normal((32,), torch.float32, seed=2),
+        normal((32,), torch.float32, seed=3),
+    )
+    wide = normal((6, 64), torch.float32, seed=4)
+    return {
+        "plain": (ops.rms_norm, x, 32, w), "no weight": (ops.rms_norm, x, 32), "offset": (ops.rms_norm, x, 32, w, 1e-3, 1.0),
+        "eps": (ops.rms_norm, x, 32, w, 1e-2), "other eps": (ops.rms_norm, x, 32, w, 1e-1),
+        "as a tuple": (ops.rms_norm, x, (32,), w), "two dimensions": (ops.rms_norm, x.view(6, 4, 8), (4, 8), w.view(4, 8)),
+        "one of two": (ops.rms_norm, x.view(6, 4, 8), 8, w[:8]), "fewer rows": (ops.rms_norm, x[:5], 32, w),
+        "other strides": (ops.rms_norm, wide[:, :32], 32, w), "rows turned": (ops.rms_norm, x.view(2, 3, 32).transpose(0, 1), 32, w),
+        "bfloat16": (ops.rms_norm, x.bfloat16(), 32, w.bfloat16()), "float32 weight": (ops.rms_norm, x.bfloat16(), 32, w),
+        "layer norm": (ops.layer_norm, x, 32, w, b), "no bias": (ops.layer_norm, x, 32, w), "bias alone": (ops.layer_norm, x, 32, None, b),
+        "float16 bias": (ops.layer_norm, x, 32, w, b.half()), "mish": (ops.rms_norm_activation, x, 32, w, "mish"),
+        "quick_gelu": (ops.rms_norm_activation, x, 32, w, "quick_gelu"),
+    }  # fmt: skip
+
+
+def called(call, backend, grad):
+    function, x, n, *rest = call
+    tensors = [t.detach().requires_grad_(grad) if isinstance(t, torch.Tensor) else t for t in (x, *rest)]
+    x, *rest = tensors
+    more = {"kind": rest.pop()} if function is ops.rms_norm_activation else {}
+    if function is ops.rms_norm and len(rest) == 3:
+        more["weight_offset"] = rest.pop()
+    y = function(x, n, *rest, **more, backend=backend)
+    leaves = [t for t in tensors if isinstance(t, torch.Tensor)]
+    return [y.detach(), *(torch.autograd.grad(y, leaves, torch.ones_like(y)) if grad else ())]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "with gradients"])
+def test_a_call_like_one_before_is_not_looked_at_again_and_every_other_one_is(grad, monkeypatch):
+    monkeypatch.setattr(op, "_prepared", {})
+    calls = kinds()
+    wanted = {name: called(call, "torch", grad) for name, call in calls.items()}
+    for call in calls.values():
+        called(call, "triton", grad)
+    assert len(op._prepared) == len(calls)
+    monkeypatch.setattr(op, "_checked_shape", lambda *_: pytest.fail("looked at again"))
+    for name, call in calls.items():
+        for got, true in zip(called(call, "triton", grad), wanted[name], strict=True):
+            assert got.dtype == true.dtype
+            loose = 2e-2 if true.dtype == torch.bfloat16 or "float16" in name else 2e-5
+            torch.testing.assert_close(got.float(), true.float(), rtol=loose, atol=loose * 8, msg=name)
+    monkeypatch.undo()
+    x, w = calls["plain"][1], calls["plain"][3]
+    assert called((ops.rms_norm, x, 32, w), "triton", not grad), "whether autograd records makes another kind"
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "changed"),
+    [
+        (ValueError, "normalized_shape must be the last dimensions", {"normalized_shape": 16}),
+        (ValueError, "normalized_shape must be the last dimensions", {"x": torch.ones(2, 16)}),
+        (TypeError, "weight must be a tensor", {"weight": [1.0] * 32}),
+        (ValueError, "weight must have the shape", {"weight": torch.ones(16)}),
+        (TypeError, "x must be a floating-point tensor", {"x": torch.ones(2, 32).int()}),
+        (TypeError, "eps must be a number", {"eps": "1e-5"}),
+        (ValueError, "backend must be one of", {"backend": "cudnn"}),
+    ],
+)
+def test_what_does_not_fit_is_refused_behind_a_call_like_it_too(error, words, changed):
+    good = {"x": torch.ones(2, 32), "normalized_shape": 32, "weight": torch.ones(32), "eps": 1e-5, "backend": "triton"}
+    ops.rms_norm(**good)
+    with pytest.raises(error, match=words):
+        ops.rms_norm(**good | changed)
+
+
+def test_a_kept_binary_is_asked_for_as_the_launcher_keeps_it(monkeypatch):
+    """Keys and addresses that the plan knows are what the launcher makes of the tensors."""
+    asked = []
+    monkeypatch.setattr(op, "_prepared", {})
+    monkeypatch.setattr(_launch.Launch, "again", lambda self, *more: asked.append((self.kernel, *more)))
+    for grad in (False, True):
+        for name, call in kinds().items():
+            called(call, "triton", grad)
+            forward = asked[:2]
+            assert forward[0] == forward[1], name
+            asked.clear()
 
 
 # ---- on the card -------------------------------------------------------------------------------------------------------

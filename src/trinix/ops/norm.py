@@ -25,6 +25,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -275,7 +276,54 @@ def _module(backend: str, tensors, n: int, kind: str | None, p: float, backward:
     return _hopper() if clusters else _triton()
 
 
+class _Call(NamedTuple):
+    """What the calls of one kind share."""
+
+    shape: tuple[int, ...]
+    n: int
+    eps: float
+    offset: float
+    norm: tuple
+    backend: str
+    forward: tuple | None  # the portable kernels' plan, where nothing has to be copied
+
+
+_prepared = {}  # kind of a call -> what all of them share; emptied when it has grown
+
+
+def _kind(x, normalized_shape, weight, bias, eps, offset, center, kind, backend) -> tuple | None:
+    """All that checks, choice of backend and plans look at; None for a call that needs a look of its own. The last entry: whether
+    autograd records."""
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    # numbers by type: a tensor would be found again by its identity, whatever its value has become
+    if (
+        not dispatch.plain(*tensors)
+        or type(normalized_shape) not in (int, tuple, torch.Size)
+        or type(eps) is not float or type(offset) is not float or type(backend) is not str
+    ):  # fmt: skip
+        return None
+    grad, recording = False, torch.is_grad_enabled()
+    for t in tensors:
+        if t.layout is not torch.strided or t.is_nested:
+            return None
+        grad |= recording and t.requires_grad
+    return (
+        x.shape, x.stride(), x.dtype, x.device,
+        None if weight is None else (weight.shape, weight.stride(), weight.dtype, weight.device),
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
+        normalized_shape, eps, offset, center, kind, backend, dispatch.forced, grad,
+    )  # fmt: skip
+
+
 def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, backend):
+    key = None
+    if not torch.compiler.is_compiling():
+        key = _kind(x, normalized_shape, weight, bias, eps, offset, center, kind, backend)
+        call = _prepared.get(key)
+        if call is not None:
+            if key[-1]:
+                return _apply_norm(x, weight, bias, call)
+            return _triton_module.run_forward(call.forward, x, weight, bias)[0]
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
     grad = torch.is_grad_enabled() and (
@@ -294,10 +342,19 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
             if grad or _forward_mode():
                 return _RegisteredNorm.apply(x, weight, bias, shape, eps, offset, center, kind, backend)
             return _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind, backend)[0]
-    if grad:
-        return _apply_norm(x, weight, bias, (shape, eps, offset, center, kind, backend))
     n, norm = prod(shape), _triton().Norm(center, kind or None)
-    module = _module(backend, (x, weight, bias), n, kind, 0.0, False)
+    module, plan = _module(backend, (x, weight, bias), n, kind, 0.0, False), None
+    if (
+        key is not None and module is _triton() and (n < _CLUSTERS_FROM or backend != "auto")
+    ):  # others ask for addresses too
+        plan = module.forward_plan(x, weight, bias, n, norm, eps, offset, grad)
+    call = _Call(shape, n, eps, offset, norm, backend, plan)
+    if plan is not None:
+        if len(_prepared) >= 2_000:
+            _prepared.clear()
+        _prepared[key] = call
+    if grad:
+        return _apply_norm(x, weight, bias, call)
     y, _ = module.forward(x, weight, bias, n, norm, eps, offset, False)
     return y
 
@@ -307,18 +364,19 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, call):
-        shape, eps, offset, center, kind, backend = call
-        n, norm = prod(shape), _triton().Norm(center, kind or None)
-        module = _module(backend, (x, weight, bias), n, kind, 0.0, False)
-        y, stats = module.forward(x, weight, bias, n, norm, eps, offset, True)
+        if call.forward is not None:
+            y, stats = _triton_module.run_forward(call.forward, x, weight, bias)
+        else:
+            module = _module(call.backend, (x, weight, bias), call.n, call.norm.kind, 0.0, False)
+            y, stats = module.forward(x, weight, bias, call.n, call.norm, call.eps, call.offset, True)
         ctx.save_for_backward(x, weight, bias, stats)
-        ctx.call = shape, eps, offset, norm, backend
+        ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, stats = ctx.saved_tensors
-        shape, eps, offset, norm, backend = ctx.call
+        shape, n, eps, offset, norm, backend, _ = ctx.call
         wanted = ctx.needs_input_grad[:3]
         if not dispatch.pulled_back_plainly(dy):
             grads = _formula_gradients(
@@ -326,7 +384,6 @@ class _Norm(torch.autograd.Function):
                 (x, weight, bias), wanted, dy,
             )  # fmt: skip
             return *grads, None
-        n = prod(shape)
         module = _module(backend, (x, dy, weight, bias), n, norm.kind, 0.0, True)
         dx, _, dw, db = module.backward(
             x, dy, None, weight, bias, stats, None, n, norm, offset, 0.0, _triton().Wanted(*wanted)

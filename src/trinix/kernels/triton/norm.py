@@ -770,26 +770,67 @@ def _dense_like(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(t) if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
+class Forward(NamedTuple):
+    """All of a forward that follows from what its tensors look like."""
+
+    launch: Launch
+    blocks: int
+    scalars: tuple
+    key: tuple  # under which the launcher keeps its binary
+    dense: bool  # x's rows lie one behind the other
+    stats: int  # how many statistics are kept
+
+
+def forward_plan(x, weight, bias, n: int, norm: Norm, eps: float, offset: float, save: bool) -> Forward | None:
+    """None where a tensor has to be copied first, where there is no row, or a row is longer than a program holds."""
+    rows, dense = x.numel() // n, x.is_contiguous()
+    if not rows or n > 32768 or not (dense or row_view(x, n)):
+        return None
+    if any(t is not None and not t.is_contiguous() for t in (weight, bias)):
+        return None
+    _, unit, view = _rows_of(x, n)
+    dependent = x.is_cuda and dependent_launch(x.get_device())
+    per, launch = forward_launch(norm, n, x.element_size(), weight is not None, bias is not None, save, unit, dependent)
+    scalars = rows, *view, eps, offset
+    dtypes = (
+        x.dtype, x.dtype if weight is None else weight.dtype, x.dtype if bias is None else bias.dtype, x.dtype,
+        torch.float32 if save else x.dtype,
+    )  # fmt: skip
+    stats = rows * (1 + norm.center) if save else 0
+    return Forward(launch, -(-rows // per), scalars, launch.key(x.get_device(), dtypes, scalars), dense, stats)
+
+
+def run_forward(plan: Forward, x, weight, bias):
+    """``forward`` of tensors that look as ``plan``'s; x stands for what is not there."""
+    # on the path of every eager call: addresses are asked for once
+    y = torch.empty_like(x) if plan.dense else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stats = x.new_empty(plan.stats, dtype=torch.float32) if plan.stats else None
+    at = x.data_ptr()
+    at_w, at_b = at if weight is None else weight.data_ptr(), at if bias is None else bias.data_ptr()
+    at_y, at_s = y.data_ptr(), at if stats is None else stats.data_ptr()
+    if not plan.launch.again(
+        plan.key, at | at_w | at_b | at_y | at_s, plan.blocks, (at, at_w, at_b, at_y, at_s), plan.scalars
+    ):
+        tensors = x, x if weight is None else weight, x if bias is None else bias, y, x if stats is None else stats
+        plan.launch(plan.blocks, tensors, plan.scalars)
+    return y, stats
+
+
 def forward(x, weight, bias, n: int, norm: Norm, eps: float, offset: float, save: bool):
     """(y, statistics for backward or None): y dense, statistics [rows] or [2, rows] float32: 1 / deviation, mean."""
-    y = _dense_like(x)
     rows = x.numel() // n
-    stats = x.new_empty(rows * (1 + norm.center), dtype=torch.float32) if save else None
+    if not rows or n > 32768:
+        y = _dense_like(x)
+        stats = x.new_empty(rows * (1 + norm.center), dtype=torch.float32) if save else None
     if not rows:
         return y, stats
     x, unit, view = _rows_of(x, n)
-    w, b = x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous()
-    tensors = (x, w, b, y, x if stats is None else stats)
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     if n <= 32768:
-        dependent = x.is_cuda and dependent_launch(x.get_device())
-        per, launch = forward_launch(
-            norm, n, x.element_size(), weight is not None, bias is not None, save, unit, dependent
-        )
-        launch(-(-rows // per), tensors, (rows, *view, eps, offset))
-    else:
-        launch = wide_launch(norm, n, weight is not None, bias is not None, False, False, save, unit, 0)
-        tensors = (x, x, *tensors[1:4], x, tensors[4], x)
-        launch(rows, tensors, (rows, *view, 1, 1, 1, eps, offset, 0.0, 1.0))
+        return run_forward(forward_plan(x, weight, bias, n, norm, eps, offset, save), x, weight, bias)
+    launch = wide_launch(norm, n, weight is not None, bias is not None, False, False, save, unit, 0)
+    w, b, s = (x if t is None else t for t in (weight, bias, stats))
+    launch(rows, (x, x, w, b, y, x, s, x), (rows, *view, 1, 1, 1, eps, offset, 0.0, 1.0))
     return y, stats
 
 

@@ -89,7 +89,7 @@ for case, (binary, log), lines in zip(cases, binaries, disassembled([binary.asm[
 FEW = {
     "64": "forward/64/window forward/64/softcap-varlen forward/64/shared short/64/causal short/64/grouped backward/64/full"
     " backward/64/sink",
-    "forward": "forward/128/causal forward/128/alibi forward/128/shared-options short/128/window forward/192/full forward/256/causal",
+    "forward": "forward/128/causal forward/128/shared-options short/128/window forward/192/full forward/256/causal",
     "backward-128": "backward/128/causal backward/128/window-tail backward/128/softcap-varlen backward/128/alibi"
     " backward/128/deterministic backward/128/sink",
     "backward": "backward/192/window backward/192/deterministic backward/256/causal backward/256/sink",

@@ -430,16 +430,27 @@ def test_emulated_prepared_calls_are_the_same(monkeypatch, d, short):
 
 
 def test_emulated_gradients_of_saved_tensors_that_a_hook_has_packed(monkeypatch):
-    """q, k and v out of one product come back dense, as torch.autograd.graph.save_on_cpu leaves them; then as they were."""
+    """q, k and v out of one product come back dense, as torch.autograd.graph.save_on_cpu leaves them, or in any other way."""
     gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, 4)
     q, k, v = normal((1, 70, 3, 2, 64), torch.float16, seed=0).unbind(2)
     dout = normal(q.shape, torch.float16, seed=1)
     prepared = hopper.Prepared("hopper", q, k, v, Options(scale=0.125))
     out, lse = prepared.forward(q, k, v, True)
     true = hopper.backward(dout, None, q, k, v, out, lse, prepared.options, (True,) * 5)[:3]
-    for saved in ([q, k, v], [t.contiguous() for t in (q, k, v)], [q, k, v]):
-        for a, b in zip(prepared.backward(dout, *saved, out, lse), true, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    ways = {
+        "as they were": lambda t: t,
+        "dense": lambda t: t.contiguous(),
+        "every other one": lambda t: torch.stack((t, t + 1), -1)[..., 0],
+        "at an odd address": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+        "columns first": lambda t: t.mT.contiguous().mT,
+    }
+    for name in [*ways, *ways]:
+        saved = [ways[name](t) for t in (q, k, v, out, lse)]
+        for a, b in zip(prepared.backward(dout, *saved), true, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3, msg=name)
+        again = hopper.backward(dout, None, *saved, prepared.options, (True,) * 5)[:3]
+        for a, b in zip(again, true, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3, msg=f"{name}, not prepared")
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,15 @@ def test_columns_hold_the_budget_at_odd_sizes(shape, configs, scale, log, dtype)
     assert_within_budget((dx,), (low,), (true,))
 
 
+@pytest.mark.usefixtures("columns_on_cpu", "on_cpu")
+@pytest.mark.parametrize("dim", [1, 2], ids=["columns", "rows"])
+def test_a_result_that_a_hook_gives_back_in_another_layout(dim):
+    y, dy = (normal((2, 200, 64), torch.float16, seed=i) for i in range(2))
+    wanted = hopper.backward(y, dy, dim, 1.0, True)
+    for given in (y.mT.contiguous().mT, torch.stack((y, y + 1), -1)[..., 0]):
+        assert torch.equal(hopper.backward(given, dy, dim, 1.0, True), wanted)
+
+
 @pytest.mark.usefixtures("columns_on_cpu")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_columns_of_infinities_and_nan_end_as_in_pytorch(dtype):

@@ -244,6 +244,8 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, dy):
         (saved,) = ctx.saved_tensors
         kind, a, b, layout = ctx.call
+        if saved.dtype == torch.uint8:
+            saved = saved.contiguous()  # hooks on saved tensors may give others back
         if dispatch.pulled_back_plainly(dy):
             return _triton().backward(saved, dy, kind, a, b, layout), None, None, None
         # the same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy

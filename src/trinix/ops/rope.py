@@ -471,6 +471,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gq, gk):
         cos, sin, places = ctx.saved_tensors
+        places = _in_a_row(places)
         none = (None,) * (2 + 5)
         gradients = [g if needed else None for g, needed in zip((gq, gk), ctx.needs_input_grad[:2], strict=True)]
         given = [g for g in gradients if g is not None]
@@ -485,6 +486,11 @@ class _Rope(torch.autograd.Function):
             )
         )
         return (*[None if g is None else next(results) for g in gradients], *none)
+
+
+def _in_a_row(t: Tensor | None) -> Tensor | None:
+    """Edges of sequences and weights as kernels read them, whatever hooks on saved tensors gave back."""
+    return t.contiguous() if t is not None and t.ndim == 1 else t
 
 
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch
@@ -523,7 +529,7 @@ class _RegisteredRope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gq, gk=None):
         cos, sin, places = ctx.saved_tensors
-        results = _rope_op(gq, gk, cos, sin, places, *ctx.call, True)
+        results = _rope_op(gq, gk, cos, sin, _in_a_row(places), *ctx.call, True)
         return (results[0], None if gk is None else results[1], *(None,) * 7)
 
 
@@ -551,11 +557,12 @@ class _QkNormRope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gq, gk):
-        *inputs, cos, sin, places = ctx.saved_tensors
+        q, k, q_weight, k_weight, cos, sin, places = ctx.saved_tensors
+        inputs, places = [q, k, _in_a_row(q_weight), _in_a_row(k_weight)], _in_a_row(places)
         needed = ctx.needs_input_grad[:4]
         if dispatch.pulled_back_plainly(gq, gk):
             gradients = _triton().norm_rotate_backward(
-                inputs[0], inputs[1], gq, gk, inputs[2], inputs[3], cos, sin, places, *ctx.call,
+                q, k, gq, gk, *inputs[2:], cos, sin, places, *ctx.call,
                 dx=needed[0] or needed[1], dw=needed[2] or needed[3], layouts=ctx.layouts,
             )  # fmt: skip
             return (*[g if n else None for g, n in zip(gradients, needed, strict=True)], *(None,) * 9)
@@ -599,7 +606,7 @@ class _RegisteredQkNormRope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gq, gk):
         q, k, *others = ctx.saved_tensors
-        return (*_norm_backward_op(q, k, gq, gk, *others, *ctx.call), *(None,) * 9)
+        return (*_norm_backward_op(q, k, gq, gk, *map(_in_a_row, others), *ctx.call), *(None,) * 9)
 
 
 def explain(op, *args, **kwargs) -> Explanation:

@@ -670,9 +670,10 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
     plan = _plans.get(key)
     make = torch.empty if options.cu_seqlens_q is None else torch.zeros  # rows behind the last sequence are nobody's
     dq, dk, dv = (make(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
-    if plan is None or (dout.data_ptr() | out.data_ptr()) & 15:
-        dout, out = readable(dout), readable(out)
-        key = key[0], dout.stride(), out.stride(), *key[3:]
+    if plan is None or (dout.data_ptr() | out.data_ptr() | q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        # q, k and v too: hooks on saved tensors may give others back
+        dout, out, q, k, v = (readable(t) for t in (dout, out, q, k, v))
+        key = _key(q, k, v, options), dout.stride(), out.stride(), *key[3:]
         plan = _plans.get(key)
         if plan is None:
             tensors = q, k, v, out, dout, lse, given_dlse
@@ -743,19 +744,21 @@ class Prepared:
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple:
         """(dq, dk, dv) of dout, ``out`` and ``lse`` being ``forward``'s."""
         stream = raw_stream(self.index)
-        if dout.data_ptr() & 15:
-            dout = readable(dout)
-        # of q, k and v too: hooks on saved tensors may have packed them densely (torch.autograd.graph.save_on_cpu does)
-        steps = k.data_ptr() - q.data_ptr(), v.data_ptr() - k.data_ptr()
-        kept = q.stride(), k.stride(), v.stride(), steps == self.slices, steps[1] == self.halves
-        found = self.backward_plans.get((dout.stride(), *kept))
+        # hooks on saved tensors may give others back, packed densely (torch.autograd.graph.save_on_cpu) or in any other way
+        if out.stride() != self.out_shape[1]:
+            out = out.contiguous()
+        lse = lse.contiguous()
+        found = None
+        if not (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()) & 15:
+            found = self.backward_plans.get(self._backward_kind(dout, q, k, v))
         if found is None:
-            dout = readable(dout)
-            found = self.backward_plans.get((dout.stride(), *kept))
+            dout, q, k, v, out = (readable(t) for t in (dout, q, k, v, out))
+            kind = self._backward_kind(dout, q, k, v)
+            found = self.backward_plans.get(kind)
             if found is None:
                 if len(self.backward_plans) >= _MOST_PLANS:
                     self.backward_plans.clear()
-                found = self.backward_plans[dout.stride(), *kept] = self._backward_plan(dout, q, k, v, out, lse)
+                found = self.backward_plans[kind] = self._backward_plan(dout, q, k, v, out, lse)
         plan, places, parts, space_shape = found
         place = {"dtype": self.dtype, "device": self.device}
         dq, dk, dv = _empty(places, place)
@@ -772,6 +775,10 @@ class Prepared:
             plan.join(parts_k, dk)
             plan.join(parts_v, dv)
         return dq, dk, dv
+
+    def _backward_kind(self, dout, q, k, v) -> tuple:
+        steps = k.data_ptr() - q.data_ptr(), v.data_ptr() - k.data_ptr()
+        return dout.stride(), q.stride(), k.stride(), v.stride(), steps == self.slices, steps[1] == self.halves
 
     def _backward_plan(self, dout, q, k, v, out, lse) -> tuple:
         """(plan, places of dq, dk and dv, shapes of the parts that these are sums of, shape of the space for all else)."""

@@ -411,7 +411,7 @@ def forward(x: Tensor, mask: None, dim: int, scale: float, log: bool) -> Tensor:
 
 
 def backward(y: Tensor, dy: Tensor, dim: int, scale: float, log: bool) -> Tensor:
-    y, dy = _aligned(y), _aligned(dy.contiguous())
+    y, dy = _aligned(y.contiguous()), _aligned(dy.contiguous())  # hooks on saved tensors may give another y back
     if _is_row(y, dim):
         return softmax_rows.backward(y, dy, y.shape[dim], scale, log, _multiprocessors(y.get_device()))
     dx = torch.empty_like(y)

@@ -1249,8 +1249,8 @@ def _extras(q, options) -> tuple:
         q if slopes is None else slopes.to(torch.float32).contiguous(),
         q if sink is None else sink.contiguous(),
         q if options.seed is None else options.seed,
-        q if options.cu_seqlens_q is None else options.cu_seqlens_q,
-        q if options.cu_seqlens_k is None else options.cu_seqlens_k,
+        q if options.cu_seqlens_q is None else options.cu_seqlens_q.contiguous(),
+        q if options.cu_seqlens_k is None else options.cu_seqlens_k.contiguous(),
     )  # fmt: skip
 
 

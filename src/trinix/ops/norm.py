@@ -286,6 +286,7 @@ class _Call(NamedTuple):
     norm: tuple
     backend: str
     forward: tuple | None  # the portable kernels' plan, where nothing has to be copied
+    backwards: dict  # what backward's tensors look like -> the same
 
 
 _prepared = {}  # kind of a call -> what all of them share; emptied when it has grown
@@ -348,7 +349,7 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
         key is not None and module is _triton() and (n < _CLUSTERS_FROM or backend != "auto")
     ):  # others ask for addresses too
         plan = module.forward_plan(x, weight, bias, n, norm, eps, offset, grad)
-    call = _Call(shape, n, eps, offset, norm, backend, plan)
+    call = _Call(shape, n, eps, offset, norm, backend, plan, {})
     if plan is not None:
         if len(_prepared) >= 2_000:
             _prepared.clear()
@@ -376,18 +377,29 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, stats = ctx.saved_tensors
-        shape, n, eps, offset, norm, backend, _ = ctx.call
-        wanted = ctx.needs_input_grad[:3]
+        stats = stats.contiguous()  # hooks on saved tensors may give others back
+        call, wanted = ctx.call, ctx.needs_input_grad[:3]
         if not dispatch.pulled_back_plainly(dy):
-            grads = _formula_gradients(
-                lambda x, w, b: reference.forward(x, w, b, shape, eps, offset, norm.center, norm.kind),
+            return *_formula_gradients(
+                lambda x, w, b: reference.forward(x, w, b, call.shape, call.eps, call.offset, call.norm.center, call.norm.kind),
                 (x, weight, bias), wanted, dy,
+            ), None  # fmt: skip
+        if call.forward is not None:
+            key = (
+                x.stride(), x.dtype, dy.stride(), dy.dtype, None if weight is None else (weight.stride(), weight.dtype),
+                None if bias is None else (bias.stride(), bias.dtype), wanted,
             )  # fmt: skip
-            return *grads, None
-        module = _module(backend, (x, dy, weight, bias), n, norm.kind, 0.0, True)
-        dx, _, dw, db = module.backward(
-            x, dy, None, weight, bias, stats, None, n, norm, offset, 0.0, _triton().Wanted(*wanted)
-        )
+            plan = call.backwards.get(key)
+            if plan is not None:
+                dx, _, dw, db = _triton_module.run_backward(plan, x, dy, None, weight, bias, stats, None)
+                return dx, dw, db, None
+        n, norm, offset, wanted = call.n, call.norm, call.offset, _triton().Wanted(*wanted)
+        module = _module(call.backend, (x, dy, weight, bias), n, norm.kind, 0.0, True)
+        if call.forward is not None and module is _triton():
+            plan = module.backward_plan(x, dy, None, weight, bias, None, n, norm, offset, 0.0, wanted)
+            if plan is not None and len(call.backwards) < 100:
+                call.backwards[key] = plan
+        dx, _, dw, db = module.backward(x, dy, None, weight, bias, stats, None, n, norm, offset, 0.0, wanted)
         return dx, dw, db, None
 
 
@@ -472,6 +484,7 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh):
         h, weight, bias, stats, seed = ctx.saved_tensors
+        stats = stats.contiguous()
         shape, eps, offset, norm, p, backend = ctx.call
         need_x, need_r, *wanted = ctx.needs_input_grad[:4]
         if not dispatch.pulled_back_plainly(dy, dh):
@@ -541,7 +554,7 @@ _residual_op = dispatch.register(
 def _backward_run(x, dy, dh, weight, bias, stats, seed, n, offset, center, kind, p, wanted, backend="triton"):
     norm = _triton().Norm(center, kind or None)
     wanted = _triton().Wanted(*wanted)
-    out = BACKENDS[backend]().backward(x, dy, dh, weight, bias, stats, seed, n, norm, offset, p, wanted)
+    out = BACKENDS[backend]().backward(x, dy, dh, weight, bias, stats.contiguous(), seed, n, norm, offset, p, wanted)
     dx, dr, dw, db = (x.new_empty(0) if t is None else t for t in out)
     return dx, dr if seed is not None else x.new_empty(0), dw, db  # an operator must not return a tensor twice
 

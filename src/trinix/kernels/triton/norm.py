@@ -859,51 +859,148 @@ def forward_residual(x, residual, weight, bias, seed, n: int, norm: Norm, eps: f
     return y, h, stats
 
 
+class Add(NamedTuple):
+    """The launch that adds up what backward's programs leave."""
+
+    launch: Launch
+    blocks: int
+    scalars: tuple
+    key: tuple  # under which the launcher keeps its binary
+
+
+class Backward(NamedTuple):
+    """All of a backward that follows from what its tensors look like."""
+
+    launch: Launch
+    blocks: int
+    scalars: tuple
+    key: tuple  # under which the launcher keeps its binary
+    wanted: Wanted
+    dense: bool  # x's rows lie one behind the other
+    partial: int  # float32 numbers that wait to be added up; 0: dw and db are not wanted
+    add: Add | None
+
+
+def backward_plan(
+    x, dy, dh, weight, bias, seed, n: int, norm: Norm, offset: float, p: float, wanted: Wanted
+) -> Backward | None:
+    """None where a tensor has to be copied first, where there is no row, or rows have another kernel."""
+    rows, dense = x.numel() // n, x.is_contiguous()
+    if not rows or not (dense or row_view(x, n)) or not (dy.is_contiguous() or row_view(dy, n)):
+        return None
+    if any(t is not None and not t.is_contiguous() for t in (dh, weight, bias, seed)):
+        return None
+    (_, x_unit, x_view), (_, g_unit, g_view) = _rows_of(x, n), _rows_of(dy, n)
+    sums_wanted, index = wanted.dw + wanted.db, x.get_device()
+    dependent = sums_wanted > 0 and x.is_cuda and dependent_launch(index)
+    flags = weight is not None, bias is not None, dh is not None, seed is not None
+    chosen = backward_launch(norm, n, x.element_size(), *flags, wanted, x_unit, g_unit, dependent)
+    if chosen is None or _takes_chunks(norm, n, seed is not None):
+        return None
+    config, launch = chosen
+    programs = _programs(x, rows, config) if sums_wanted else -(-rows // config.rows)
+    scalars = rows, *x_view, *g_view, offset, p, 1 / (1 - p)  # the quotient in float64, rounded once
+    h, w, b, s = (x.dtype if t is None else t.dtype for t in (dh, weight, bias, seed))
+    wide = torch.float32
+    dtypes = x.dtype, dy.dtype, h, w, b, wide, s, x.dtype, x.dtype, wide if sums_wanted else x.dtype
+    add = _add_plan(n, programs, wanted, w, b, index, dependent) if sums_wanted else None
+    key = launch.key(index, dtypes, scalars)
+    return Backward(launch, programs, scalars, key, wanted, dense, programs * n * sums_wanted, add)
+
+
+@functools.cache
+def _add_plan(
+    n: int, programs: int, wanted: Wanted, w: torch.dtype, b: torch.dtype, index: int, dependent: bool
+) -> Add:
+    """``w``, ``b``: dtypes of dw and db."""
+    cols, launch = add_partials_launch(n, wanted.dw, wanted.db, programs, dependent)
+    wide, scalars = torch.float32, (programs,)
+    key = launch.key(index, (wide, w if wanted.dw else wide, b if wanted.db else wide), scalars)
+    return Add(launch, -(-n * (wanted.dw + wanted.db) // cols), scalars, key)
+
+
+def _gradients_like(x, weight, bias, dense: bool, dropout: bool, wanted: Wanted) -> tuple:
+    """(dx, d_residual, dw, db) to be written, None for what is not wanted: dense; without dropout d_residual is dx."""
+    dx = dw = db = None
+    if wanted.dx:
+        dx = torch.empty_like(x) if dense else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dr = torch.empty_like(dx) if dropout and wanted.dx else dx
+    if wanted.dw:
+        dw = _dense_like(weight)
+    if wanted.db:
+        db = _dense_like(bias)
+    return dx, dr, dw, db
+
+
+def run_backward(plan: Backward, x, dy, dh, weight, bias, stats, seed):
+    """``backward`` of tensors that look as ``plan``'s; x stands for what is not there."""
+    # on the path of every eager call: addresses are asked for once
+    dx, dr, dw, db = _gradients_like(x, weight, bias, plan.dense, seed is not None, plan.wanted)
+    out, out_r = x if dx is None else dx, x if dr is None else dr
+    partial = _partial(x, plan.partial)
+    at, at_out, at_r, at_partial = x.data_ptr(), out.data_ptr(), out_r.data_ptr(), partial.data_ptr()
+    pointers = (
+        at, dy.data_ptr(), at if dh is None else dh.data_ptr(), at if weight is None else weight.data_ptr(),
+        at if bias is None else bias.data_ptr(), stats.data_ptr(), at if seed is None else seed.data_ptr(), at_out, at_r,
+        at_partial,
+    )  # fmt: skip
+    bits = 0
+    for one in pointers:
+        bits |= one
+    if not plan.launch.again(plan.key, bits, plan.blocks, pointers, plan.scalars):
+        h, w, b, s = (x if t is None else t for t in (dh, weight, bias, seed))
+        plan.launch(plan.blocks, (x, dy, h, w, b, stats, s, out, out_r, partial), plan.scalars)
+    if plan.add:
+        _run_add(plan.add, partial, dw, db)
+    return dx, dr, dw, db
+
+
+def _run_add(add: Add, partial, dw, db) -> None:
+    at = partial.data_ptr()
+    pointers = at, at if dw is None else dw.data_ptr(), at if db is None else db.data_ptr()
+    if not add.launch.again(add.key, pointers[0] | pointers[1] | pointers[2], add.blocks, pointers, add.scalars):
+        add.launch(add.blocks, (partial, partial if dw is None else dw, partial if db is None else db), add.scalars)
+
+
 def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: float, p: float, wanted: Wanted):
     """(dx, d_residual, dw, db), None for what is not wanted; dense, in the shapes of x, weight and bias.
 
     ``dh`` is the gradient of the residual form's second output (None: there is none); without dropout d_residual is dx.
     """
     rows = x.numel() // n
-    dx = _dense_like(x) if wanted.dx else None
-    dr = torch.empty_like(dx) if seed is not None and wanted.dx else dx
-    dw = _dense_like(weight) if wanted.dw else None
-    db = _dense_like(bias) if wanted.db else None
     if not rows:
+        dx, dr, dw, db = _gradients_like(x, weight, bias, x.is_contiguous(), seed is not None, wanted)
         return dx, dr, *(t if t is None else t.zero_() for t in (dw, db))
     x, x_unit, x_view = _rows_of(x, n)
     dy, g_unit, g_view = _rows_of(dy, n)
+    dh, weight, bias, seed = (t if t is None else t.contiguous() for t in (dh, weight, bias, seed))
+    plan = backward_plan(x, dy, dh, weight, bias, seed, n, norm, offset, p, wanted)
+    if plan is not None:
+        return run_backward(plan, x, dy, dh, weight, bias, stats, seed)
+    dx, dr, dw, db = _gradients_like(x, weight, bias, x.is_contiguous(), seed is not None, wanted)
+    h, w, b, s, out, out_r = (x if t is None else t for t in (dh, weight, bias, seed, dx, dr))
+    sums_wanted, index = wanted.dw + wanted.db, x.get_device()
+    scalars = rows, *x_view, *g_view, offset
     flags = weight is not None, bias is not None, dh is not None, seed is not None
-    dh, w, b, s = (x if t is None else t.contiguous() for t in (dh, weight, bias, seed))
-    sums_wanted = wanted.dw + wanted.db
-    scalars = (rows, *x_view, *g_view, offset, p, 1 / (1 - p))
-    out, out_r = x if dx is None else dx, x if dr is None else dr
-    dependent = sums_wanted > 0 and x.is_cuda and dependent_launch(x.get_device())
-    chosen = backward_launch(norm, n, x.element_size(), *flags, wanted, x_unit, g_unit, dependent)
+    dependent = False
     if _takes_chunks(norm, n, seed is not None):
-        programs = min(rows, sm_count(x.get_device()) if x.is_cuda else 3)
+        dependent = sums_wanted > 0 and x.is_cuda and dependent_launch(index)
+        programs = min(rows, sm_count(index) if x.is_cuda else 3)
         partial = _partial(x, programs * n * sums_wanted)
         launch = chunks_launch(norm, n, flags[0], flags[2], wanted, x_unit, g_unit, dependent)
-        launch(programs, (x, dy, dh, w, stats, out, partial), scalars[:-2])
-    elif chosen:
-        config, launch = chosen
-        programs = _programs(x, rows, config) if sums_wanted else -(-rows // config.rows)
-        partial = _partial(x, programs * n * sums_wanted)
-        launch(programs, (x, dy, dh, w, b, stats, s, out, out_r, partial), scalars)
+        launch(programs, (x, dy, h, w, stats, out, partial), scalars)
     else:
-        dependent = False
         sums = x.new_empty(2 * rows, dtype=torch.float32)
         first, second = wide_backward_launches(norm, n, *flags, wanted, x_unit, g_unit)
         if wanted.dx:
-            first(rows, (x, dy, w, b, stats, sums), scalars[:-2])
+            first(rows, (x, dy, w, b, stats, sums), scalars)
         blocks = -(-n // WIDE_TILE[1])
-        programs = max(1, min(sm_count(x.get_device()) * 4 // blocks if x.is_cuda else 3, -(-rows // WIDE_TILE[0])))
+        programs = max(1, min(sm_count(index) * 4 // blocks if x.is_cuda else 3, -(-rows // WIDE_TILE[0])))
         partial = _partial(x, programs * n * sums_wanted)
-        second(programs * blocks, (x, dy, dh, w, b, stats, sums, s, out, out_r, partial), scalars)
+        tensors = x, dy, h, w, b, stats, sums, s, out, out_r, partial
+        second(programs * blocks, tensors, (*scalars, p, 1 / (1 - p)))
     if sums_wanted:
-        cols, launch = add_partials_launch(n, wanted.dw, wanted.db, programs, dependent)
-        tensors = (partial, partial if dw is None else dw, partial if db is None else db)
-        launch(-(-n * sums_wanted // cols), tensors, (programs,))
+        _run_add(_add_plan(n, programs, wanted, w.dtype, b.dtype, index, dependent), partial, dw, db)
     return dx, dr, dw, db
 
 

@@ -345,9 +345,8 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
             return _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind, backend)[0]
     n, norm = prod(shape), _triton().Norm(center, kind or None)
     module, plan = _module(backend, (x, weight, bias), n, kind, 0.0, False), None
-    if (
-        key is not None and module is _triton() and (n < _CLUSTERS_FROM or backend != "auto")
-    ):  # others ask for addresses too
+    settled = n < _CLUSTERS_FROM or backend != "auto"  # else addresses have a say in which backend it is
+    if key is not None and settled and module is _triton():
         plan = module.forward_plan(x, weight, bias, n, norm, eps, offset, grad)
     call = _Call(shape, n, eps, offset, norm, backend, plan, {})
     if plan is not None:

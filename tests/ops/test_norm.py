@@ -1505,6 +1505,7 @@ def test_a_kept_binary_is_asked_for_as_the_launcher_keeps_it(monkeypatch):
     asked = []
     monkeypatch.setattr(op, "_prepared", {})
     monkeypatch.setattr(_launch.Launch, "again", lambda self, *more: asked.append((self.kernel, *more)))
+    monkeypatch.setattr(_launch.Launch, "_normal", lambda *_: None)
     for grad in (False, True):
         for name, call in kinds().items():
             called(call, "triton", grad)

@@ -1447,19 +1447,24 @@ def kinds() -> dict[str, tuple]:
         "layer norm": (ops.layer_norm, x, 32, w, b), "no bias": (ops.layer_norm, x, 32, w), "bias alone": (ops.layer_norm, x, 32, None, b),
         "float16 bias": (ops.layer_norm, x, 32, w, b.half()), "mish": (ops.rms_norm_activation, x, 32, w, "mish"),
         "quick_gelu": (ops.rms_norm_activation, x, 32, w, "quick_gelu"),
+        "residual": (ops.rms_norm_residual, x, wide[:, :32].contiguous(), 32, w),
+        "strided residual": (ops.rms_norm_residual, x, wide[:, :32], 32, w),
+        "layer norm of a residual": (ops.layer_norm_residual, x, x.flip(0), 32, w, b),
+        "residual without parameters": (ops.layer_norm_residual, x, x.flip(0), 32),
     }  # fmt: skip
 
 
 def called(call, backend, grad):
-    function, x, n, *rest = call
-    tensors = [t.detach().requires_grad_(grad) if isinstance(t, torch.Tensor) else t for t in (x, *rest)]
-    x, *rest = tensors
-    more = {"kind": rest.pop()} if function is ops.rms_norm_activation else {}
-    if function is ops.rms_norm and len(rest) == 3:
-        more["weight_offset"] = rest.pop()
-    y = function(x, n, *rest, **more, backend=backend)
-    leaves = [t for t in tensors if isinstance(t, torch.Tensor)]
-    return [y.detach(), *(torch.autograd.grad(y, leaves, torch.ones_like(y)) if grad else ())]
+    function, *arguments = call
+    arguments = [t.detach().requires_grad_(grad) if isinstance(t, torch.Tensor) else t for t in arguments]
+    leaves = [t for t in arguments if isinstance(t, torch.Tensor)]
+    more = {"kind": arguments.pop()} if function is ops.rms_norm_activation else {}
+    if function is ops.rms_norm and len(arguments) == 5:
+        more["weight_offset"] = arguments.pop()
+    out = function(*arguments, **more, backend=backend)
+    out = out if isinstance(out, tuple) else (out,)
+    ones = [torch.ones_like(y) for y in out]
+    return [*(y.detach() for y in out), *(torch.autograd.grad(out, leaves, ones) if grad else ())]
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "with gradients"])

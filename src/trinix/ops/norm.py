@@ -287,20 +287,21 @@ class _Call(NamedTuple):
     backend: str
     forward: tuple | None  # the portable kernels' plan, where nothing has to be copied
     backwards: dict  # what backward's tensors look like -> the same
+    p: float = 0.0
 
 
 _prepared = {}  # kind of a call -> what all of them share; emptied when it has grown
 
 
-def _kind(x, normalized_shape, weight, bias, eps, offset, center, kind, backend) -> tuple | None:
+def _kind(x, residual, normalized_shape, weight, bias, eps, offset, center, kind, p, backend) -> tuple | None:
     """All that checks, choice of backend and plans look at; None for a call that needs a look of its own. The last entry: whether
     autograd records."""
-    tensors = [t for t in (x, weight, bias) if t is not None]
+    tensors = [t for t in (x, residual, weight, bias) if t is not None]
     # numbers by type: a tensor would be found again by its identity, whatever its value has become
     if (
         not dispatch.plain(*tensors)
         or type(normalized_shape) not in (int, tuple, torch.Size)
-        or type(eps) is not float or type(offset) is not float or type(backend) is not str
+        or type(eps) is not float or type(offset) is not float or type(p) is not float or type(backend) is not str
     ):  # fmt: skip
         return None
     grad, recording = False, torch.is_grad_enabled()
@@ -310,16 +311,28 @@ def _kind(x, normalized_shape, weight, bias, eps, offset, center, kind, backend)
         grad |= recording and t.requires_grad
     return (
         x.shape, x.stride(), x.dtype, x.device,
+        None if residual is None else (residual.shape, residual.stride(), residual.dtype, residual.device),
         None if weight is None else (weight.shape, weight.stride(), weight.dtype, weight.device),
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
-        normalized_shape, eps, offset, center, kind, backend, dispatch.forced, grad,
+        normalized_shape, eps, offset, center, kind, p, backend, dispatch.forced, grad,
     )  # fmt: skip
+
+
+def _keep(key, call) -> None:
+    if len(_prepared) >= 2_000:
+        _prepared.clear()
+    _prepared[key] = call
+
+
+def _settled(n: int, backend: str, module) -> bool:
+    """Whether calls of this kind are the portable kernels', wherever their tensors lie."""
+    return module is _triton() and (n < _CLUSTERS_FROM or backend != "auto")
 
 
 def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, backend):
     key = None
     if not torch.compiler.is_compiling():
-        key = _kind(x, normalized_shape, weight, bias, eps, offset, center, kind, backend)
+        key = _kind(x, None, normalized_shape, weight, bias, eps, offset, center, kind, 0.0, backend)
         call = _prepared.get(key)
         if call is not None:
             if key[-1]:
@@ -345,14 +358,11 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
             return _forward_op(x, weight, bias, prod(shape), eps, offset, center, kind, backend)[0]
     n, norm = prod(shape), _triton().Norm(center, kind or None)
     module, plan = _module(backend, (x, weight, bias), n, kind, 0.0, False), None
-    settled = n < _CLUSTERS_FROM or backend != "auto"  # else addresses have a say in which backend it is
-    if key is not None and settled and module is _triton():
+    if key is not None and _settled(n, backend, module):
         plan = module.forward_plan(x, weight, bias, n, norm, eps, offset, grad)
     call = _Call(shape, n, eps, offset, norm, backend, plan, {})
     if plan is not None:
-        if len(_prepared) >= 2_000:
-            _prepared.clear()
-        _prepared[key] = call
+        _keep(key, call)
     if grad:
         return _apply_norm(x, weight, bias, call)
     y, _ = module.forward(x, weight, bias, n, norm, eps, offset, False)
@@ -383,23 +393,30 @@ class _Norm(torch.autograd.Function):
                 lambda x, w, b: reference.forward(x, w, b, call.shape, call.eps, call.offset, call.norm.center, call.norm.kind),
                 (x, weight, bias), wanted, dy,
             ), None  # fmt: skip
-        if call.forward is not None:
-            key = (
-                x.stride(), x.dtype, dy.stride(), dy.dtype, None if weight is None else (weight.stride(), weight.dtype),
-                None if bias is None else (bias.stride(), bias.dtype), wanted,
-            )  # fmt: skip
-            plan = call.backwards.get(key)
-            if plan is not None:
-                dx, _, dw, db = _triton_module.run_backward(plan, x, dy, None, weight, bias, stats, None)
-                return dx, dw, db, None
-        n, norm, offset, wanted = call.n, call.norm, call.offset, _triton().Wanted(*wanted)
-        module = _module(call.backend, (x, dy, weight, bias), n, norm.kind, 0.0, True)
-        if call.forward is not None and module is _triton():
-            plan = module.backward_plan(x, dy, None, weight, bias, None, n, norm, offset, 0.0, wanted)
-            if plan is not None and len(call.backwards) < 100:
-                call.backwards[key] = plan
-        dx, _, dw, db = module.backward(x, dy, None, weight, bias, stats, None, n, norm, offset, 0.0, wanted)
+        dx, _, dw, db = _backward(call, x, dy, None, weight, bias, stats, None, wanted)
         return dx, dw, db, None
+
+
+def _backward(call: _Call, x, dy, dh, weight, bias, stats, seed, wanted: tuple) -> tuple:
+    """(dx, d_residual, dw, db)."""
+    plan = key = None
+    if call.forward is not None:
+        # hooks on saved tensors may give others back
+        key = (
+            x.stride(), x.dtype, dy.stride(), dy.dtype, None if dh is None else (dh.stride(), dh.dtype),
+            None if weight is None else (weight.stride(), weight.dtype),
+            None if bias is None else (bias.stride(), bias.dtype), wanted,
+        )  # fmt: skip
+        plan = call.backwards.get(key)
+        if plan is not None:
+            return _triton_module.run_backward(plan, x, dy, dh, weight, bias, stats, seed)
+    n, norm, offset, p, wanted = call.n, call.norm, call.offset, call.p, _triton().Wanted(*wanted)
+    module = _module(call.backend, (x, dy, dh, weight, bias), n, norm.kind, p, True)
+    if key is not None and module is _triton():
+        plan = module.backward_plan(x, dy, dh, weight, bias, seed, n, norm, offset, p, wanted)
+        if plan is not None and len(call.backwards) < 100:
+            call.backwards[key] = plan
+    return module.backward(x, dy, dh, weight, bias, stats, seed, n, norm, offset, p, wanted)
 
 
 _apply_norm = dispatch.apply_of(_Norm)
@@ -435,6 +452,19 @@ def _checked_residual(op: str, x: Tensor, residual, p: float) -> tuple[Tensor, T
 
 
 def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset, center, p, backend):
+    key = None
+    if (
+        not torch.compiler.is_compiling()
+        and isinstance(residual, Tensor)
+        and residual.dtype == getattr(x, "dtype", None)
+    ):
+        key = _kind(x, residual, normalized_shape, weight, bias, eps, offset, center, "", p, backend)
+        call = _prepared.get(key)
+        if call is not None:
+            if key[-1]:
+                return _apply_residual_norm(x, residual, weight, bias, call)
+            seed = _seed(x) if p else None
+            return _triton_module.run_residual(call.forward, x, residual, weight, bias, seed)[:2]
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
     x, residual = _checked_residual(op, x, residual, p)
@@ -455,10 +485,15 @@ def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset,
             if grad or _forward_mode():
                 return _RegisteredResidualNorm.apply(*call, shape, eps, offset, center, p, backend)
             return _residual_op(*call, prod(shape), eps, offset, center, p, backend)[:2]
-    if grad:
-        return _apply_residual_norm(x, residual, weight, bias, (shape, eps, offset, center, p, backend))
     n, norm = prod(shape), _triton().Norm(center)
-    module = _module(backend, tensors, n, None, p, False)
+    module, plan = _module(backend, tensors, n, None, p, False), None
+    if key is not None and _settled(n, backend, module):
+        plan = module.residual_plan(x, residual, weight, bias, p > 0, n, norm, eps, offset, p, grad)
+    call = _Call(shape, n, eps, offset, norm, backend, plan, {}, p)
+    if plan is not None:
+        _keep(key, call)
+    if grad:
+        return _apply_residual_norm(x, residual, weight, bias, call)
     seed = _seed(x) if p else None
     return module.forward_residual(x, residual, weight, bias, seed, n, norm, eps, offset, p, False)[:2]
 
@@ -471,38 +506,38 @@ def _seed(x: Tensor) -> Tensor:
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, call):
-        shape, eps, offset, center, p, backend = call
-        n, norm = prod(shape), _triton().Norm(center)
-        module = _module(backend, (x, residual, weight, bias), n, None, p, False)
-        seed = _seed(x) if p else None
-        y, h, stats = module.forward_residual(x, residual, weight, bias, seed, n, norm, eps, offset, p, True)
+        seed = _seed(x) if call.p else None
+        if call.forward is not None:
+            y, h, stats = _triton_module.run_residual(call.forward, x, residual, weight, bias, seed)
+        else:
+            n, norm, p = call.n, call.norm, call.p
+            module = _module(call.backend, (x, residual, weight, bias), n, None, p, False)
+            y, h, stats = module.forward_residual(
+                x, residual, weight, bias, seed, n, norm, call.eps, call.offset, p, True
+            )
         ctx.save_for_backward(h, weight, bias, stats, seed)
-        ctx.call = shape, eps, offset, norm, p, backend
+        ctx.call = call
         return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
         h, weight, bias, stats, seed = ctx.saved_tensors
-        stats = stats.contiguous()
-        shape, eps, offset, norm, p, backend = ctx.call
+        call, stats = ctx.call, stats.contiguous()
         need_x, need_r, *wanted = ctx.needs_input_grad[:4]
         if not dispatch.pulled_back_plainly(dy, dh):
-            if p:
+            center = call.norm.center
+            if call.p:
                 raise RuntimeError(
-                    f"{'layer' if norm.center else 'rms'}_norm_residual: a second derivative with dropout_p > 0 is not "
+                    f"{'layer' if center else 'rms'}_norm_residual: a second derivative with dropout_p > 0 is not "
                     "supported; use backend='torch'"
                 )
             d, dw, db = _formula_gradients(
-                lambda h, w, b: reference.forward(h, w, b, shape, eps, offset, norm.center),
+                lambda h, w, b: reference.forward(h, w, b, call.shape, call.eps, call.offset, center),
                 (h, weight, bias), (True, *wanted), dy,
             )  # fmt: skip
             d = d + dh
             return d if need_x else None, d if need_r else None, dw, db, None
-        n = prod(shape)
-        module = _module(backend, (h, dy, dh, weight, bias), n, None, p, True)
-        dx, dr, dw, db = module.backward(
-            h, dy, dh, weight, bias, stats, seed, n, norm, offset, p, _triton().Wanted(need_x or need_r, *wanted)
-        )
+        dx, dr, dw, db = _backward(call, h, dy, dh, weight, bias, stats, seed, (need_x or need_r, *wanted))
         return dx if need_x else None, dr if need_r else None, dw, db, None
 
 

@@ -834,28 +834,73 @@ def forward(x, weight, bias, n: int, norm: Norm, eps: float, offset: float, save
     return y, stats
 
 
+def residual_plan(
+    x, residual, weight, bias, dropout: bool, n: int, norm: Norm, eps: float, offset: float, p: float, save: bool
+) -> Forward | None:
+    """As ``forward_plan``."""
+    rows, dense = x.numel() // n, x.is_contiguous()
+    if (
+        not rows
+        or n > 32768
+        or not (dense or row_view(x, n))
+        or not (residual.is_contiguous() or row_view(residual, n))
+    ):
+        return None
+    if any(t is not None and not t.is_contiguous() for t in (weight, bias)):
+        return None
+    (_, x_unit, x_view), (_, r_unit, r_view) = _rows_of(x, n), _rows_of(residual, n)
+    index, flags = x.get_device(), (weight is not None, bias is not None)
+    dependent = x.is_cuda and dependent_launch(index)
+    per, launch = residual_launch(norm, n, x.element_size(), *flags, dropout, save, x_unit, r_unit, dependent)
+    scalars = rows, *x_view, *r_view, eps, offset, p, 1 / (1 - p)  # the quotient in float64, rounded once
+    w, b = (x.dtype if t is None else t.dtype for t in (weight, bias))
+    dtypes = (
+        x.dtype, residual.dtype, w, b, x.dtype, x.dtype, torch.float32 if save else x.dtype,
+        torch.int64 if dropout else x.dtype,
+    )  # fmt: skip
+    stats = rows * (1 + norm.center) if save else 0
+    return Forward(launch, -(-rows // per), scalars, launch.key(index, dtypes, scalars), dense, stats)
+
+
+def run_residual(plan: Forward, x, residual, weight, bias, seed):
+    """``forward_residual`` of tensors that look as ``plan``'s; x stands for what is not there."""
+    # on the path of every eager call, as ``run_forward``
+    y = torch.empty_like(x) if plan.dense else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = torch.empty_like(y)
+    stats = x.new_empty(plan.stats, dtype=torch.float32) if plan.stats else None
+    at = x.data_ptr()
+    pointers = (
+        at, residual.data_ptr(), at if weight is None else weight.data_ptr(), at if bias is None else bias.data_ptr(),
+        y.data_ptr(), h.data_ptr(), at if stats is None else stats.data_ptr(), at if seed is None else seed.data_ptr(),
+    )  # fmt: skip
+    bits = 0
+    for one in pointers:
+        bits |= one
+    if not plan.launch.again(plan.key, bits, plan.blocks, pointers, plan.scalars):
+        w, b, s, drawn = (x if t is None else t for t in (weight, bias, stats, seed))
+        plan.launch(plan.blocks, (x, residual, w, b, y, h, s, drawn), plan.scalars)
+    return y, h, stats
+
+
 def forward_residual(x, residual, weight, bias, seed, n: int, norm: Norm, eps: float, offset: float, p: float,
                      save: bool):  # fmt: skip
     """(y, h, statistics): h = dropout(x) + residual in x's dtype, y its norm. ``seed`` is an int64 tensor if p > 0."""
-    y, h = _dense_like(x), _dense_like(x)
     rows = x.numel() // n
-    stats = x.new_empty(rows * (1 + norm.center), dtype=torch.float32) if save else None
+    if not rows or n > 32768:
+        y, h = _dense_like(x), _dense_like(x)
+        stats = x.new_empty(rows * (1 + norm.center), dtype=torch.float32) if save else None
     if not rows:
         return y, h, stats
     x, x_unit, x_view = _rows_of(x, n)
     residual, r_unit, r_view = _rows_of(residual, n)
-    w, b = x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous()
-    tensors = (x, residual, w, b, y, h, x if stats is None else stats, x if seed is None else seed)
-    scalars = (rows, *x_view, *r_view, eps, offset, p, 1 / (1 - p))  # the quotient in float64, rounded once
-    flags = weight is not None, bias is not None
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    dropout = seed is not None
     if n <= 32768:
-        dependent = x.is_cuda and dependent_launch(x.get_device())
-        per, launch = residual_launch(
-            norm, n, x.element_size(), *flags, seed is not None, save, x_unit, r_unit, dependent
-        )
-        launch(-(-rows // per), tensors, scalars)
-    else:
-        wide_launch(norm, n, *flags, True, seed is not None, save, x_unit, r_unit)(rows, tensors, scalars)
+        plan = residual_plan(x, residual, weight, bias, dropout, n, norm, eps, offset, p, save)
+        return run_residual(plan, x, residual, weight, bias, seed)
+    w, b, s, drawn = (x if t is None else t for t in (weight, bias, stats, seed))
+    launch = wide_launch(norm, n, weight is not None, bias is not None, True, dropout, save, x_unit, r_unit)
+    launch(rows, (x, residual, w, b, y, h, s, drawn), (rows, *x_view, *r_view, eps, offset, p, 1 / (1 - p)))
     return y, h, stats
 
 

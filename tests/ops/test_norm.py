@@ -1486,6 +1486,27 @@ def test_a_call_like_one_before_is_not_looked_at_again_and_every_other_one_is(gr
     assert called((ops.rms_norm, x, 32, w), "triton", not grad), "whether autograd records makes another kind"
 
 
+@pytest.mark.parametrize("form", MAIN)
+def test_gradients_in_another_layout_behind_a_call_like_it(form, monkeypatch):
+    monkeypatch.setattr(op, "_prepared", {})
+    new = Numbers(torch.float32)
+    inputs = inputs_of(form, new, new(6, 32), (32,))
+    ways = {
+        "dense": lambda t: t,
+        "columns first": lambda t: t.T.contiguous().T,
+        "every other row": lambda t: torch.stack((t, t + 1), 1)[:, 0],
+        "every other column": lambda t: torch.stack((t, t + 1), -1)[..., 0],
+        "one row": lambda t: t[:1].expand(t.shape),
+        "one number": lambda t: t[:1, :1].expand(t.shape),
+    }
+    for names in itertools.product([*ways, "dense"], repeat=1 + ("residual" in form)):
+        gradients = [ways[name](new(6, 32)) for name in names]
+        got, true = (pull(FORMS[form][0](backend, (32,)), inputs, gradients) for backend in ("triton", "torch"))
+        for ours, other in zip(got, true, strict=True):
+            torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5, msg=str(names))
+    assert len(op._prepared) == 1
+
+
 @pytest.mark.parametrize(
     ("error", "words", "changed"),
     [

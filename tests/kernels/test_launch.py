@@ -325,21 +325,25 @@ def test_a_hook_sends_launches_to_the_normal_path_as_long_as_it_stays(name, rig)
     assert rig() == "fast"
 
 
-def test_a_caller_that_knows_the_key_launches_what_a_call_has_kept(rig):
-    dtypes = (torch.float32,) * 2
-    key = rig.launch.key(0, dtypes, (48, 5, 0.5))
-    assert not rig.launch.again(key, 0, 2, (256, 512), (48, 5, 0.5)), "nothing is kept yet"
+def repeated(rig, n=48, a=0.5, blocks=2, card=0):
+    return rig.launch.repeated(blocks, (n, 5, a), card, (torch.float32,) * 2)
+
+
+def test_a_repeated_launch_takes_what_a_call_has_kept(rig):
+    assert not repeated(rig).at((256, 512)), "nothing is kept yet"
     rig()
-    assert rig.launch.again(key, 256 | 512, 9, (256, 512), (48, 5, 0.25))
+    assert repeated(rig, a=0.25, blocks=9).at((256, 512))
     assert rig.sent == (9, 7000, (256, 512, 48, 5, 0.25))
     count = len(rig.kernel.log)
-    assert not rig.launch.again(key, 256 | 520, 2, (256, 520), (48, 5, 0.5)), "not aligned"
-    assert not rig.launch.again(rig.launch.key(0, dtypes, (47, 5, 0.5)), 0, 2, (256, 512), (47, 5, 0.5)), "another"
-    assert not rig.launch.again(rig.launch.key(1, dtypes, (48, 5, 0.5)), 0, 2, (256, 512), (48, 5, 0.5)), "another card"
+    assert not repeated(rig).at((256, 520)), "not aligned"
+    assert not repeated(rig, n=47).at((256, 512)), "another binary"
+    assert not repeated(rig, card=1).at((256, 512)), "another card"
     for put in HOOKS.values():
         with put(rig.kernel, lambda *_, **__: None):
-            assert not rig.launch.again(key, 0, 2, (256, 512), (48, 5, 0.5)), "a hook"
+            assert not repeated(rig).at((256, 512)), "a hook"
     assert len(rig.kernel.log) == count
+    repeated(rig).of(*rig.tensors)
+    assert rig.sent == (2, 7000, (256, 512, 48, 5, 0.5))
 
 
 @pytest.fixture
@@ -360,13 +364,12 @@ def two_devices(fake_driver, monkeypatch):
     return current, fake_driver
 
 
-def test_a_caller_that_knows_the_key_is_sent_away_from_a_card_that_is_not_current(two_devices):
+def test_a_repeated_launch_leaves_a_card_that_is_not_current_to_the_normal_path(two_devices):
     rig = Rig()
     rig(card=1)
-    key = rig.launch.key(1, (torch.float32,) * 2, (48, 5, 0.5))
-    assert not rig.launch.again(key, 0, 2, (256, 512), (48, 5, 0.5))
+    assert not repeated(rig, card=1).at((256, 512))
     two_devices[0][0] = 1
-    assert rig.launch.again(key, 0, 2, (256, 512), (48, 5, 0.5))
+    assert repeated(rig, card=1).at((256, 512))
 
 
 def test_a_tensor_on_another_device_than_the_current_one_is_launched_there(two_devices, monkeypatch):

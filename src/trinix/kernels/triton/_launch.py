@@ -23,6 +23,7 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -150,9 +151,10 @@ class Launch:
                     return
         self._normal(blocks, tensors, scalars, key, not kept and not bits & 15)
 
-    def key(self, device: int, dtypes: Sequence[torch.dtype], scalars: tuple) -> tuple:
-        """Under which a binary for such arguments is kept, for a caller that launches many times with the same scalars."""
-        return (device, *dtypes, *[_int_class(scalars[i]) for i in self.specialized])
+    def repeated(self, blocks: int, scalars: tuple, device: int, dtypes: Sequence[torch.dtype]) -> "Repeated":
+        """For a caller that launches many times with the same scalars."""
+        key = (device, *dtypes, *[_int_class(scalars[i]) for i in self.specialized])
+        return Repeated(self, blocks, scalars, key)
 
     def again(self, key: tuple, bits: int, blocks: int, pointers: tuple, scalars: tuple) -> bool:
         """Launch the binary kept under ``key``; False where there is none, or Triton's own path has to be taken. ``bits``: those of
@@ -187,6 +189,25 @@ class Launch:
             if not _State.checked and not _self_check(device):
                 return
         self.keep[key] = _fire(compiled, tuple(self.constants.values()))
+
+
+class Repeated(NamedTuple):
+    """A launch that many calls make: with these scalars, of tensors of the same dtypes on one device."""
+
+    launch: Launch
+    blocks: int
+    scalars: tuple
+    key: tuple  # under which its binary is kept
+
+    def at(self, pointers: tuple) -> bool:
+        """Launch the kept binary; False where that cannot be: then ``of`` the tensors."""
+        bits = 0
+        for one in pointers:
+            bits |= one
+        return self.launch.again(self.key, bits, self.blocks, pointers, self.scalars)
+
+    def of(self, *tensors: torch.Tensor) -> None:
+        self.launch(self.blocks, tensors, self.scalars)
 
 
 def _keepable(kernel, compiled) -> bool:

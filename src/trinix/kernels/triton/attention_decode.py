@@ -25,7 +25,7 @@ import triton.language as tl
 from trinix.kernels._layout import dense
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._exact import exact_exp, exact_log, exact_tanh
-from trinix.kernels.triton._launch import INTERPRETED, Launcher
+from trinix.kernels.triton._launch import INTERPRETED, Launcher, Repeated
 
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -505,14 +505,8 @@ def combine_launch(dv: int, sink: bool, dependent: bool, many: bool):
 class Plan(NamedTuple):
     """All of a call that follows from shapes, strides and options."""
 
-    attend: object
-    combine: object  # None with one share
-    blocks: int  # programs of ``attend``, its scalars, and under which key its binary is kept
-    counts: tuple
-    key: tuple
-    rows: int  # the same of ``combine``
-    sizes: tuple
-    combine_key: tuple
+    attend: Repeated
+    combine: Repeated | None  # None with one share
     splits: int
     config: Config
     out: tuple  # shape and strides; lse, parts: the same
@@ -570,15 +564,15 @@ def plan(
         slopes_row, *strides, scale, softcap,
     )  # fmt: skip
     attend = attend_launch(d, dv, group, unit, flags, config)
-    combine = combine_launch(dv, flags.sink, dependent, splits > 8) if parts else None
-    rows = batch * heads * seq
-    sizes = entries, splits, heads, seq
-    wide, int32 = torch.float32, torch.int32
+    rows, wide, int32 = batch * heads * seq, torch.float32, torch.int32
     optional = slopes or dtype, sink or dtype
     read = dtype, dtype, dtype, int32, int32, dtype, dtype, *optional, wide if parts else dtype, wide
+    combine = None
+    if parts:
+        launch = combine_launch(dv, flags.sink, dependent, splits > 8)
+        combine = launch.repeated(rows, (entries, splits, heads, seq), index, (wide, optional[1], dtype, wide))
     return Plan(
-        attend, combine, key_heads * tiles * entries, counts, attend.key(index, read, counts), rows, sizes,
-        combine.key(index, (wide, optional[1], dtype, wide), sizes) if parts else (), splits, config,
+        attend.repeated(key_heads * tiles * entries, counts, index, read), combine, splits, config,
         dense(batch, seq, heads, dv), dense(batch, heads, seq), dense(splits * rows * (dv + 2)),
     )  # fmt: skip
 
@@ -673,21 +667,12 @@ def run(call: Plan, q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table
         at if k_new is None else k_new.data_ptr(), at if v_new is None else v_new.data_ptr(),
         at if slopes is None else slopes.data_ptr(), at_sink, at_parts, at_lse,
     )  # fmt: skip
-    bits = 0
-    for one in pointers:
-        bits |= one
-    if not call.attend.again(call.key, bits, call.blocks, pointers, call.counts):
-        tensors = (
-            q, k_cache, v_cache, cache_seqlens, cache_seqlens if page_table is None else page_table,
-            q if k_new is None else k_new, q if v_new is None else v_new, q if slopes is None else slopes,
-            q if sink is None else sink, parts, lse,
-        )  # fmt: skip
-        call.attend(call.blocks, tensors, call.counts)
-    if call.combine:
-        at_out = out.data_ptr()
-        pointers, bits = (at_parts, at_sink, at_out, at_lse), at_parts | at_sink | at_out | at_lse
-        if not call.combine.again(call.combine_key, bits, call.rows, pointers, call.sizes):
-            call.combine(call.rows, (parts, q if sink is None else sink, out, lse), call.sizes)
+    if not call.attend.at(pointers):
+        optional = (q if t is None else t for t in (k_new, v_new, slopes, sink))
+        table = cache_seqlens if page_table is None else page_table
+        call.attend.of(q, k_cache, v_cache, cache_seqlens, table, *optional, parts, lse)
+    if call.combine and not call.combine.at((at_parts, at_sink, out.data_ptr(), at_lse)):
+        call.combine.of(parts, q if sink is None else sink, out, lse)
     return out, lse
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from trinix.kernels.triton import activation
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, Repeated
 
 
 @triton.jit
@@ -773,10 +773,7 @@ def _dense_like(t: torch.Tensor) -> torch.Tensor:
 class Forward(NamedTuple):
     """All of a forward that follows from what its tensors look like."""
 
-    launch: Launch
-    blocks: int
-    scalars: tuple
-    key: tuple  # under which the launcher keeps its binary
+    launch: Repeated
     dense: bool  # x's rows lie one behind the other
     stats: int  # how many statistics are kept
 
@@ -797,7 +794,7 @@ def forward_plan(x, weight, bias, n: int, norm: Norm, eps: float, offset: float,
         torch.float32 if save else x.dtype,
     )  # fmt: skip
     stats = rows * (1 + norm.center) if save else 0
-    return Forward(launch, -(-rows // per), scalars, launch.key(x.get_device(), dtypes, scalars), dense, stats)
+    return Forward(launch.repeated(-(-rows // per), scalars, x.get_device(), dtypes), dense, stats)
 
 
 def run_forward(plan: Forward, x, weight, bias):
@@ -806,13 +803,13 @@ def run_forward(plan: Forward, x, weight, bias):
     y = torch.empty_like(x) if plan.dense else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats = x.new_empty(plan.stats, dtype=torch.float32) if plan.stats else None
     at = x.data_ptr()
-    at_w, at_b = at if weight is None else weight.data_ptr(), at if bias is None else bias.data_ptr()
-    at_y, at_s = y.data_ptr(), at if stats is None else stats.data_ptr()
-    if not plan.launch.again(
-        plan.key, at | at_w | at_b | at_y | at_s, plan.blocks, (at, at_w, at_b, at_y, at_s), plan.scalars
-    ):
-        tensors = x, x if weight is None else weight, x if bias is None else bias, y, x if stats is None else stats
-        plan.launch(plan.blocks, tensors, plan.scalars)
+    pointers = (
+        at, at if weight is None else weight.data_ptr(), at if bias is None else bias.data_ptr(), y.data_ptr(),
+        at if stats is None else stats.data_ptr(),
+    )  # fmt: skip
+    if not plan.launch.at(pointers):
+        w, b, s = (x if t is None else t for t in (weight, bias, stats))
+        plan.launch.of(x, w, b, y, s)
     return y, stats
 
 
@@ -859,7 +856,7 @@ def residual_plan(
         torch.int64 if dropout else x.dtype,
     )  # fmt: skip
     stats = rows * (1 + norm.center) if save else 0
-    return Forward(launch, -(-rows // per), scalars, launch.key(index, dtypes, scalars), dense, stats)
+    return Forward(launch.repeated(-(-rows // per), scalars, index, dtypes), dense, stats)
 
 
 def run_residual(plan: Forward, x, residual, weight, bias, seed):
@@ -873,12 +870,9 @@ def run_residual(plan: Forward, x, residual, weight, bias, seed):
         at, residual.data_ptr(), at if weight is None else weight.data_ptr(), at if bias is None else bias.data_ptr(),
         y.data_ptr(), h.data_ptr(), at if stats is None else stats.data_ptr(), at if seed is None else seed.data_ptr(),
     )  # fmt: skip
-    bits = 0
-    for one in pointers:
-        bits |= one
-    if not plan.launch.again(plan.key, bits, plan.blocks, pointers, plan.scalars):
+    if not plan.launch.at(pointers):
         w, b, s, drawn = (x if t is None else t for t in (weight, bias, stats, seed))
-        plan.launch(plan.blocks, (x, residual, w, b, y, h, s, drawn), plan.scalars)
+        plan.launch.of(x, residual, w, b, y, h, s, drawn)
     return y, h, stats
 
 
@@ -904,26 +898,14 @@ def forward_residual(x, residual, weight, bias, seed, n: int, norm: Norm, eps: f
     return y, h, stats
 
 
-class Add(NamedTuple):
-    """The launch that adds up what backward's programs leave."""
-
-    launch: Launch
-    blocks: int
-    scalars: tuple
-    key: tuple  # under which the launcher keeps its binary
-
-
 class Backward(NamedTuple):
     """All of a backward that follows from what its tensors look like."""
 
-    launch: Launch
-    blocks: int
-    scalars: tuple
-    key: tuple  # under which the launcher keeps its binary
+    launch: Repeated
     wanted: Wanted
     dense: bool  # x's rows lie one behind the other
     partial: int  # float32 numbers that wait to be added up; 0: dw and db are not wanted
-    add: Add | None
+    add: Repeated | None  # adds them up
 
 
 def backward_plan(
@@ -949,19 +931,17 @@ def backward_plan(
     wide = torch.float32
     dtypes = x.dtype, dy.dtype, h, w, b, wide, s, x.dtype, x.dtype, wide if sums_wanted else x.dtype
     add = _add_plan(n, programs, wanted, w, b, index, dependent) if sums_wanted else None
-    key = launch.key(index, dtypes, scalars)
-    return Backward(launch, programs, scalars, key, wanted, dense, programs * n * sums_wanted, add)
+    return Backward(launch.repeated(programs, scalars, index, dtypes), wanted, dense, programs * n * sums_wanted, add)
 
 
 @functools.cache
 def _add_plan(
     n: int, programs: int, wanted: Wanted, w: torch.dtype, b: torch.dtype, index: int, dependent: bool
-) -> Add:
+) -> Repeated:
     """``w``, ``b``: dtypes of dw and db."""
     cols, launch = add_partials_launch(n, wanted.dw, wanted.db, programs, dependent)
-    wide, scalars = torch.float32, (programs,)
-    key = launch.key(index, (wide, w if wanted.dw else wide, b if wanted.db else wide), scalars)
-    return Add(launch, -(-n * (wanted.dw + wanted.db) // cols), scalars, key)
+    dtypes = torch.float32, w if wanted.dw else torch.float32, b if wanted.db else torch.float32
+    return launch.repeated(-(-n * (wanted.dw + wanted.db) // cols), (programs,), index, dtypes)
 
 
 def _gradients_like(x, weight, bias, dense: bool, dropout: bool, wanted: Wanted) -> tuple:
@@ -989,22 +969,18 @@ def run_backward(plan: Backward, x, dy, dh, weight, bias, stats, seed):
         at if bias is None else bias.data_ptr(), stats.data_ptr(), at if seed is None else seed.data_ptr(), at_out, at_r,
         at_partial,
     )  # fmt: skip
-    bits = 0
-    for one in pointers:
-        bits |= one
-    if not plan.launch.again(plan.key, bits, plan.blocks, pointers, plan.scalars):
+    if not plan.launch.at(pointers):
         h, w, b, s = (x if t is None else t for t in (dh, weight, bias, seed))
-        plan.launch(plan.blocks, (x, dy, h, w, b, stats, s, out, out_r, partial), plan.scalars)
+        plan.launch.of(x, dy, h, w, b, stats, s, out, out_r, partial)
     if plan.add:
         _run_add(plan.add, partial, dw, db)
     return dx, dr, dw, db
 
 
-def _run_add(add: Add, partial, dw, db) -> None:
+def _run_add(add: Repeated, partial, dw, db) -> None:
     at = partial.data_ptr()
-    pointers = at, at if dw is None else dw.data_ptr(), at if db is None else db.data_ptr()
-    if not add.launch.again(add.key, pointers[0] | pointers[1] | pointers[2], add.blocks, pointers, add.scalars):
-        add.launch(add.blocks, (partial, partial if dw is None else dw, partial if db is None else db), add.scalars)
+    if not add.at((at, at if dw is None else dw.data_ptr(), at if db is None else db.data_ptr())):
+        add.of(partial, partial if dw is None else dw, partial if db is None else db)
 
 
 def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: float, p: float, wanted: Wanted):

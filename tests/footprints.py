@@ -23,16 +23,17 @@ def install() -> None:
 
     def noted(self, given, named):
         given, named = arguments(self, given, named)
-        _note([t for t in (*given, *named.values()) if isinstance(t, torch.Tensor) and t.numel()])
+        tensors = [getattr(t, "base", t) for t in (*given, *named.values())]  # what a descriptor describes
+        _note([t for t in tensors if isinstance(t, torch.Tensor) and t.numel()])
         return given, named
 
-    def checked_load(self, at, mask, *rest):
+    def checked_load(self, at, mask, *rest, **more):
         _check("loads from", at, mask)
-        return load(self, at, mask, *rest)
+        return load(self, at, mask, *rest, **more)
 
-    def checked_store(self, at, value, mask, *rest):
+    def checked_store(self, at, value, mask, *rest, **more):
         _check("stores to", at, mask)
-        return store(self, at, value, mask, *rest)
+        return store(self, at, value, mask, *rest, **more)
 
     def checked_add(self, op, at, value, mask, *rest):
         _check("adds to", at, mask)

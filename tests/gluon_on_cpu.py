@@ -608,7 +608,7 @@ def launch(function, programs: int, arguments: tuple, constants: dict, y: int = 
 
 
 class Binary:
-    """Takes the place of ``trinix.kernels.hopper._launch.Binary``."""
+    """Takes the place of ``trinix.kernels._binary.Binary``."""
 
     def __init__(self, functions, kernel, examples, constants, launch_cooperative_grid=False):
         self.together = launch_cooperative_grid

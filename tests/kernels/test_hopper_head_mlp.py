@@ -15,6 +15,7 @@ from trinix.testing import assert_within_budget, normal, vjp
 
 pytest.importorskip("triton")
 
+from trinix.kernels._binary import Box
 from trinix.kernels.hopper import head_mlp as hopper
 
 SHARED_LIMIT = 227 * 1024
@@ -163,9 +164,7 @@ def on_cpu(monkeypatch):
             self.constants = {k: functions[v.__name__] if hasattr(v, "__name__") else v for k, v in constants.items()}
 
         def __call__(self, *tensors):
-            boxes = [
-                hopper.Box(t.shape, t.stride(), (1, *b), t.dtype) for t, b in zip(tensors, self.blocks, strict=True)
-            ]
+            boxes = [Box(t.shape, t.stride(), (1, *b), t.dtype) for t, b in zip(tensors, self.blocks, strict=True)]
             there = [gluon_on_cpu.Descriptor(t.data_ptr(), box) for t, box in zip(tensors, boxes, strict=True)]
             # the rows' kernel follows the weights', which it does not need
             order.early = self.constants["DEPENDENT"] and self.kernel is not functions["_backward_rows"]

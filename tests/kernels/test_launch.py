@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from helpers import from_threads
-from trinix.kernels.hopper import _launch as hopper_launch
+from trinix.kernels import _binary
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton._launch import Launcher
 
@@ -446,7 +446,7 @@ def test_threads_load_a_binary_of_hoppers_one_after_the_other(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     kernel = SimpleNamespace(run=lambda *bound, **more: compiled)
-    from_threads(*[lambda: hopper_launch.Binary(kernel, 0, (1,), {})(3, 7000, (2,))] * 4)
+    from_threads(*[lambda: _binary.Binary(kernel, 0, (1,), {})(3, 7000, (2,))] * 4)
     assert not alone.together
     assert len(launched) == 4
 
@@ -468,7 +468,7 @@ def test_a_binary_of_hoppers_is_launched_on_its_device(monkeypatch):
         metadata=metadata, function=5, packed_metadata=(), run=lambda *arguments: at.append(current[0])
     )
     kernel = SimpleNamespace(run=lambda *bound, **more: at.append(("compiled", current[0])) or compiled)
-    binary = hopper_launch.Binary(kernel, 1, (1,), {})
+    binary = _binary.Binary(kernel, 1, (1,), {})
     for current[0] in (0, 1):
         binary(3, 7000, (2,))
     assert at == [("compiled", 1), 1, 1]
@@ -551,7 +551,7 @@ def test_tritons_c_function_is_given_what_its_launcher_gives_it(pdl, monkeypatch
 
 
 @pytest.mark.parametrize("facts", [(False, False), (True, False), (False, True)], ids=str)
-def test_hoppers_launches_have_the_attributes_that_triton_gives_them(facts):
+def test_launches_with_descriptors_have_the_attributes_that_triton_gives_them(facts):
     """Programs that wait for one another have to be there at once: without the attribute those of two streams need not be."""
     from triton.backends.nvidia.driver import CudaLauncher
 
@@ -564,7 +564,7 @@ def test_hoppers_launches_have_the_attributes_that_triton_gives_them(facts):
     if triton.__version__.startswith("3.7."):
         run.arg_annotations, run.kernel_signature = [], b""
     compiled = SimpleNamespace(function=5000, packed_metadata=(WARPS, 1, 1088), metadata=run)
-    hopper_launch._direct(compiled, run, (FACTOR, BLOCK))(9, 1, 1, 7000, (256, 512, 48, 5, 0.5))
+    _binary._direct(compiled, run, (FACTOR, BLOCK))(9, 1, 1, 7000, (256, 512, 48, 5, 0.5))
     run(9, 1, 1, 7000, 5000, (WARPS, 1, 1088), None, None, None, 256, 512, 48, 5, 0.5, FACTOR, BLOCK)
     assert sent[0] == sent[1]
 

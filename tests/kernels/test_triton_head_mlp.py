@@ -1,4 +1,4 @@
-"""What only some cards take: backward's launches apart at D = 256, and float32 as float64."""
+"""What only some cards take: forward by tensor descriptors, backward's launches apart at D = 256, and float32 as float64."""
 
 import json
 
@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 COMPILE = """
 import json, re
 import torch
-from binaries import compiled_case
+from binaries import compiled, compiled_case
+from triton.compiler import ASTSource
 from trinix.kernels.triton import head_mlp as kernels
 from trinix.kernels.triton._compile import compile_case
 
@@ -53,16 +54,27 @@ def double():
         yield "backward", d, arch, backward(dtype, d, config, "double"), ("*fp32",) * 12
 
 
+def boxed():
+    names = kernels._forward_boxed.arg_names
+    for kind, d, dtype in (("silu", 128, "bf16"), ("mish", 128, "fp16"), ("silu", 256, "bf16"), *[("gelu", 256, "fp16")] * EVERY):
+        config = kernels.choose_forward(2048, d, 2, False)
+        constants = kernels.boxed_constants(kind, torch.bfloat16, d, config, True)
+        signature = dict.fromkeys(names, "i32") | dict.fromkeys(constants, "constexpr")
+        for name, block in zip(names, kernels.boxed_blocks(d, config)):
+            signature[name] = f"tensordesc<{dtype}{[1, *block]}>"
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
+        yield kind, d, 90, compiled(kernels._forward_boxed, signature, constants, options, source=ASTSource), None
+
+
 for name, d, arch, launch, tensors in CASES():
-    case = compile_case(name, launch, 0.0, tensors, (), 64)
-    binary, log = compiled_case(case, arch)
+    binary, log = launch if tensors is None else compiled_case(compile_case(name, launch, 0.0, tensors, (), 64), arch)
     text = binary.asm["ptx"]
     print(json.dumps({
         "name": name, "d": d, "arch": arch, "kib": binary.metadata.shared / 1024, "kib_limit": kernels.APART_KIB,
         "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log))),
         "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
         "waits": text.find("griddepcontrol.wait"),
-        "reads": re.search(r"\\b(ld|st|red|atom)\\.global|\\bcp\\.async\\.c", text).start(),
+        "reads": re.search(r"\\b(ld|st|red|atom)\\.global|\\bcp\\.async\\.(c|bulk)", text).start(),
         "float64 on tensor cores": len(re.findall("mma.sync[^;]*f64", text)), "tf32": "tf32" in text,
     }))
 """
@@ -85,6 +97,16 @@ def test_a_kernel_launched_early_touches_no_tensor_before_it_has_waited(compiled
     for one in lines:
         early = one["name"].endswith("True")
         assert (0 < one["waits"] < one["reads"]) if early else one["waits"] == -1, one
+
+
+def test_forward_by_descriptors_leaves_room_for_two_programs_and_waits_for_no_product_early(compiled, every_binary):
+    lines = compiled("boxed")
+    assert len(lines) == (4 if every_binary else 3)
+    for one in lines:
+        assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"
+        assert not one["spills"], one
+        assert one["kib"] <= (113 if one["d"] == 128 else 227), one
+        assert 0 < one["waits"] < one["reads"], one
 
 
 def test_launches_apart_fit_the_shared_memory_that_they_are_chosen_for_and_spill_little(compiled, every_binary):

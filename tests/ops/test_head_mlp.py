@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import trinix
 from helpers import Tagged, Watch, captured, dense, right_or_refused, same
+from trinix.kernels import _binary
 from trinix.kernels.torch import head_mlp as reference
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import head_mlp as kernels
@@ -231,6 +233,107 @@ def test_few_programs_walk_over_e_in_wider_steps(monkeypatch):
         Numbers(h, 64, 64, e, dtype=torch.bfloat16).oracle("silu")
     kernels._forward_plan.cache_clear()
     assert [c.hidden for c in seen] == [128, 64, 64]
+
+
+class Boxed:
+    """``trinix.kernels._binary.Boxed`` in the interpreter."""
+
+    launched = 0
+
+    def __init__(self, kernel, tensors, blocks, programs, integers, constants, gluon, **options):
+        assert not gluon
+        self.kernel, self.blocks, self.programs = kernel, blocks, programs
+        self.integers, self.constants = integers, constants
+
+    def __call__(self, *tensors):
+        boxes = [
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, *block])
+            for t, block in zip(tensors, self.blocks, strict=True)
+        ]
+        self.kernel[(self.programs,)](*boxes, *self.integers, **self.constants)
+        Boxed.launched += 1
+
+
+@pytest.fixture
+def boxed(monkeypatch, no_kept_plans):
+    """Forward as on Hopper; a function that tells whether a call's tiles came by descriptors."""
+    monkeypatch.setattr(kernels, "_takes_boxes", lambda index: True)
+    monkeypatch.setattr(_binary, "Boxed", Boxed)
+
+    def forward(*inputs, kind="silu", mean=False):
+        before = Boxed.launched
+        y = kernels.forward(*inputs, kind, mean)
+        assert ("descriptors" in kernels.describe(*inputs, kind, mean)) == (Boxed.launched > before)
+        return y, Boxed.launched > before
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout"),
+    [
+        ((2, 64, 128, 64), "contiguous"),
+        ((2, 65, 128, 72), "contiguous"),  # one row and eight columns past a tile
+        ((3, 200, 80, 136), "heads inside"),
+        ((1, 33, 72, 8), "contiguous"),
+        ((2, 150, 256, 40), "heads inside"),
+        ((2, 70, 136, 24), "room behind"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["silu", "sigmoid", "none"])
+def test_tiles_by_descriptors_hold_the_budget_at_odd_sizes_and_strides(kind, sizes, layout, boxed):
+    h, b, d, e = sizes
+    room = 8 if layout == "room behind" else 0
+    x = normal((h, b, d + room), torch.bfloat16, seed=1)[..., :d]
+    if layout == "heads inside":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    w1 = normal((h, d, e + 2 * room), torch.bfloat16, seed=2, scale=d**-0.5)[..., :e]
+    w2 = normal((h, e + room, d), torch.bfloat16, seed=3, scale=e**-0.5)[:, :e]
+    inputs = x, w1, w2, None, None, None
+    for _ in range(2):  # a plan's first call, and another with other tensors
+        y, by_boxes = boxed(*inputs, kind=kind)
+        assert by_boxes
+        wide = [t.double() for t in (x, w1, w2)]
+        low = reference.forward(*inputs, kind, False)
+        assert_within_budget([y], [low], [reference.forward(*wide, None, None, None, kind, False)])
+        if layout == "contiguous":
+            x, w1, w2 = (t.clone() for t in (x, w1, w2))
+            inputs = x, w1, w2, None, None, None
+
+
+def test_what_has_no_descriptor_takes_pointers(boxed):
+    def new(*shape, seed=1):
+        return normal(shape, torch.bfloat16, seed=seed)
+
+    h, b, d, e = 2, 64, 128, 24
+    x, w1, w2, b1, b2 = new(h, b, d), new(h, d, e, seed=2), new(h, e, d, seed=3), new(h, e, seed=4), new(h, d, seed=5)
+    assert boxed(x, w1, w2, None, None, None)[1]
+    odd = new(x.numel() + 1)[1:].view(x.shape)  # begins at no multiple of 16 bytes
+    narrow = new(h, b, 64), new(h, 64, e), new(h, e, 64)
+    for call in (
+        (odd, w1, w2, None, None, None),
+        (x, w1, w2, b1, None, None),
+        (x, w1, w2, None, b2, None),
+        (x, w1, w2, None, None, w1),
+        (x[0], w1, w2, None, None, None),  # for all heads
+        (x[:1].expand(h, b, d), w1, w2, None, None, None),
+        (x[:, :1].expand(h, b, d), w1, w2, None, None, None),
+        (x, w1[:1].expand(h, d, e), w2, None, None, None),
+        (x, w1.transpose(1, 2).contiguous().transpose(1, 2), w2, None, None, None),
+        (x[:, :32], w1, w2, None, None, None),  # fewer rows than tensor cores take
+        (x, w1[..., :20], w2[:, :20].contiguous(), None, None, None),
+        (x[..., ::2], w1[:, ::2], w2[..., ::2], None, None, None),
+        (*narrow, None, None, None),
+        (*[t.float() for t in (x, w1, w2)], None, None, None),
+        (x, w1[..., :0], w2[:, :0], None, None, None),
+    ):
+        y, by_boxes = boxed(*call)
+        assert not by_boxes
+        wide = [t if t is None else t.double() for t in call]
+        low = reference.forward(*call, "silu", False)
+        assert_within_budget([y], [low], [reference.forward(*wide, "silu", False)])
+    assert not boxed(x, w1, w2, None, None, None, mean=True)[1]
 
 
 @pytest.mark.usefixtures("no_kept_plans")
@@ -773,6 +876,26 @@ def test_hopper_holds_the_float64_budget_with_the_same_bits(sizes, dtype):
                 problem.slots = (problem.slots[0].transpose(0, 1).contiguous().transpose(0, 1), *problem.slots[1:])
             first = problem.oracle(kind, "hopper")
             same(problem.oracle(kind, "hopper"), first)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(3, 500, 128, 512), (40, 700, 80, 72), (2, 1000, 256, 200), (1, 33, 136, 8)], ids=str
+)
+def test_on_the_card_tiles_by_descriptors_hold_the_budget_with_the_same_bits(sizes, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    for kind in PLAIN_KINDS:
+        for layout in ("contiguous", "heads inside"):
+            problem = Numbers(*sizes, dtype=dtype, device="cuda")
+            if layout == "heads inside":
+                problem.slots = (problem.slots[0].transpose(0, 1).contiguous().transpose(0, 1), *problem.slots[1:])
+            explanation = trinix.explain(head_mlp, *problem.slots[:3], kind, backend="triton")
+            assert "descriptors" in str(explanation)
+            first = problem.oracle(kind)
+            for _ in range(5):
+                same(problem.oracle(kind), first)
 
 
 @gpu

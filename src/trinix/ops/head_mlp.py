@@ -452,7 +452,7 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         return Explanation(name, "torch", "named by the caller")
     if backend != "auto":
         module = dispatch.load_named("head_mlp", BACKENDS, backend, *inputs, kind, mean, grad)
-        return Explanation(name, backend, "named by the caller", module.describe(*inputs[:2], gated, mean))
+        return Explanation(name, backend, "named by the caller", module.describe(*inputs, kind, mean))
     against = _against_auto(inputs[0], grad)
     if not against and not dispatch.plain(*tensors):
         against = f"a raw launch does not see through {type(x).__name__} or an active mode"
@@ -465,4 +465,4 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     if grad:
         why += f"; backward {'triton' if reasons[1] else 'hopper'}"
     rejected = {"hopper": reasons[0]} if reasons[0] else {}
-    return Explanation(name, chosen, why, BACKENDS[chosen]().describe(*inputs[:2], gated, mean), rejected)
+    return Explanation(name, chosen, why, BACKENDS[chosen]().describe(*inputs, kind, mean), rejected)

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trinix.kernels._binary import Binary, Box, raw_stream
+from trinix.kernels._binary import multiprocessors as _multiprocessors
 from trinix.kernels._layout import dense, side_by_side
 from trinix.kernels.hopper import attention_backward as backward_kernels
 from trinix.kernels.hopper import attention_backward_wide as wide_kernels
 from trinix.kernels.hopper import attention_forward as forward_kernels
-from trinix.kernels.hopper._launch import Binary, Box, raw_stream
-from trinix.kernels.hopper._launch import multiprocessors as _multiprocessors
 
 LOG2E = math.log2(math.e)
 _SHARED = 227 << 10  # bytes of shared memory that the programs of a multiprocessor have

@@ -22,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from trinix.kernels._binary import Boxed
+from trinix.kernels._binary import multiprocessors as processors
 from trinix.kernels.hopper._compat import tma_load, tma_store
-from trinix.kernels.hopper._launch import Binary, Box, raw_stream
-from trinix.kernels.hopper._launch import multiprocessors as processors
 
 # ---- activations: float32 in and out ------------------------------------------------------------------------------------
 # sigmoid(x) = (1 + tanh(x / 2)) / 2: one special-function instruction, and at most 2^-12 of error (tanh.approx has 2^-11).
@@ -764,36 +764,17 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-_binaries = {}
 _plans = {}
 _MOST_PLANS = 4096
 
 
-class _Plan:
+class _Plan(Boxed):
     """A launch for tensors of one shape, each read or written in blocks."""
 
     def __init__(self, kernel, tensors, blocks, items, integers, constants):
-        index = tensors[0].get_device()
-        boxes = tuple(Box(t.shape, t.stride(), (1, *block), t.dtype) for t, block in zip(tensors, blocks, strict=True))
-        key = kernel, index, tensors[0].dtype, tuple(constants.values())
-        binary = _binaries.get(key)
-        if binary is None:
-            examples = (*zip(boxes, tensors, strict=True), *integers)
-            options = {"launch_pdl": True} if constants.get("DEPENDENT") else {}
-            binary = _binaries[key] = Binary(kernel, index, examples, constants, num_warps=4, **options)
-        else:  # the boxes of a further plan learn from it how descriptors look
-            for box, like in zip(boxes, binary.boxes, strict=True):
-                box.metadata = like.metadata
-                if "at" in vars(like):
-                    box.at = box.shaped
-        self.binary, self.boxes, self.integers, self.index = binary, boxes, integers, index
-        self.programs = min(items, processors(index))
-
-    def __call__(self, *tensors):
-        arguments = ()
-        for box, t in zip(self.boxes, tensors, strict=True):
-            arguments += box.at(t.data_ptr())
-        self.binary(self.programs, raw_stream(self.index), arguments + self.integers)
+        options = {"launch_pdl": True} if constants.get("DEPENDENT") else {}
+        programs = min(items, processors(tensors[0].get_device()))
+        super().__init__(kernel, tensors, blocks, programs, integers, constants, num_warps=4, **options)
 
 
 def _planned(key, make) -> _Plan:
@@ -903,7 +884,7 @@ def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple
     return [dx, dw1 if wanted[1] else None, dw2 if wanted[2] else None, None, None, None]
 
 
-def describe(x: torch.Tensor, w1: torch.Tensor, gated: bool, mean: bool) -> str:
+def describe(x, w1, w2, b1, b2, w_gate, kind: str, mean: bool) -> str:
     """The configuration of a forward call, for ``trinix.explain``."""
     c = choose_forward(w1.shape[0], x.shape[-2], x.shape[-1], processors(x.get_device()))
     return f"{c.consumers} warpgroups of 64 rows, tiles of {c.hidden} hidden columns, {c.slots} slots"

@@ -22,9 +22,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.runtime import driver
 
-from trinix.kernels.hopper._launch import Binary, raw_stream
-from trinix.kernels.hopper._launch import is_hopper as _is_hopper
-from trinix.kernels.hopper._launch import multiprocessors as _multiprocessors
+from trinix.kernels._binary import Binary, raw_stream
+from trinix.kernels._binary import is_hopper as _is_hopper
+from trinix.kernels._binary import multiprocessors as _multiprocessors
 from trinix.kernels.hopper.row_vectors import load, load_all, store
 
 # A tensor of the cluster is [CTAS, WARPS, 32 * UNIT]: for each thread of all programs the UNIT elements of 16 bytes. A piece

@@ -21,11 +21,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from trinix.kernels._binary import Binary, Box, raw_stream
+from trinix.kernels._binary import is_hopper as _is_hopper
+from trinix.kernels._binary import multiprocessors as _multiprocessors
 from trinix.kernels.hopper import softmax_rows
 from trinix.kernels.hopper._compat import block_barrier, tma_load
-from trinix.kernels.hopper._launch import Binary, Box, raw_stream
-from trinix.kernels.hopper._launch import is_hopper as _is_hopper
-from trinix.kernels.hopper._launch import multiprocessors as _multiprocessors
 
 LOG2E = math.log2(math.e)
 SHARED_BYTES = 221 * 1024  # of the ring; statistics and barriers take the rest of the 227 KiB

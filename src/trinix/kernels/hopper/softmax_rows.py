@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from trinix.kernels.hopper._launch import Binary, raw_stream
+from trinix.kernels._binary import Binary, raw_stream
 from trinix.kernels.hopper.row_vectors import load_all, store
 
 # A tensor of the cluster is [CTAS, SPAN]: a line for each program, and in it a vector of 16 bytes for each thread. A piece is VECTORS of

@@ -1,4 +1,4 @@
-"""Launches of Hopper kernels with tensor descriptors, without Triton's Python on the way.
+"""Launches of kernels with tensor descriptors (Gluon's, or Triton's own), without Triton's Python on the way.
 
 ``kernel[grid](...)`` binds and specialises its arguments on every call, and makes every tensor descriptor anew: far more host
 time than a short attention takes on the card. Here a ``Binary`` is compiled once; a call passes it plain numbers and
@@ -14,7 +14,8 @@ import torch
 import triton
 from triton.backends.nvidia import driver
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _MOST = 256  # descriptors kept for one place in one plan: as many addresses as its tensors take in turn
 
@@ -35,23 +36,30 @@ def multiprocessors(index: int) -> int:
 
 
 class Box:
-    """What a kernel reads or writes at a time of tensors of one shape: ``at(address)`` is the descriptor."""
+    """What a kernel reads or writes at a time of tensors of one shape: ``at(address)`` is the descriptor.
 
-    def __init__(self, shape, strides, block, dtype, swizzled=True):
+    ``swizzled``: how a tile lies in shared memory, which in Gluon is the kernel's to say; Triton's own compiler (not ``gluon``)
+    finds that itself."""
+
+    def __init__(self, shape, strides, block, dtype, swizzled=True, gluon=True):
         # no step is ever taken along a dimension of 1, but the strides of all must be multiples of 16 bytes
         unit = 16 // dtype.itemsize
         self.shape = [int(n) for n in shape]
         self.strides = [s if n > 1 else unit for n, s in zip(shape[:-1], strides[:-1], strict=True)] + [1]
         self.block = list(block)
-        bits = 8 * dtype.itemsize
-        swizzle = min(128, block[-1] * dtype.itemsize) if swizzled and len(block) > 1 else 0
-        self.layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(block))
+        self.layout = None
+        if gluon:
+            bits = 8 * dtype.itemsize
+            swizzle = min(128, block[-1] * dtype.itemsize) if swizzled and len(block) > 1 else 0
+            self.layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(block))
         self.dtype = dtype
         self.metadata = None  # how this binary's descriptor looks; set by Binary
         self.kept = {}
 
-    def example(self, tensor) -> TensorDescriptor:
-        return TensorDescriptor(tensor, self.shape, self.strides, self.block, self.layout)
+    def example(self, tensor) -> TensorDescriptor | GluonDescriptor:
+        if self.layout is None:
+            return TensorDescriptor(tensor, self.shape, self.strides, self.block)
+        return GluonDescriptor(tensor, self.shape, self.strides, self.block, self.layout)
 
     def at(self, address: int) -> tuple:
         found = self.kept.get(address)
@@ -111,6 +119,38 @@ class Binary:
             blocks, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments,
             *self.constants,
         )  # fmt: skip
+
+
+_binaries = {}
+
+
+class Boxed:
+    """A launch all of whose tensors are read or written in boxes, (1, *block) of each: ``boxed(*tensors)`` for tensors that are
+    laid out as those given here."""
+
+    def __init__(self, kernel, tensors, blocks, programs, integers, constants, gluon=True, **options):
+        self.index, self.programs, self.integers = tensors[0].get_device(), programs, integers
+        boxes = [
+            Box(t.shape, t.stride(), (1, *block), t.dtype, gluon=gluon)
+            for t, block in zip(tensors, blocks, strict=True)
+        ]
+        key = kernel, self.index, tensors[0].dtype, *constants.values(), *options.values()
+        binary = _binaries.get(key)
+        if binary is None:
+            examples = (*zip(boxes, tensors, strict=True), *integers)
+            binary = _binaries[key] = Binary(kernel, self.index, examples, constants, **options)
+        else:  # the boxes of a further launch learn from it how descriptors look
+            for box, like in zip(boxes, binary.boxes, strict=True):
+                box.metadata = like.metadata
+                if "at" in vars(like):
+                    box.at = box.shaped
+        self.binary, self.boxes = binary, boxes
+
+    def __call__(self, *tensors):
+        arguments = ()
+        for box, t in zip(self.boxes, tensors, strict=True):
+            arguments += box.at(t.data_ptr())
+        self.binary(self.programs, raw_stream(self.index), arguments + self.integers)
 
 
 def _direct(compiled, run, constants):

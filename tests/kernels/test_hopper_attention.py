@@ -257,6 +257,18 @@ def test_sections_of_heads_are_nearly_equal():
         assert section == 1 or section * mib <= 34 + mib
 
 
+def test_many_heads_go_in_sections_of_a_program_for_each_multiprocessor():
+    def choose(batch, rows, heads, d):
+        return hopper.choose_backward_section(batch * heads, rows * d * 8, rows // 128, 132)
+
+    # measured: AS-128-1024-causal, AS-128-2048-causal, AS-128-4096-causal's and longer ones' shape, AS-64-2048-causal
+    assert choose(16, 1024, 16, 128) == choose(8, 2048, 16, 128) == choose(8, 2048, 32, 64) == 8
+    assert (choose(1, 4096, 32, 128), choose(2, 8192, 16, 128)) == (4, 2)
+    # few such sections: as many heads as the L2 cache holds
+    assert (choose(1, 2048, 40, 128), choose(2, 2048, 12, 64)) == (14, 24)
+    assert choose(1, 2048, 129, 128) == 5  # 26 nearly equal ones, not 16 of 8 and one of 1
+
+
 def test_few_key_heads_are_split_until_the_card_is_full():
     assert hopper.choose_parts(16 * 2, 16, 132, True) == 16  # 528 programs are wanted, 512 are all there can be
     assert hopper.choose_parts(16 * 8, 5, 132, True) == 5  # any part, not only halves

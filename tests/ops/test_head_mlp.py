@@ -274,8 +274,8 @@ def boxed(monkeypatch, no_kept_plans):
     [
         ((2, 64, 128, 64), "contiguous"),
         ((2, 65, 128, 72), "contiguous"),  # one row and eight columns past a tile
-        ((3, 200, 80, 136), "heads inside"),
-        ((1, 33, 72, 8), "contiguous"),
+        ((3, 200, 144, 136), "heads inside"),
+        ((1, 33, 168, 8), "contiguous"),
         ((2, 150, 256, 40), "heads inside"),
         ((2, 70, 136, 24), "room behind"),
     ],
@@ -310,7 +310,7 @@ def test_what_has_no_descriptor_takes_pointers(boxed):
     x, w1, w2, b1, b2 = new(h, b, d), new(h, d, e, seed=2), new(h, e, d, seed=3), new(h, e, seed=4), new(h, d, seed=5)
     assert boxed(x, w1, w2, None, None, None)[1]
     odd = new(x.numel() + 1)[1:].view(x.shape)  # begins at no multiple of 16 bytes
-    narrow = new(h, b, 64), new(h, 64, e), new(h, e, 64)
+    narrow = new(h, b, 120), new(h, 120, e), new(h, e, 120)
     for call in (
         (odd, w1, w2, None, None, None),
         (x, w1, w2, b1, None, None),
@@ -881,7 +881,7 @@ def test_hopper_holds_the_float64_budget_with_the_same_bits(sizes, dtype):
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(3, 500, 128, 512), (40, 700, 80, 72), (2, 1000, 256, 200), (1, 33, 136, 8)], ids=str
+    "sizes", [(3, 500, 128, 512), (40, 700, 128, 72), (2, 1000, 256, 200), (1, 33, 136, 8)], ids=str
 )
 def test_on_the_card_tiles_by_descriptors_hold_the_budget_with_the_same_bits(sizes, dtype):
     if torch.cuda.get_device_capability() != (9, 0):

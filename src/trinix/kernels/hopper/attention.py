@@ -547,7 +547,9 @@ class _BackwardPlan:
             self.grid = min(self.grid, _multiprocessors(s.device))
         # a head that fills the card alone goes alone (AS-64-16384-causal, AS-128-16384-causal)
         several = bounded and 4 * key_blocks < 3 * _multiprocessors(s.device)
-        section = choose_section(out_heads, s.seq_q * c.d * 8 * (group // parts), 34 << 20) if several else 1
+        head_bytes = s.seq_q * c.d * 8 * (group // parts)
+        processors = _multiprocessors(s.device)
+        section = choose_backward_section(out_heads, head_bytes, key_blocks, processors) if several else 1
         device = q.device
         self.dk_shape = (*k.shape[:-2], s.key_heads * parts, s.d)
         self.dv_shape = (*v.shape[:-2], s.key_heads * parts, s.dv)
@@ -646,6 +648,15 @@ def choose_section(heads: int, head_bytes: int, most: int) -> int:
     while 4 * (_cdiv(heads, sections) * sections - heads) > _cdiv(heads, sections):
         sections += 1
     return _cdiv(heads, sections)
+
+
+def choose_backward_section(heads: int, head_bytes: int, key_blocks: int, multiprocessors: int) -> int:
+    """Of many heads as few as give every multiprocessor one program: who has had a short block begins the next section with a
+    long one, and half of the L2 cache holds it (AS-128-1024-causal 588.6 -> 544.7 us, AS-128-2048-causal 780.6 -> 761.2). Few such
+    sections would end on long blocks: 40 heads of 2048 rows 258.2 in sections of 14, 273.5 in sections of 8."""
+    held = choose_section(heads, head_bytes, 34 << 20)
+    one_each = min(8, max(1, multiprocessors // key_blocks))
+    return choose_section(heads, 1, one_each) if one_each < held and heads >= 8 * one_each else held
 
 
 def choose_parts(programs: int, group: int, multiprocessors: int, bounded: bool) -> int:

@@ -909,13 +909,18 @@ def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     assert not contract.fa4_is_faster(*long, 4)
     for call in ((128, 128, True, False, 16 * 16 * 1024, 1024), (128, 128, True, True, 16 * 16 * 1024, 1024)):
         assert first(*call) == ("hopper" if call[3] else "cudnn")
-    assert first(128, 128, True, True, 16 * 16 * 1024, 1024, fa4=True) == "flash_attn"
-    for rows, keys in ((8 * 16 * 2048, 2048), (16 * 16384, 16384)):
-        assert first(128, 128, True, True, rows, keys, fa4=True) == "flash_attn"
-        assert first(128, 128, True, True, rows, keys) == "hopper"
-        assert not contract.fa4_is_faster(128, 128, True, True, rows, keys, 4)
-        assert first(128, 128, False, True, rows, keys, fa4=True) == "hopper"
-    for rows, keys in ((40 * 2048, 2048), (4 * 16 * 4096, 4096), (2 * 16 * 8192, 8192)):
+    rows, keys = 16 * 16384, 16384
+    assert first(128, 128, True, True, rows, keys, fa4=True) == "flash_attn"
+    assert first(128, 128, True, True, rows, keys) == "hopper"
+    assert not contract.fa4_is_faster(128, 128, True, True, rows, keys, 4)
+    assert first(128, 128, False, True, rows, keys, fa4=True) == "hopper"
+    for rows, keys in (
+        (16 * 16 * 1024, 1024),
+        (8 * 16 * 2048, 2048),
+        (40 * 2048, 2048),
+        (4 * 16 * 4096, 4096),
+        (2 * 16 * 8192, 8192),
+    ):
         assert first(128, 128, True, True, rows, keys, fa4=True) == "hopper"
     assert contract.order((8, 0), 64, 64, True, True, 8, 8) == ("flash_attn", "cudnn", "triton")
 

@@ -120,7 +120,7 @@ def _sides(options):
     return tuple(None if side < 0 else side for side in (options.window_left, options.window_right))
 
 
-def _forward(name, q, k, v, options):
+def _forward(name, q, k, v, options, with_lse=True):
     module, causal = _module(name), options.window_right == 0
     ends_q, ends_k, most_q, most_k = _lengths(q, k, options)
     if name == _BUILT_IN:
@@ -133,7 +133,7 @@ def _forward(name, q, k, v, options):
         left, right = _sides(options)
         return module._flash_attn_fwd(
             q, k, v, softmax_scale=options.scale, causal=causal, softcap=options.softcap, window_size_left=left,
-            window_size_right=right, return_lse=True, **_given(ends_q, ends_k, most_q, most_k),
+            window_size_right=right, return_lse=with_lse, **_given(ends_q, ends_k, most_q, most_k),
         )[:2]  # fmt: skip
     shared = {
         "softmax_scale": options.scale, "causal": causal, "window_size_left": options.window_left,
@@ -225,6 +225,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
         out = _without_tail(out, options.cu_seqlens_q)
         lse = _without_tail(lse, options.cu_seqlens_q, float("-inf"), 1)
     return out, lse
+
+
+@_on_its_card
+def output(q: Tensor, k: Tensor, v: Tensor, options) -> Tensor:
+    """``forward`` for those who want no lse: FlashAttention 4 then has a kernel that stores none."""
+    out = _forward(_names(q, k, v, options, False)[0], q, k, v, options, with_lse=False)[0]
+    return out if options.cu_seqlens_q is None else _without_tail(out, options.cu_seqlens_q)
 
 
 @_on_its_card

@@ -241,8 +241,8 @@ def test_no_kernel_has_a_text_as_a_default():
 
 def test_every_head_mlp_kernel_is_listed(listed):
     forms = (*ops.KINDS, "silu-16", "silu-128", "silu-256", "silu-gated-64", "silu-gated-128", "silu-gated-256")
-    forms += ("silu-256-99k", "silu-gated-256-99k")
-    cases = [f"{form}/bfloat16" for form in (*forms, "silu-bias-mean", "silu-transposed", "silu-odd")]
+    forms += ("silu-256-99k", "silu-gated-256-99k", "silu-odd", "silu-odd-32", "silu-odd-both")
+    cases = [f"{form}/bfloat16" for form in (*forms, "silu-bias-mean", "silu-transposed")]
     cases += ["silu/float16", *(f"silu-{d}/float32" for d in (64, 128, 256))]
     wanted = {
         f"head_mlp/{form}/{way}/{dtype}" for form, dtype in (one.split("/") for one in cases) for way in ("fwd", "bwd")

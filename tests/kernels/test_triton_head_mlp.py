@@ -19,14 +19,14 @@ WANTED = {"x": (True, (False,) * 5), "w1": (False, (True, *[False] * 4)), "w2": 
 
 
 def backward(dtype, d, config, precision, want_x=True, wanted=(True, False, True, False, False), early=False):
-    layout = kernels.Layout(True, 16 // dtype.itemsize, False, False)
+    layout = kernels.Layout(True, 16 // dtype.itemsize, 16 // dtype.itemsize, False, False)
     return kernels.backward_launch(
         "silu", dtype, False, False, want_x, wanted, False, False, True, layout, d, config, precision, 32, early
     )
 
 
 def early():
-    dtype, layout, d = torch.bfloat16, kernels.Layout(True, 8, False, False), 64
+    dtype, layout, d = torch.bfloat16, kernels.Layout(True, 8, 8, False, False), 64
     for now in (True, False):
         config = kernels.choose_forward(2048, d, 2, False)
         forward = kernels.forward_launch(
@@ -45,7 +45,7 @@ def apart():
 
 
 def double():
-    dtype, layout = torch.float32, kernels.Layout(True, 4, False, False)
+    dtype, layout = torch.float32, kernels.Layout(True, 4, 4, False, False)
     for d, arch in ((16, 80), (64, 80), (128, 90), *[(256, 80)] * EVERY, (256, 90)):
         config = kernels.choose_forward(2048, d, 4, False)
         forward = kernels.forward_launch("silu", dtype, False, False, False, False, True, layout, d, config, "double", 32)

@@ -235,6 +235,26 @@ def test_few_programs_walk_over_e_in_wider_steps(monkeypatch):
     assert [c.hidden for c in seen] == [128, 64, 64]
 
 
+def test_what_is_read_along_d_has_wide_accesses_though_e_is_odd():
+    def units(d, e, w1=lambda t: t, w2=lambda t: t):
+        x, up, down = torch.empty(2, 5, d), w1(torch.empty(2, d, e)), w2(torch.empty(2, e, d))
+        strides = x.stride(), up.stride(), (0, 0, 1), down.stride(), x.stride()
+        layout, scaled = kernels.layout_of(2, e, strides)
+        along_d = layout.d_unit * scaled[1]  # x's rows
+        assert along_d == d
+        return layout.e_unit, layout.d_unit, layout.wide
+
+    def turned(t):
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+    assert units(80, 336) == (8, 8, True)
+    assert units(80, 333) == (1, 8, False)  # M-odd
+    assert units(81, 336) == (8, 1, False)  # rows of W1 begin at multiples of 336, x's do not
+    assert units(80, 333, w1=turned) == (1, 8, False)
+    assert units(80, 333, w2=turned) == (1, 8, False)
+    assert units(80, 333, w1=lambda t: t.expand(2, 80, 333)[:, :, ::2]) == (1, 1, False)
+
+
 class Boxed:
     """``trinix.kernels._binary.Boxed`` in the interpreter."""
 

@@ -181,9 +181,9 @@ def formula(kind: str, dtype: torch.dtype, lanes: int) -> tuple:
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------------
-# Sizes and strides are unspecialised, so that one binary serves every size and the launch key stays short. E and all outer
-# strides come in UNITs, a common divisor: from the product with a constant the compiler proves the alignment that wide
-# accesses need. INNER: the inner strides are all 1. EVEN: E is a multiple of BE. Rows past B are loaded as zeros: their dY
+# Sizes and strides are unspecialised, so that one binary serves every size and the launch key stays short. E and the outer
+# strides of what is read along E come in E_UNITs, those of what is read along D in D_UNITs, common divisors: from the product
+# with a constant the compiler proves the alignment that wide accesses need. INNER: the inner strides are all 1. EVEN: E is a multiple of BE. Rows past B are loaded as zeros: their dY
 # is 0, so they add nothing to any gradient; so do columns past E, since the rows of W2 there are 0.
 # A weight comes as (outer, inner) strides of its matrix; W1_T, W2_T: the matrix lies transposed in memory, [E, D] for W1 and
 # its gate, [D, E] for W2, as the weight of a linear layer does, and is read along its rows as they lie.
@@ -317,16 +317,19 @@ def _forward(
     wg_h: "i64", wg_o: "i64", wg_i: "i64", w2_h: "i64", w2_o: "i64", w2_i: "i64", o_h: "i64", o_b: "i64", o_d: "i64",
     VALUE: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
     HAS_B2: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr, EVEN: tl.constexpr, INNER: tl.constexpr,
-    UNIT: tl.constexpr,
+    E_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:  # it touches no tensor before all work in front has ended, and what that wrote can be read
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    E *= UNIT
-    x_h, x_b, w1_h, w1_o, wg_h, wg_o = x_h * UNIT, x_b * UNIT, w1_h * UNIT, w1_o * UNIT, wg_h * UNIT, wg_o * UNIT
-    w2_h, w2_o, o_h, o_b = w2_h * UNIT, w2_o * UNIT, o_h * UNIT, o_b * UNIT
+    W1_UNIT: tl.constexpr = D_UNIT if W1_T else E_UNIT
+    W2_UNIT: tl.constexpr = E_UNIT if W2_T else D_UNIT
+    E *= E_UNIT
+    x_h, x_b, o_h, o_b = x_h * D_UNIT, x_b * D_UNIT, o_h * D_UNIT, o_b * D_UNIT
+    w1_h, w1_o, wg_h, wg_o = w1_h * W1_UNIT, w1_o * W1_UNIT, wg_h * W1_UNIT, wg_o * W1_UNIT
+    w2_h, w2_o = w2_h * W2_UNIT, w2_o * W2_UNIT
     if INNER:
         x_d, w1_i, wg_i, w2_i, o_d = 1, 1, 1, 1, 1
     tiles = tl.cdiv(B, BB)
@@ -559,16 +562,26 @@ def _backward(
     VALUE: tl.constexpr, DX: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, GATED: tl.constexpr, HAS_B1: tl.constexpr,
     WANT_X: tl.constexpr, WANT_W1: tl.constexpr, WANT_WG: tl.constexpr, WANT_W2: tl.constexpr, WANT_B1: tl.constexpr,
     WANT_B2: tl.constexpr, SHARED: tl.constexpr, MEAN: tl.constexpr, W1_T: tl.constexpr, W2_T: tl.constexpr,
-    EVEN: tl.constexpr, INNER: tl.constexpr, UNIT: tl.constexpr,
+    EVEN: tl.constexpr, INNER: tl.constexpr, E_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:  # it touches no tensor before all work in front has ended, and what that wrote can be read
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    E *= UNIT
-    x_h, x_b, w1_h, w1_o, wg_h, wg_o = x_h * UNIT, x_b * UNIT, w1_h * UNIT, w1_o * UNIT, wg_h * UNIT, wg_o * UNIT
-    w2_h, w2_o, y_h, y_b, dx_h, dx_b = w2_h * UNIT, w2_o * UNIT, y_h * UNIT, y_b * UNIT, dx_h * UNIT, dx_b * UNIT
+    W1_UNIT: tl.constexpr = D_UNIT if W1_T else E_UNIT
+    W2_UNIT: tl.constexpr = E_UNIT if W2_T else D_UNIT
+    E *= E_UNIT
+    x_h, x_b, y_h, y_b, dx_h, dx_b = (
+        x_h * D_UNIT,
+        x_b * D_UNIT,
+        y_h * D_UNIT,
+        y_b * D_UNIT,
+        dx_h * D_UNIT,
+        dx_b * D_UNIT,
+    )
+    w1_h, w1_o, wg_h, wg_o = w1_h * W1_UNIT, w1_o * W1_UNIT, wg_h * W1_UNIT, wg_o * W1_UNIT
+    w2_h, w2_o = w2_h * W2_UNIT, w2_o * W2_UNIT
     if INNER:
         x_d, w1_i, wg_i, w2_i, y_d, dx_d = 1, 1, 1, 1, 1, 1
     pid = tl.program_id(0)
@@ -663,7 +676,7 @@ def choose_boxed(config: Config, d: int, itemsize: int, layout: "Layout") -> boo
     """Whether Hopper's copy engine fetches the tiles of a plain forward call: M-6 233.8 us for 269.8, M-7 256.4 for 263.8; at D = 64 (M-4)
     it gains nothing, and of 80 columns it copies 128 (39.0 us for 33.2). Rows have to begin at multiples of 16 bytes, and tensor
     cores want 64 of them."""
-    lies_so = layout.unit > 1 and not (layout.w1_transposed or layout.w2_transposed)
+    lies_so = layout.wide and not (layout.w1_transposed or layout.w2_transposed)
     return itemsize == 2 and d >= 128 and config.rows >= 64 and lies_so
 
 
@@ -728,7 +741,7 @@ def forward_launch(
     return _FORWARD.bind(
         num_warps=config.num_warps, num_stages=config.num_stages,
         VALUE=value, A=a, B_=b, GATED=gated, HAS_B1=has_b1, HAS_B2=has_b2, MEAN=mean, W1_T=layout.w1_transposed,
-        W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d, BD=_tile_of(d), BB=config.rows,
+        W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, E_UNIT=layout.e_unit, D_UNIT=layout.d_unit, D=d, BD=_tile_of(d), BB=config.rows,
         BE=config.hidden, PRECISION=precision, DEPENDENT=dependent, launch_pdl=dependent,
     )  # fmt: skip
 
@@ -744,7 +757,7 @@ def backward_launch(
     return _BACKWARD.bind(
         num_warps=config.num_warps, num_stages=config.num_stages,
         VALUE=value, DX=dx, A=a, B_=b, GATED=gated, HAS_B1=has_b1, WANT_X=want_x, **want, SHARED=shared, MEAN=mean,
-        W1_T=layout.w1_transposed, W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, UNIT=layout.unit, D=d,
+        W1_T=layout.w1_transposed, W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, E_UNIT=layout.e_unit, D_UNIT=layout.d_unit, D=d,
         BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION=precision, DEPENDENT=dependent, launch_pdl=dependent,
     )  # fmt: skip
 
@@ -783,9 +796,14 @@ class Layout(NamedTuple):
     """What the kernels are told at compile time of where their tensors lie."""
 
     inner: bool  # all inner strides are 1
-    unit: int  # the common divisor in which E and the other strides are counted
+    e_unit: int  # the common divisor in which E and the outer strides of what is read along E are counted
+    d_unit: int  # the same of what is read along D
     w1_transposed: bool
     w2_transposed: bool
+
+    @property
+    def wide(self) -> bool:
+        return self.e_unit > 1 and self.d_unit > 1
 
 
 def layout_of(itemsize: int, e: int, strides: tuple) -> tuple[Layout, tuple]:
@@ -795,11 +813,18 @@ def layout_of(itemsize: int, e: int, strides: tuple) -> tuple[Layout, tuple]:
     w1, wg = ((s[0], s[2], s[1]) if turned[0] else s for s in (w1, wg))
     w2 = (w2[0], w2[2], w2[1]) if turned[1] else w2
     ordered = (x, w1, wg, w2, *others)
-    unit = 16 // itemsize
+    along_e = (False, not turned[0], not turned[0], turned[1], *[False] * len(others))
     inner = all(s[2] == 1 for s in ordered)
-    if not inner or any(n % unit for n in (e, *(n for s in ordered for n in s[:2]))):
-        unit = 1
-    return Layout(inner, unit, *turned), tuple(n for s in ordered for n in (s[0] // unit, s[1] // unit, s[2]))
+
+    def unit(*numbers):
+        wide = 16 // itemsize
+        return 1 if not inner or any(n % wide for n in numbers) else wide
+
+    e_unit = unit(e, *(n for s, along in zip(ordered, along_e, strict=True) for n in s[:2] if along))
+    d_unit = unit(*(n for s, along in zip(ordered, along_e, strict=True) for n in s[:2] if not along))
+    units = [e_unit if along else d_unit for along in along_e]
+    scaled = tuple(n for s, one in zip(ordered, units, strict=True) for n in (s[0] // one, s[1] // one, s[2]))
+    return Layout(inner, e_unit, d_unit, *turned), scaled
 
 
 def _strides(t: torch.Tensor | None, like: torch.Tensor | None = None) -> tuple[int, int, int]:
@@ -871,7 +896,7 @@ def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides,
         s[0] > 0 and s[1] > 0 for s in (x, w1, w2, o)
     )  # not x for all heads, nor a row that is repeated
     layout, strides = layout_of(dtype.itemsize, e, strides)
-    config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.unit > 1, mean, index)
+    config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.wide, mean, index)
     precision = precision_of(dtype, _card(index)[2])
     even = e % config.hidden == 0
     blocks = -(-b // config.rows) * (1 if mean else h)
@@ -880,7 +905,7 @@ def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides,
     launch = forward_launch(
         kind, dtype, gated, has_b1, has_b2, mean, even, layout, d, config, precision, LANES, _dependent(index)
     )
-    return launch, blocks, (h, b, e // layout.unit, *strides)
+    return launch, blocks, (h, b, e // layout.e_unit, *strides)
 
 
 def _pointers(x, e, *tensors):
@@ -925,7 +950,7 @@ def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, share
     """The launches of a backward call."""
     layout, strides = layout_of(dtype.itemsize, e, strides)
     processors, kib, double = _card(index)
-    wide = layout.unit > 1
+    wide = layout.wide
     plain = wide and not gated and not any(wanted[3:])
     alone = choose_apart(b, 1 if shared else h, d, dtype.itemsize, plain, processors, kib)
     parts = [(choose_backward(b, d, dtype.itemsize, gated, wide, roomy=kib >= ROOMY_KIB), want_x, wanted)]
@@ -946,7 +971,7 @@ def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, share
         dy_bytes = b * d * dtype.itemsize * (1 if mean else h)
         splits = choose_splits(programs, b, config.rows, elements, dy_bytes, processors, alone)
         rows = -(-b // config.rows) * (1 if shared else h) if with_x else 0
-        scalars = (programs * splits, splits, h, b, e // layout.unit, *strides)
+        scalars = (programs * splits, splits, h, b, e // layout.e_unit, *strides)
         launches.append((launch, programs * splits + rows, splits, scalars, of_weights))
     return tuple(launches)
 
@@ -1011,20 +1036,17 @@ def compile_cases(lanes: int = LANES):
     def pair(name, kind, d, dtype, gated=False, bias=False, mean=False, w_transposed=False, even=True, roomy=True):
         """Forward's case and backward's."""
         precision = precision_of(dtype, False)
-        suffix, unit = str(dtype).removeprefix("torch."), 16 // dtype.itemsize if even else 1
-        t, layout, wanted = (
-            POINTERS[suffix],
-            Layout(True, unit, w_transposed, w_transposed),
-            (True, gated, True, bias, bias),
-        )
+        suffix, unit = str(dtype).removeprefix("torch."), 16 // dtype.itemsize
+        layout = Layout(True, unit if even else 1, 1 if d % unit else unit, w_transposed, w_transposed)
+        t, wanted = POINTERS[suffix], (True, gated, True, bias, bias)
         config = choose_forward(b, d, dtype.itemsize, gated, even, lanes, roomy)
         fwd = forward_launch(kind, dtype, gated, bias, bias, mean, even, layout, d, config, precision, lanes)
         config = choose_backward(b, d, dtype.itemsize, gated, even, lanes, roomy)
         bwd = backward_launch(
             kind, dtype, gated, bias, True, wanted, mean, mean, even, layout, d, config, precision, lanes
         )
-        # an odd E leaves accesses of one element; narrow tiles and AMD's stores of products are no wider than this
-        bits = 8 * dtype.itemsize if not even else 32 if d < 64 else 64
+        # an odd D leaves accesses of one element; narrow tiles and AMD's stores of products are no wider than this
+        bits = 8 * dtype.itemsize if d % unit else 32 if d < 64 else 64
         yield compile_case(f"head_mlp/{name}/fwd/{suffix}", fwd, 0.0, (t,) * 7, (), bits)
         yield compile_case(f"head_mlp/{name}/bwd/{suffix}", bwd, 0.0, (t,) * 12, (), bits)
 
@@ -1038,7 +1060,8 @@ def compile_cases(lanes: int = LANES):
         yield from pair(f"silu-{gate}256-99k", "silu", 256, torch.bfloat16, gated=bool(gate), roomy=False)
     yield from pair("silu-bias-mean", "silu", 64, torch.bfloat16, bias=True, mean=True)
     yield from pair("silu-transposed", "silu", 64, torch.bfloat16, w_transposed=True)
-    yield from pair("silu-odd", "silu", 80, torch.bfloat16, even=False)
+    for name, d in (("odd", 80), ("odd-32", 32), ("odd-both", 81)):
+        yield from pair(f"silu-{name}", "silu", d, torch.bfloat16, even=False)
     yield from pair("silu", "silu", 64, torch.float16)
     for d in (64, 128, 256):
         yield from pair(f"silu-{d}", "silu", d, torch.float32)

@@ -238,7 +238,7 @@ def test_few_programs_walk_over_e_in_wider_steps(monkeypatch):
 def test_what_is_read_along_d_has_wide_accesses_though_e_is_odd():
     def units(d, e, w1=lambda t: t, w2=lambda t: t):
         x, up, down = torch.empty(2, 5, d), w1(torch.empty(2, d, e)), w2(torch.empty(2, e, d))
-        strides = x.stride(), up.stride(), (0, 0, 1), down.stride(), x.stride()
+        strides = x.stride(), up.stride(), kernels._strides(None, up), down.stride(), x.stride()
         layout, scaled = kernels.layout_of(2, e, strides)
         along_d = layout.d_unit * scaled[1]  # x's rows
         assert along_d == d

@@ -278,6 +278,7 @@ class Boxed:
 def boxed(monkeypatch, no_kept_plans):
     """Forward as on Hopper; a function that tells whether a call's tiles came by descriptors."""
     monkeypatch.setattr(kernels, "_takes_boxes", lambda index: True)
+    monkeypatch.setattr(_launch._State, "off", None)  # the interpreter's reason
     monkeypatch.setattr(_binary, "Boxed", Boxed)
 
     def forward(*inputs, kind="silu", mean=False):
@@ -322,7 +323,7 @@ def test_tiles_by_descriptors_hold_the_budget_at_odd_sizes_and_strides(kind, siz
             inputs = x, w1, w2, None, None, None
 
 
-def test_what_has_no_descriptor_takes_pointers(boxed):
+def test_what_has_no_descriptor_takes_pointers(boxed, monkeypatch):
     def new(*shape, seed=1):
         return normal(shape, torch.bfloat16, seed=seed)
 
@@ -354,6 +355,8 @@ def test_what_has_no_descriptor_takes_pointers(boxed):
         low = reference.forward(*call, "silu", False)
         assert_within_budget([y], [low], [reference.forward(*wide, "silu", False)])
     assert not boxed(x, w1, w2, None, None, None, mean=True)[1]
+    monkeypatch.setattr(_launch._State, "off", "TRINIX_FAST_LAUNCH=0")
+    assert not boxed(x, w1, w2, None, None, None)[1]
 
 
 @pytest.mark.usefixtures("no_kept_plans")

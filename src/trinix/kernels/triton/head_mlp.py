@@ -33,7 +33,7 @@ import triton.language as tl
 
 from trinix.kernels.triton import activation, norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, _State
 from trinix.kernels.triton.activation import DTYPES, LANES
 
 MOST_D = 256  # a tile holds whole rows of X
@@ -887,10 +887,10 @@ class _BoxedForward:
 
 
 @functools.cache
-def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides, index, aligned):
-    """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o; ``aligned``: all begin at multiples of 16
-    bytes."""
-    boxed = aligned and not (gated or has_b1 or has_b2 or mean) and _takes_boxes(index)
+def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides, index, describable):
+    """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o; ``describable``: fast launches are on, which
+    descriptors need, and all tensors begin at multiples of 16 bytes."""
+    boxed = describable and not (gated or has_b1 or has_b2 or mean) and _takes_boxes(index)
     x, w1, _, w2, o = strides
     boxed = boxed and all(
         s[0] > 0 and s[1] > 0 for s in (x, w1, w2, o)
@@ -926,7 +926,7 @@ def _plan_of(x, w1, w2, b1, b2, w_gate, kind, mean, o):
     return _forward_plan(
         kind, x.dtype, h, x.shape[-2], d, e, w_gate is not None, b1 is not None, b2 is not None, mean,
         (_strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), _strides(o)), x.get_device(),
-        not (x.data_ptr() | w1.data_ptr() | w2.data_ptr()) & 15,
+        not _State.off and not (x.data_ptr() | w1.data_ptr() | w2.data_ptr()) & 15,
     )  # fmt: skip
 
 

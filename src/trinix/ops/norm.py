@@ -216,7 +216,8 @@ def _checked_shape(op: str, x, normalized_shape, weight, bias) -> tuple[int, ...
         raise TypeError(f"{op}: normalized_shape must be an int or a tuple of ints, got {got}; it stands before weight")
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
-            f"{op}: normalized_shape must be the last dimensions of x, whose shape is {list(x.shape)}, got {list(shape)}"
+            f"{op}: normalized_shape must be the last dimensions of x, whose shape is {list(x.shape)}, got {list(shape)}; "
+            "for the last one alone pass x.shape[-1]"
         )
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import trinix
 from helpers import Tagged, Watch, captured, dense, right_or_refused, same, skip_below
+from trinix.kernels.torch import activation as reference
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import activation as kernels
 from trinix.ops import KINDS, activation
@@ -877,11 +878,28 @@ def _gradient_that_forgets_dy(x, dy, a, b):
 
 @pytest.fixture
 def no_kept_launches():
-    for cache in (kernels.flat_launches, kernels._bound):
+    caches = kernels.flat_launches, kernels._bound, kernels._dense_forward, kernels._dense_backward
+    for cache in caches:
         cache.cache_clear()
     yield
-    for cache in (kernels.flat_launches, kernels._bound):
+    for cache in caches:
         cache.cache_clear()
+
+
+def test_a_call_is_not_launched_as_one_that_lies_otherwise():
+    """What is kept of a call goes by all that decides its launch."""
+    x = normal((4, 6), torch.float32, seed=1)
+    wide = normal((8, 6), torch.float32, seed=2)
+    for kind, a in (("silu", 0.0), ("relu", 0.0), ("leaky_relu", 0.1), ("leaky_relu", 0.2)):
+        for t in (x, x.half(), x.t(), wide, wide[::2], x[:2], wide.view(2, 4, 6), x[:0]):
+            wanted = reference.forward(t.double(), kind, a, 0.0)
+            for _ in range(2):
+                y, saved = kernels.forward_saving(t, kind, a, 0.0)
+                dx = kernels.backward(saved, torch.ones_like(y), kind, a, 0.0, y.stride())
+                leaf = t.double().requires_grad_()
+                (slope,) = torch.autograd.grad(reference.forward(leaf, kind, a, 0.0).sum(), leaf)
+                torch.testing.assert_close(y.double(), wanted, rtol=2e-3, atol=1e-6)
+                torch.testing.assert_close(dx.double(), slope, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.usefixtures("no_kept_launches")

@@ -153,7 +153,10 @@ def mish(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, *, backend: str = "auto") -> Tensor:
     """x where x > 0, else ``negative_slope`` x; see ``activation``."""
-    return _activation(x, "leaky_relu", dispatch.number("leaky_relu", "negative_slope", negative_slope), 0.0, backend)
+    slope = (
+        dispatch.number("leaky_relu", "negative_slope", negative_slope) + 0.0
+    )  # -0.0 and 0.0 are one: launches are kept by it
+    return _activation(x, "leaky_relu", slope, 0.0, backend)
 
 
 def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:

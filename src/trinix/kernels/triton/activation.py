@@ -7,6 +7,7 @@ Floor: forward 2 * itemsize bytes an element, backward 3 * itemsize; relu with i
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, Repeated
 
 # ---- formulas: value(x) and dx(x, dy), float32 in and out; a, b are the kind's parameters ------------------------------
 
@@ -447,16 +448,55 @@ def mask_launches(leaky: bool = False, lanes: int = LANES) -> tuple[Launch, Laun
 MASKED = ("relu", "leaky_relu")  # kinds whose backward needs to know one bit of an element
 
 
+# What follows from how a call's tensors lie is kept, so that a call like one before computes none of it.
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_dense(shape: tuple, strides: tuple) -> bool:
+    """Whether the elements lie as those of ``torch.empty_like``: one behind the other."""
+    like = torch.empty_strided(shape, strides, device="meta")
+    return like.is_contiguous() or strides == torch.empty_like(like).stride()
+
+
+@functools.lru_cache(maxsize=4096)
+def _dense_forward(kind, dtype, shape, strides, a, b, index) -> Repeated | None:
+    """None for what is not dense, or empty."""
+    n = math.prod(shape)
+    if not n or not _is_dense(shape, strides):
+        return None
+    block, launch, _ = flat_launches(kind, dtype)
+    return launch.repeated(-(-n // block), (n, a, b), index, (dtype, dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _masked_forward(kind, dtype, shape, strides, a, index) -> tuple[Repeated, int] | None:
+    """(the launch, bytes of the mask)."""
+    n = math.prod(shape)
+    if not n or not _is_dense(shape, strides):
+        return None
+    tiles = -(-n // (8 * MASK_COLS))
+    launch = mask_launches(kind == "leaky_relu")[0]
+    return launch.repeated(tiles, (n, a), index, (dtype, dtype, torch.uint8)), tiles * MASK_COLS
+
+
+@functools.lru_cache(maxsize=4096)
+def _dense_backward(kind, saved, dtype, n, a, b, index) -> Repeated:
+    """``saved``: the dtype of what forward saved."""
+    dtypes = saved, dtype, dtype
+    if saved == torch.uint8:
+        return mask_launches(kind == "leaky_relu")[1].repeated(-(-n // (8 * MASK_COLS)), (n, a), index, dtypes)
+    block, _, launch = flat_launches(kind, dtype)
+    return launch.repeated(-(-n // block), (n, a, b), index, dtypes)
+
+
 def forward(x: torch.Tensor, kind: str, a: float, b: float) -> torch.Tensor:
     """y in the layout ``torch.empty_like(x)`` gives."""
     y = torch.empty_like(x)
-    n = x.numel()
-    if not n:
-        return y
-    if x.is_contiguous() or x.stride() == y.stride():
-        block, launch, _ = flat_launches(kind, x.dtype)
-        launch(-(-n // block), (x, y), (n, a, b))
-    else:
+    launch = _dense_forward(kind, x.dtype, x.shape, x.stride(), a, b, x.get_device())
+    if launch is not None:
+        if not launch.at((x.data_ptr(), y.data_ptr())):
+            launch.of(x, y)
+    elif x.numel():
         _strided(y, (x,), (a, b), _FORWARD_STRIDED, {"VALUE": formula(kind, x.dtype)[0]})
     return y
 
@@ -465,14 +505,15 @@ def forward_saving(x: torch.Tensor, kind: str, a: float, b: float) -> tuple[torc
     """(y, what backward needs): x itself; for ``MASKED`` kinds of a dense x the bit mask, for relu of a strided x y."""
     if kind not in MASKED:
         return forward(x, kind, a, b), x
-    y = torch.empty_like(x)
-    n = x.numel()
-    if not n or x.stride() != y.stride():
+    plan = _masked_forward(kind, x.dtype, x.shape, x.stride(), a, x.get_device())
+    if plan is None:
         y = forward(x, kind, a, b)
         return y, y if kind == "relu" else x
-    tiles = -(-n // (8 * MASK_COLS))
-    mask = torch.empty(tiles * MASK_COLS, dtype=torch.uint8, device=x.device)
-    mask_launches(kind == "leaky_relu")[0](tiles, (x, y, mask), (n, a))
+    launch, mask_bytes = plan
+    y = torch.empty_like(x)
+    mask = torch.empty(mask_bytes, dtype=torch.uint8, device=x.device)
+    if not launch.at((x.data_ptr(), y.data_ptr(), mask.data_ptr())):
+        launch.of(x, y, mask)
     return y, mask
 
 
@@ -482,13 +523,10 @@ def backward(saved: torch.Tensor, dy: torch.Tensor, kind: str, a: float, b: floa
     n = dy.numel()
     if dy.stride() == layout and (masked or saved.stride() == layout):
         dx = torch.empty_like(dy)
-        if not n:
-            return dx
-        if masked:
-            mask_launches(kind == "leaky_relu")[1](-(-n // (8 * MASK_COLS)), (saved, dy, dx), (n, a))
-        else:
-            block, _, launch = flat_launches(kind, dy.dtype)
-            launch(-(-n // block), (saved, dy, dx), (n, a, b))
+        if n:
+            launch = _dense_backward(kind, saved.dtype, dy.dtype, n, a, b, dy.get_device())
+            if not launch.at((saved.data_ptr(), dy.data_ptr(), dx.data_ptr())):
+                launch.of(saved, dy, dx)
         return dx
     dx = torch.empty_strided(dy.shape, layout, dtype=dy.dtype, device=dy.device)
     if n:

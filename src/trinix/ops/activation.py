@@ -153,10 +153,8 @@ def mish(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, *, backend: str = "auto") -> Tensor:
     """x where x > 0, else ``negative_slope`` x; see ``activation``."""
-    slope = (
-        dispatch.number("leaky_relu", "negative_slope", negative_slope) + 0.0
-    )  # -0.0 and 0.0 are one: launches are kept by it
-    return _activation(x, "leaky_relu", slope, 0.0, backend)
+    slope = dispatch.number("leaky_relu", "negative_slope", negative_slope)
+    return _activation(x, "leaky_relu", slope + 0.0, 0.0, backend)  # launches are kept by it, to which -0.0 is 0.0
 
 
 def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:

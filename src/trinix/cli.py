@@ -42,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--resume",
         action="store_true",
-        help="keep the finished cases of <family>.jsonl.partial, of this card, commit and versions only, and run the others, and those "
-        "that lack an --impl of this run",
+        help="keep the finished cases of <family>.jsonl.partial, or else of <family>.jsonl, of this card, commit and versions only, and "
+        "run the others, and those that lack an --impl of this run",
     )
     bench.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
     bench.add_argument(

@@ -258,6 +258,17 @@ def test_after_ctrl_c_a_resumed_run_does_the_rest_only(tmp_path, screen, monkeyp
     assert cases_in(tmp_path / "cpu" / "activation.jsonl") == ["relu-tiny", "mish-tiny"]
 
 
+def test_a_resumed_suite_does_not_measure_finished_files_again(tmp_path, screen, monkeypatch):
+    bench_cases(CASES, tmp_path, screen)
+    path = tmp_path / "cpu" / "activation.jsonl"
+    before = path.read_bytes()
+    stopping(monkeypatch, AssertionError("a finished case ran again"), at=0)
+    code, said = bench_cases(CASES, tmp_path, screen, resume=True)
+    assert code == 0
+    assert "mish-tiny" in said
+    assert path.read_bytes() == before
+
+
 def test_a_resumed_run_measures_the_implementations_that_are_missing(tmp_path, screen, monkeypatch):
     path = tmp_path / "cpu" / "activation.jsonl"
     bench_cases(CASES, tmp_path, screen, impls=["trinix"], ids=["mish-*"])

@@ -151,7 +151,24 @@ def test_what_this_run_s_like_left_is_resumed(tmp_path):
     file.add([two])
     assert file.lines == [one, two]
     assert record.read(file.finish()) == [one, two]
-    assert record.ResultFile(tmp_path, "activation", resume=True).lines == []
+    assert record.ResultFile(tmp_path, "activation").lines == []
+    (tmp_path / "activation.jsonl.partial").unlink()
+    again = record.ResultFile(tmp_path, "activation", resume=True)  # of a suite that was interrupted later
+    assert again.lines == [one, two]
+    again.add([some("three")])
+    assert [line["case"] for line in record.read(again.finish())] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(("name", "other"), [("commit", "0000000"), ("gpu", "another"), ("versions", {"torch": "0"})])
+def test_a_finished_file_of_another_card_commit_or_version_is_measured_anew(name, other, tmp_path):
+    file = record.ResultFile(tmp_path, "activation")
+    file.add([some("one"), some("two") | {name: other}])
+    path = file.finish()
+    before = path.read_bytes()
+    again = record.ResultFile(tmp_path, "activation", resume=True)
+    assert again.lines == []
+    again.interrupt()
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])

@@ -129,8 +129,8 @@ def _collect(
 ) -> tuple[list[dict], bool]:
     """Run the built cases file by file into their result files; (lines, whether Ctrl-C ended it).
 
-    With ``ids``, only cases whose id matches one of these patterns are run. With ``resume``, cases that the partial file
-    holds with every implementation asked for are not run again; others are, with all that either run names, since only what
+    With ``ids``, only cases whose id matches one of these patterns are run. With ``resume``, cases that the partial file,
+    or a finished one of this commit, holds with every implementation asked for are not run again; others are, with all that either run names, since only what
     was interleaved can be compared. A file is finished once it has every case of ``cases``; until then it stays partial.
     """
     built = _chosen(cases, ())

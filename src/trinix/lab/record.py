@@ -82,22 +82,29 @@ class ResultFile:
     """Lines of one op. ``add`` appends to ``<op>.jsonl.partial``, which ``finish`` renames: a complete run replaces the
     last result in one step; an interrupted one leaves its finished lines in the partial file and the last result alone.
 
-    ``resume`` keeps what the partial file holds: ``lines``, all of this card, these versions and this commit.
+    ``resume`` keeps what the partial file holds: ``lines``, all of this card, these versions and this commit. Where there is none,
+    what a finished file of such lines holds: of a suite that was interrupted the files before are not run again.
     """
 
     def __init__(self, folder: Path, op: str, *, resume: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{op}.jsonl"
         self.partial = folder / f"{op}.jsonl.partial"
-        self.lines = _resumed(self.partial) if resume and self.partial.exists() else []
-        self._file = self.partial.open("a" if self.lines else "w", encoding="utf-8")
+        going_on = resume and self.partial.exists()
+        self.lines = _resumed(self.partial) if going_on else _finished(self.path) if resume else []
+        self._file = self.partial.open("a" if going_on else "w", encoding="utf-8")
+        if not going_on:
+            self._write(self.lines)
 
     def add(self, lines: Iterable[dict]) -> None:
         """The lines of one case, in one write: a run that is killed leaves whole cases."""
         lines = list(lines)
+        self._write(lines)
+        self.lines += lines
+
+    def _write(self, lines: list[dict]) -> None:
         self._file.write("".join(json.dumps(one, allow_nan=False) + "\n" for one in lines))
         self._file.flush()
-        self.lines += lines
 
     def put(self, case: str, lines: Iterable[dict]) -> None:
         """As ``add``, in the place of the lines that the case may have."""
@@ -140,6 +147,14 @@ def _resumed(partial: Path) -> list[dict]:
                     "commit and one set of versions: finish it there, or move it away"
                 )
     return lines
+
+
+def _finished(path: Path) -> list[dict]:
+    """The lines of a finished file if they are of this card, these versions and this commit, else none."""
+    if not path.exists():
+        return []
+    lines, here = read(path), stamp()
+    return lines if all(one[name] == here[name] for one in lines for name in here) else []
 
 
 def read(path: Path) -> list[dict]:

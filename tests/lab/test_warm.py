@@ -69,9 +69,11 @@ def test_a_process_that_is_killed_leaves_the_rest_to_the_clocks(monkeypatch):
     assert warm.compile_all([case()], ["trinix"], 1) == ["a process has ended: killed"]
 
 
-@pytest.mark.parametrize("ids", [(), ["b*"]])
-def test_clocks_start_after_it(monkeypatch, tmp_path, ids):
+@pytest.mark.parametrize(("ids", "resume"), [((), False), (["b*"], False), ((), True)], ids=str)
+def test_clocks_start_after_it_and_what_a_resumed_run_has_is_not_compiled(monkeypatch, tmp_path, ids, resume):
     order = []
+    line = {"case": "a", "impl": "trinix"}
+    monkeypatch.setattr(bench.record, "kept", lambda folder, name: [line] if folder.parent == tmp_path else [])
     monkeypatch.setattr(device, "card", lambda *index: device.Card("Some card", "sm_90", 132, 80.0))
 
     def compile_all(cases, impls, processes, *, progress):
@@ -81,6 +83,6 @@ def test_clocks_start_after_it(monkeypatch, tmp_path, ids):
     monkeypatch.setattr(bench.ahead, "compile_all", compile_all)
     monkeypatch.setattr(bench, "_on_gpu", lambda *call: order.append("clocks") or 0)
     screen = Console(file=io.StringIO(), width=200)
-    assert bench.bench_cases([case("a"), case("b")], ["trinix"], tmp_path, screen, ids=ids, warm=4) == 0
-    assert order == [["a", "b"] if not ids else ["b"], "clocks"]
+    assert bench.bench_cases([case("a"), case("b")], ["trinix"], tmp_path, screen, ids=ids, resume=resume, warm=4) == 0
+    assert order == [["b"] if ids or resume else ["a", "b"], "clocks"]
     assert "1 could not be compiled ahead: no" in screen.file.getvalue()

@@ -76,7 +76,12 @@ def bench_cases(
     if card:
         console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
         if warm:
-            _compile_ahead(_chosen(cases, ids), impls, warm, console)
+            todo = _chosen(cases, ids)
+            if resume:
+                lines = [one for name in _files(todo) for one in record.kept(out / card.slug, name)]
+                found = _found(lines)
+                todo = [c for c in todo if _is_left(c, impls, found)]
+            _compile_ahead(todo, impls, warm, console)
         return _on_gpu(cases, impls, out / card.slug, console, runs, chosen)
     if warm:
         console.print("No GPU here: nothing is compiled ahead (--warm).")
@@ -138,18 +143,15 @@ def _collect(
     lines: list[dict] = []
     with _progress(console) as progress:
         task = progress.add_task("", total=len(chosen))
-        for name in dict.fromkeys(c.file or c.op for c in chosen):
+        for name in _files(chosen):
             wanted = {c.id for c in built if (c.file or c.op) == name}
             file = record.ResultFile(folder, name, resume=resume)
-            found = {}
-            for one in file.lines:
-                found.setdefault(one["case"], set()).add(one["impl"])
+            found = _found(file.lines)
             try:
                 for case in (c for c in chosen if c.id in wanted):
                     progress.update(task, description=case.id)
-                    there = found.get(case.id, set())
-                    if not there or _missing(case, impls, there):
-                        found[case.id] = {*there, *impls}
+                    if _is_left(case, impls, found):
+                        found[case.id] = {*found.get(case.id, ()), *impls}
                         file.put(case.id, run_case(case, [impl for impl in PREPARE if impl in found[case.id]]))
                     progress.advance(task)
             except KeyboardInterrupt:
@@ -172,6 +174,24 @@ def _collect(
             else:
                 console.print(f"Wrote {file.finish()}")
     return lines, False
+
+
+def _files(cases: Sequence[Case]) -> list[str]:
+    """The result files that cases go to, each once."""
+    return list(dict.fromkeys(c.file or c.op for c in cases))
+
+
+def _found(lines: Sequence[dict]) -> dict[str, set[str]]:
+    """case -> the implementations that these lines have of it."""
+    found = {}
+    for one in lines:
+        found.setdefault(one["case"], set()).add(one["impl"])
+    return found
+
+
+def _is_left(case: Case, impls: Sequence[str], found: dict[str, set[str]]) -> bool:
+    """Whether a case is still to run."""
+    return case.id not in found or _missing(case, impls, found[case.id])
 
 
 def _missing(case: Case, impls: Sequence[str], there: set[str]) -> bool:

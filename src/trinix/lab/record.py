@@ -90,8 +90,8 @@ class ResultFile:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{op}.jsonl"
         self.partial = folder / f"{op}.jsonl.partial"
+        self.lines = kept(folder, op) if resume else []
         going_on = resume and self.partial.exists()
-        self.lines = _resumed(self.partial) if going_on else _finished(self.path) if resume else []
         self._file = self.partial.open("a" if going_on else "w", encoding="utf-8")
         if not going_on:
             self._write(self.lines)
@@ -135,6 +135,12 @@ class ResultFile:
         """Close without replacing the last complete result; returns where the finished lines are."""
         self._file.close()
         return self.partial
+
+
+def kept(folder: Path, op: str) -> list[dict]:
+    """The lines that a resumed run does not take again."""
+    partial = folder / f"{op}.jsonl.partial"
+    return _resumed(partial) if partial.exists() else _finished(folder / f"{op}.jsonl")
 
 
 def _resumed(partial: Path) -> list[dict]:

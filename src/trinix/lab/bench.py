@@ -78,8 +78,7 @@ def bench_cases(
         if warm:
             todo = _chosen(cases, ids)
             if resume:
-                lines = [one for name in _files(todo) for one in record.kept(out / card.slug, name)]
-                found = _found(lines)
+                found = _found(one for name in _files(todo) for one in record.kept(out / card.slug, name))
                 todo = [c for c in todo if _is_left(c, impls, found)]
             _compile_ahead(todo, impls, warm, console)
         return _on_gpu(cases, impls, out / card.slug, console, runs, chosen)
@@ -134,9 +133,9 @@ def _collect(
 ) -> tuple[list[dict], bool]:
     """Run the built cases file by file into their result files; (lines, whether Ctrl-C ended it).
 
-    With ``ids``, only cases whose id matches one of these patterns are run. With ``resume``, cases that the partial file,
-    or a finished one of this commit, holds with every implementation asked for are not run again; others are, with all that either run names, since only what
-    was interleaved can be compared. A file is finished once it has every case of ``cases``; until then it stays partial.
+    With ``ids``, only cases whose id matches one of these patterns are run. With ``resume``, cases that
+    ``record.kept`` has with every implementation asked for are not run again; others are, with all that either run names,
+    since only what was interleaved can be compared. A file is finished once it has every case of ``cases``; until then it stays partial.
     """
     built = _chosen(cases, ())
     chosen = _chosen(cases, ids)
@@ -181,7 +180,7 @@ def _files(cases: Sequence[Case]) -> list[str]:
     return list(dict.fromkeys(c.file or c.op for c in cases))
 
 
-def _found(lines: Sequence[dict]) -> dict[str, set[str]]:
+def _found(lines: Iterable[dict]) -> dict[str, set[str]]:
     """case -> the implementations that these lines have of it."""
     found = {}
     for one in lines:

@@ -526,7 +526,8 @@ class _BackwardPlan:
         group = s.heads // s.key_heads
         self.key_blocks = key_blocks = _cdiv(s.seq_k, c.n)
         programs = key_blocks * s.batch * s.key_heads
-        self.parts = parts = choose_parts(programs, group, _multiprocessors(s.device), bounded)
+        processors = _multiprocessors(s.device)
+        self.parts = parts = choose_parts(programs, group, processors, bounded)
         if s.varlen:
             self.padded = _cdiv(s.rows + s.batch * block, block) * block
             self.padded_rows = s.heads * self.padded
@@ -544,11 +545,10 @@ class _BackwardPlan:
         self.grid = key_blocks * out_heads
         drawn = c.kv_slots > 0 and not self.deterministic
         if drawn:  # not deterministic programs: those wait for one another, and all of these need not be there at once
-            self.grid = min(self.grid, _multiprocessors(s.device))
+            self.grid = min(self.grid, processors)
         # a head that fills the card alone goes alone (AS-64-16384-causal, AS-128-16384-causal)
-        several = bounded and 4 * key_blocks < 3 * _multiprocessors(s.device)
+        several = bounded and 4 * key_blocks < 3 * processors
         head_bytes = s.seq_q * c.d * 8 * (group // parts)
-        processors = _multiprocessors(s.device)
         section = choose_backward_section(out_heads, head_bytes, key_blocks, processors) if several else 1
         device = q.device
         self.dk_shape = (*k.shape[:-2], s.key_heads * parts, s.d)

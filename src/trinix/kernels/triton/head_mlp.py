@@ -49,8 +49,13 @@ def _tanh_approx(x):
 
 
 @triton.jit
+def _approx_sigmoid_of_half(h, a, b):
+    return 0.5 + 0.5 * _tanh_approx(h)
+
+
+@triton.jit
 def _approx_sigmoid(x, a, b):
-    return 0.5 + 0.5 * _tanh_approx(0.5 * x)
+    return _approx_sigmoid_of_half(0.5 * x, a, b)
 
 
 @triton.jit
@@ -60,9 +65,13 @@ def _approx_sigmoid_dx(x, dy, a, b):
 
 
 @triton.jit
-def _approx_silu(x, a, b):
-    h = 0.5 * x
+def _approx_silu_of_half(h, a, b):
     return h * _tanh_approx(h) + h
+
+
+@triton.jit
+def _approx_silu(x, a, b):
+    return _approx_silu_of_half(0.5 * x, a, b)
 
 
 @triton.jit
@@ -94,10 +103,14 @@ def _gelu_argument(q):
 
 
 @triton.jit
-def _approx_gelu(x, a, b):
-    h = 0.5 * x
+def _approx_gelu_of_half(h, a, b):
     u, _ = _gelu_argument(h * h)
     return h * _tanh_approx(h * u) + h
+
+
+@triton.jit
+def _approx_gelu(x, a, b):
+    return _approx_gelu_of_half(0.5 * x, a, b)
 
 
 @triton.jit
@@ -141,22 +154,6 @@ def _identity_dx(x, dy, a, b):
     return dy
 
 
-@triton.jit
-def _approx_sigmoid_of_half(h, a, b):
-    return 0.5 + 0.5 * _tanh_approx(h)
-
-
-@triton.jit
-def _approx_silu_of_half(h, a, b):
-    return h * _tanh_approx(h) + h
-
-
-@triton.jit
-def _approx_gelu_of_half(h, a, b):
-    u, _ = _gelu_argument(h * h)
-    return h * _tanh_approx(h * u) + h
-
-
 OF_HALF = {"sigmoid": _approx_sigmoid_of_half, "silu": _approx_silu_of_half, "gelu": _approx_gelu_of_half}  # of z / 2
 APPROXIMATE = {  # instead, for float16 and bfloat16 on NVIDIA
     "sigmoid": (_approx_sigmoid, _approx_sigmoid_dx),
@@ -183,8 +180,9 @@ def formula(kind: str, dtype: torch.dtype, lanes: int) -> tuple:
 # ---- kernels ----------------------------------------------------------------------------------------------------------
 # Sizes and strides are unspecialised, so that one binary serves every size and the launch key stays short. E and the outer
 # strides of what is read along E come in E_UNITs, those of what is read along D in D_UNITs, common divisors: from the product
-# with a constant the compiler proves the alignment that wide accesses need. INNER: the inner strides are all 1. EVEN: E is a multiple of BE. Rows past B are loaded as zeros: their dY
-# is 0, so they add nothing to any gradient; so do columns past E, since the rows of W2 there are 0.
+# with a constant the compiler proves the alignment that wide accesses need. INNER: the inner strides are all 1. EVEN: E is a
+# multiple of BE. Rows past B are loaded as zeros: their dY is 0, so they add nothing to any gradient; so do columns past E,
+# since the rows of W2 there are 0.
 # A weight comes as (outer, inner) strides of its matrix; W1_T, W2_T: the matrix lies transposed in memory, [E, D] for W1 and
 # its gate, [D, E] for W2, as the weight of a linear layer does, and is read along its rows as they lie.
 
@@ -572,14 +570,8 @@ def _backward(
     W1_UNIT: tl.constexpr = D_UNIT if W1_T else E_UNIT
     W2_UNIT: tl.constexpr = E_UNIT if W2_T else D_UNIT
     E *= E_UNIT
-    x_h, x_b, y_h, y_b, dx_h, dx_b = (
-        x_h * D_UNIT,
-        x_b * D_UNIT,
-        y_h * D_UNIT,
-        y_b * D_UNIT,
-        dx_h * D_UNIT,
-        dx_b * D_UNIT,
-    )
+    x_h, x_b, dx_h, dx_b = x_h * D_UNIT, x_b * D_UNIT, dx_h * D_UNIT, dx_b * D_UNIT
+    y_h, y_b = y_h * D_UNIT, y_b * D_UNIT
     w1_h, w1_o, wg_h, wg_o = w1_h * W1_UNIT, w1_o * W1_UNIT, wg_h * W1_UNIT, wg_o * W1_UNIT
     w2_h, w2_o = w2_h * W2_UNIT, w2_o * W2_UNIT
     if INNER:
@@ -673,9 +665,9 @@ def choose_forward(
 
 
 def choose_boxed(config: Config, d: int, itemsize: int, layout: "Layout") -> bool:
-    """Whether Hopper's copy engine fetches the tiles of a plain forward call: M-6 233.8 us for 269.8, M-7 256.4 for 263.8; at D = 64 (M-4)
-    it gains nothing, and of 80 columns it copies 128 (39.0 us for 33.2). Rows have to begin at multiples of 16 bytes, and tensor
-    cores want 64 of them."""
+    """Whether Hopper's copy engine fetches the tiles of a plain forward call: M-6 233.8 us for 269.8, M-7 256.4 for 263.8; at
+    D = 64 (M-4) it gains nothing, and of 80 columns it copies 128 (39.0 us for 33.2). Rows have to begin at multiples of 16 bytes,
+    and tensor cores want 64 of them."""
     lies_so = layout.wide and not (layout.w1_transposed or layout.w2_transposed)
     return itemsize == 2 and d >= 128 and config.rows >= 64 and lies_so
 
@@ -741,8 +733,8 @@ def forward_launch(
     return _FORWARD.bind(
         num_warps=config.num_warps, num_stages=config.num_stages,
         VALUE=value, A=a, B_=b, GATED=gated, HAS_B1=has_b1, HAS_B2=has_b2, MEAN=mean, W1_T=layout.w1_transposed,
-        W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, E_UNIT=layout.e_unit, D_UNIT=layout.d_unit, D=d, BD=_tile_of(d), BB=config.rows,
-        BE=config.hidden, PRECISION=precision, DEPENDENT=dependent, launch_pdl=dependent,
+        W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, E_UNIT=layout.e_unit, D_UNIT=layout.d_unit,
+        D=d, BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION=precision, DEPENDENT=dependent, launch_pdl=dependent,
     )  # fmt: skip
 
 
@@ -757,8 +749,8 @@ def backward_launch(
     return _BACKWARD.bind(
         num_warps=config.num_warps, num_stages=config.num_stages,
         VALUE=value, DX=dx, A=a, B_=b, GATED=gated, HAS_B1=has_b1, WANT_X=want_x, **want, SHARED=shared, MEAN=mean,
-        W1_T=layout.w1_transposed, W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, E_UNIT=layout.e_unit, D_UNIT=layout.d_unit, D=d,
-        BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION=precision, DEPENDENT=dependent, launch_pdl=dependent,
+        W1_T=layout.w1_transposed, W2_T=layout.w2_transposed, EVEN=even, INNER=layout.inner, E_UNIT=layout.e_unit, D_UNIT=layout.d_unit,
+        D=d, BD=_tile_of(d), BB=config.rows, BE=config.hidden, PRECISION=precision, DEPENDENT=dependent, launch_pdl=dependent,
     )  # fmt: skip
 
 
@@ -870,9 +862,7 @@ class _BoxedForward:
         self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if self.constants["DEPENDENT"]:
             self.options["launch_pdl"] = True
-        self.boxed = (
-            None  # learns from the first call's tensors how they lie: all calls of a plan have the same strides
-        )
+        self.boxed = None  # made of the first call's tensors: those of all calls of a plan lie alike
 
     def __call__(self, programs, tensors, scalars):
         x, w1, _, w2, _, _, o = tensors
@@ -888,13 +878,12 @@ class _BoxedForward:
 
 @functools.cache
 def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides, index, describable):
-    """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o; ``describable``: fast launches are on, which
-    descriptors need, and all tensors begin at multiples of 16 bytes."""
+    """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o; ``describable``: fast launches are on,
+    which descriptors need, and all tensors begin at multiples of 16 bytes."""
     boxed = describable and not (gated or has_b1 or has_b2 or mean) and _takes_boxes(index)
     x, w1, _, w2, o = strides
-    boxed = boxed and all(
-        s[0] > 0 and s[1] > 0 for s in (x, w1, w2, o)
-    )  # not x for all heads, nor a row that is repeated
+    # not x for all heads, nor a row that is repeated
+    boxed = boxed and all(s[0] > 0 and s[1] > 0 for s in (x, w1, w2, o))
     layout, strides = layout_of(dtype.itemsize, e, strides)
     config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.wide, mean, index)
     precision = precision_of(dtype, _card(index)[2])

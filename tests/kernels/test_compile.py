@@ -207,7 +207,7 @@ def test_every_attention_kernel_and_dtype_is_listed(listed):
 def test_every_decoding_kernel_and_dtype_is_listed(listed):
     forms = "64 128 128-whole 128-packed 128-pages 128-large-pages 128-append 256 latent latent-packed"
     forms += " latent-packed-99k 80-options"
-    large = "64-large-tiles 64-large-tiles-append 128-large-tiles 256-large-tiles 256-large-tiles-append"
+    large = "128-short 64-large-tiles 64-large-tiles-append 128-large-tiles 256-large-tiles 256-large-tiles-append"
     dtypes = ("float16", "bfloat16", "float32")
     names = (*forms.split(), "combine-128", "combine-512")
     wanted = {f"attention_decode/{name}/{d}" for name in names for d in dtypes}

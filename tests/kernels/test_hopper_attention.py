@@ -259,7 +259,7 @@ def test_sections_of_heads_are_nearly_equal():
 
 def test_many_heads_go_in_sections_of_a_program_for_each_multiprocessor():
     def choose(batch, rows, heads, d):
-        return hopper.choose_backward_section(batch * heads, rows * d * 8, rows // 128, 132)
+        return hopper.choose_causal_section(batch * heads, rows * d * 8, 34 << 20, rows // 128, 132)
 
     # measured: AS-128-1024-causal, AS-128-2048-causal, AS-128-4096-causal's and longer ones' shape, AS-64-2048-causal
     assert choose(16, 1024, 16, 128) == choose(8, 2048, 16, 128) == choose(8, 2048, 32, 64) == 8
@@ -267,6 +267,18 @@ def test_many_heads_go_in_sections_of_a_program_for_each_multiprocessor():
     # few such sections: as many heads as the L2 cache holds
     assert (choose(1, 2048, 40, 128), choose(2, 2048, 12, 64)) == (14, 24)
     assert choose(1, 2048, 129, 128) == 5  # 26 nearly equal ones, not 16 of 8 and one of 1
+
+
+def test_forwards_sections_of_heads():
+    def choose(batch, rows, heads, d, dv):
+        return hopper.choose_causal_section(batch * heads, 2 * rows * (d + dv), 20 << 20, rows // 128, 132)
+
+    # measured: AS-128-1024-causal, AS-128-2048-causal, (2, 2048, 40), (4, 4096, 16) and AS-128-4096-causal, AS-128-8192-causal
+    assert choose(16, 1024, 16, 128, 128) == choose(8, 2048, 16, 128, 128) == choose(2, 2048, 40, 128, 128) == 8
+    assert choose(4, 4096, 16, 128, 128) == choose(1, 4096, 32, 128, 128) == choose(2, 4096, 16, 256, 256) == 4
+    assert choose(2, 8192, 16, 128, 128) == 2
+    # AC-mha-2-causal: two sections
+    assert choose(1, 2048, 40, 128, 128) == 20
 
 
 def test_few_key_heads_are_split_until_the_card_is_full():

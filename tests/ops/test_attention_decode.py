@@ -340,10 +340,11 @@ def test_large_tiles_go_through_whole_caches():
     """Where there are programs enough without shares, as the card's reading has it (docs/perf/attention_decode.md)."""
 
     def chosen(batch, heads, keys, d, new=False):
-        config = kernels.choose_config(4, d, d, False, 2, 0, new, load=batch * heads / 132)
+        config = kernels.choose_config(4, d, d, False, 2, 0, new, load=batch * heads / 132, longest=keys)
         return tuple(config)[1:], kernels.choose_shares(batch, heads, keys, config, 4 * d, 132, 0, new)
 
-    assert chosen(64, 8, 1024, 128) == ((128, 4, 3), 1)
+    assert chosen(64, 8, 1024, 128) == chosen(32, 8, 1024, 128) == chosen(40, 8, 1024, 128) == ((32, 4, 4), 1)
+    assert chosen(16, 8, 1024, 128) == ((64, 4, 3), 1)
     assert chosen(64, 8, 8192, 128) == ((128, 4, 3), 1)
     assert chosen(40, 8, 2048, 128) == ((128, 4, 3), 1)
     assert chosen(8, 32, 8192, 128) == ((128, 4, 3), 1)

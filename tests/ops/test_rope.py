@@ -821,7 +821,7 @@ def test_explain_says_backend_reason_and_configuration(device):
         "rope -> torch: the first backend that is right and fastest here\n  not triton: needs a GPU tensor, got cpu"
     )
     assert str(trinix.explain(rope, q, k, cos, sin, backend="triton")) == (
-        "rope -> triton: named by the caller\n  config: tile 4 heads x 8 pairs, 1 warps"
+        "rope -> triton: named by the caller\n  config: tile 4 heads x 8 pairs, 2 warps"
     )
     named = trinix.explain("qk_norm_rope", q, k, weight, weight, cos, sin, backend="torch")
     assert str(named) == "qk_norm_rope -> torch: named by the caller"

@@ -54,7 +54,7 @@ KNOWN_SPILLS |= {f"head_mlp/silu-gated-256{card}/bwd/bfloat16": 112 for card in 
 KNOWN_SPILLS |= {"head_mlp/silu-gated-256/fwd/bfloat16": 32}
 KNOWN_SPILLS |= {"head_mlp/gelu_tanh/bwd/bfloat16": 80, "head_mlp/squared_relu/bwd/bfloat16": 8}
 KNOWN_SPILLS |= {"head_mlp/silu-bias-mean/bwd/bfloat16": 64}
-KNOWN_SPILLS |= {"rope/norm-gqa-32-8x128/bwd/float32": 8}  # on sm_100 only
+KNOWN_SPILLS |= {"rope/norm-gqa-32-8x128/bwd/float32": 8, "rope/norm-32x128/bwd/float16": 8}  # on sm_100 only
 KNOWN_SPILLS |= {"softmax/rows-32768/bwd/float16": 8}  # bfloat16 has the same loads in flight without
 # four vectors in flight; on sm_100 only
 KNOWN_SPILLS |= {f"softmax/rows-50257/fwd/{t}": 8 for t in ("bfloat16", "float16")}

@@ -442,29 +442,37 @@ def choose_rotation(heads: int, width: int, itemsize: int, lanes: int) -> Config
     """The configuration of the forward kernels and of the plain rotation's backward; ``heads`` is the larger of q's and k's.
 
     Tiles of 2048 channels, each tile of a token a program of its own: best or within 1% on E-rope-1 to 4 and K-rope-gqa; half of
-    it, or twice the warps, gains nothing on K-rope-gqa-512 and K-rope-decode either.
+    it, or twice the warps, gains nothing on K-rope-decode either. Two warps at least: with one, cos and sin of 32 pairs change
+    their layout through shared memory (K-rope-gqa-512 backward 5.70 -> 5.34 us).
     """
     width = _power_of_two(width)
     tile = min(max(1, 2048 // width), _power_of_two(heads))
-    num_warps = min(8, max(1, tile * width * itemsize // (32 * lanes)))
+    num_warps = min(8, max(2, tile * width * itemsize // (32 * lanes)))
     return Config(tile, -(-heads // tile), num_warps)
 
 
 def choose_norm_backward(
     tokens: int, heads: int, heads_k: int, width: int, itemsize: int, lanes: int, processors: int
 ) -> BackwardConfig:
-    """Whole tiles where that leaves 8 heads; programs for q and for k as either has elements."""
+    """Whole tiles where that leaves 8 heads; programs for q and for k as either has elements.
+
+    Half types: tiles of 1024 channels on 4 warps, three programs on a multiprocessor with four tiles under way each, K-qkrope-gqa
+    113.1 -> 98.0 us (a copy 87.6); a tile of half as many is one warp's, K-qkrope-512 10.3 us, two warps 11.9.
+    """
     width = _power_of_two(width)
     most = max(heads, heads_k)
-    tile = min(max(1, 2048 // width), _power_of_two(most))
+    staged = lanes == 32 and itemsize == 2
+    tile = min(max(1, (1024 if staged else 2048) // width), _power_of_two(most))
     while tile > 8 and most % tile and tile * width * itemsize > 32 * lanes:
         tile //= 2
     num_warps = min(8, max(1, tile * width * itemsize // (32 * lanes)))
+    if staged and tile * width == 1024:
+        num_warps = 4
     of_q, of_k = (min(tile, _power_of_two(n)) for n in (heads, heads_k))
     tiles_q, tiles_k = (max(1, tokens * -(-n // size)) for n, size in ((heads, of_q), (heads_k, of_k)))
-    programs = min(tiles_q + tiles_k, 4 * processors)
+    programs = min(tiles_q + tiles_k, (3 if num_warps == 4 and staged else 4) * processors)
     share = round(programs * tiles_q * of_q / (tiles_q * of_q + tiles_k * of_k))
-    num_stages = 3 if lanes == 32 and itemsize == 2 else 1  # from K-qkrope-gqa, where two are worse than one
+    num_stages = (4 if num_warps == 4 else 3) if staged else 1  # two are worse than one
     return BackwardConfig(of_q, of_k, min(max(1, share), programs - 1), programs, num_warps, num_stages)
 
 
@@ -715,7 +723,10 @@ def compile_cases(lanes: int = LANES):
             launch = _backward_plan(
                 dtype, tuple(dense * 3), half, tables, interleaved, "offset", True, True, 132, False, lanes
             ).launch
-            yield compile_case(f"rope/norm-{name}/bwd/{suffix}", launch, 3 * size, (t, t, t, t, t, t, t, t, f, f, f, f))
+            tensors = (t, t, t, t, t, t, t, t, f, f, f, f)
+            # half a head of a tile of 1024 channels, on 4 warps
+            bits = 64 if size == 2 and width > 64 and not interleaved else 128
+            yield compile_case(f"rope/norm-{name}/bwd/{suffix}", launch, 3 * size, tensors, access_bits=bits)
     launch = _plan(
         torch.bfloat16, tuple(dense * 2), heads_k, half, tables, interleaved, False, "sequences", False, lanes
     ).launch

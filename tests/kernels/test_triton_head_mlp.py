@@ -66,6 +66,17 @@ def boxed():
         yield kind, d, 90, compiled(kernels._forward_boxed, signature, constants, options, source=ASTSource), None
 
 
+def staged():
+    names = kernels._hidden_boxed.arg_names
+    for kind, dtype in (("silu", "bf16"), ("gelu", "bf16"), ("mish", "fp16"), *[(k, "bf16") for k in kernels.APPROXIMATE] * EVERY):
+        constants = kernels.hidden_constants(kind, torch.bfloat16, True)
+        signature = dict.fromkeys(names, "i32") | dict.fromkeys(constants, "constexpr")
+        for name, block in zip(names, kernels.hidden_blocks()):
+            signature[name] = f"tensordesc<{dtype}{[1, *block]}>"
+        options = {"num_warps": kernels.STAGED.num_warps, "num_stages": kernels.STAGED.num_stages, "launch_pdl": True}
+        yield kind, 256, 90, compiled(kernels._hidden_boxed, signature, constants, options, source=ASTSource), None
+
+
 for name, d, arch, launch, tensors in CASES():
     binary, log = launch if tensors is None else compiled_case(compile_case(name, launch, 0.0, tensors, (), 64), arch)
     text = binary.asm["ptx"]
@@ -106,6 +117,16 @@ def test_forward_by_descriptors_leaves_room_for_two_programs_and_waits_for_no_pr
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"
         assert not one["spills"], one
         assert one["kib"] <= (113 if one["d"] == 128 else 227), one
+        assert 0 < one["waits"] < one["reads"], one
+
+
+def test_hidden_values_and_their_gradients_fit_the_registers(compiled, every_binary):
+    lines = compiled("staged")
+    assert len(lines) == (9 if every_binary else 3)
+    for one in lines:
+        assert not one["warnings"], one
+        assert one["spills"] <= (64 if one["name"] == "mish" else 0), one
+        assert one["kib"] <= 227, one
         assert 0 < one["waits"] < one["reads"], one
 
 

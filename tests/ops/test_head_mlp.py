@@ -323,6 +323,115 @@ def test_tiles_by_descriptors_hold_the_budget_at_odd_sizes_and_strides(kind, siz
             inputs = x, w1, w2, None, None, None
 
 
+STAGED_SIZES = [
+    ((2, 64, 136, 64), "contiguous"),
+    ((3, 129, 256, 72), "contiguous"),  # one row and eight columns past a tile
+    ((3, 130, 200, 264), "heads inside"),
+    ((1, 1, 160, 8), "contiguous"),
+    ((2, 70, 192, 24), "room behind"),
+]
+
+
+def staged_problem(sizes, layout, dtype=torch.bfloat16):
+    """(x, w1, w2), dy of a call whose backward goes by stages."""
+    h, b, d, e = sizes
+    room = 8 if layout == "room behind" else 0
+    x, dy = (normal((h, b, d + room), dtype, seed=seed)[..., :d] for seed in (1, 4))
+    if layout == "heads inside":
+        x, dy = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, dy))
+    w1 = normal((h, d, e + 2 * room), dtype, seed=2, scale=d**-0.5)[..., :e]
+    w2 = normal((h, e + room, d), dtype, seed=3, scale=e**-0.5)[:, :e]
+    return (x, w1, w2), dy
+
+
+def judge_stages(tensors, dy, kind="silu"):
+    def call(x, w1, w2):
+        return reference.forward(x, w1, w2, None, None, None, kind, False)
+
+    got = kernels.backward(*tensors, None, None, None, dy, kind, False, (True, True, True, False, False, False))
+    assert got[3:] == [None, None, None]
+    true = vjp(call, [t.double() for t in tensors], dy.double())[1:]
+    low = vjp(call, tensors, dy)[1:]
+    assert_within_budget(got[:3], low, true)
+    return got[:3]
+
+
+@pytest.fixture
+def staged(boxed, monkeypatch):
+    """Backward as on Hopper; how often a kernel with descriptors ran."""
+    monkeypatch.setattr(kernels, "STAGED", kernels.Config(32, 16, 4, 2))
+    monkeypatch.setattr(kernels, "_card", lambda index: (5, 227, False))
+    kernels._hidden_plan.cache_clear()
+    before = Boxed.launched
+    yield lambda: Boxed.launched - before
+    kernels._hidden_plan.cache_clear()
+
+
+@pytest.mark.parametrize(("sizes", "layout"), STAGED_SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["silu", "gelu", "none"])
+def test_backward_by_stages_holds_the_budget_at_odd_sizes_and_strides(kind, sizes, layout, staged):
+    tensors, dy = staged_problem(sizes, layout)
+    for dy_here in (dy, dy[:, :1, :1].expand(dy.shape), dy[..., :1].expand(dy.shape)):  # two that have no descriptor
+        dx, *_ = judge_stages(tensors, dy_here, kind)
+        assert dx.stride() == torch.empty_like(tensors[0]).stride()
+    chunk, _ = kernels.choose_stages(*(sizes[i] for i in (1, 0, 2, 3)), 5)
+    assert staged() == 3 * -(-sizes[0] // chunk)
+
+
+def test_of_backward_by_stages_only_the_wanted_is_made(staged):
+    tensors, dy = staged_problem((2, 40, 136, 32), "contiguous")
+    everything = judge_stages(tensors, dy)
+    for i in range(3):
+        wanted = [i == j for j in range(3)]
+        got = kernels.backward(*tensors, None, None, None, dy, "silu", False, (*wanted, False, False, False))
+        assert [t is not None for t in got] == [*wanted, False, False, False]
+        same([got[i]], [everything[i]])
+    leaves = [t.requires_grad_() for t in tensors]  # grad mode is on in here
+    same(kernels.backward(*leaves, None, None, None, dy, "silu", False, (True,) * 3 + (False,) * 3)[:3], everything)
+
+
+def test_what_does_not_go_by_stages(staged, monkeypatch):
+    (x, w1, w2), dy = staged_problem((2, 40, 136, 32), "contiguous")
+    assert kernels.by_stages(x, w1, w2, None, None, None, False)
+    b1, b2 = torch.zeros(2, 32, dtype=x.dtype), torch.zeros(2, 136, dtype=x.dtype)
+    odd = normal((x.numel() + 1,), torch.bfloat16, seed=1)[1:].view(x.shape)  # begins at no multiple of 16 bytes
+    for call in (
+        (x[0], w1, w2, None, None, None, False), (x, w1, w2, None, None, None, True), (x, w1, w2, b1, None, None, False),
+        (x, w1, w2, None, b2, None, False), (x, w1, w2, None, None, w1, False), (odd, w1, w2, None, None, None, False),
+        (x.float(), w1.float(), w2.float(), None, None, None, False), (x, w1[..., :20], w2[:, :20], None, None, None, False),
+        (x[..., :128], w1[:, :128], w2[..., :128], None, None, None, False), (x, w1[..., :0], w2[:, :0], None, None, None, False),
+        (x[:1].expand(x.shape), w1, w2, None, None, None, False),
+        (x, w1.transpose(1, 2).contiguous().transpose(1, 2), w2, None, None, None, False),
+    ):  # fmt: skip
+        assert not kernels.by_stages(*call)
+    monkeypatch.setattr(_launch._State, "off", "TRINIX_FAST_LAUNCH=0")
+    assert not kernels.by_stages(x, w1, w2, None, None, None, False)
+
+
+def test_a_wrong_stage_fails_the_budget(staged, monkeypatch):
+    tensors, dy = staged_problem((2, 70, 136, 40), "contiguous")
+    good = Boxed.__call__
+
+    def without_a_share(self, *boxes):
+        self.programs -= 1
+        good(self, *boxes)
+
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *size, **more: empty(t, *size, **more).fill_(math.nan))
+    monkeypatch.setattr(Boxed, "__call__", without_a_share)
+    with pytest.raises(AssertionError, match="nan"):
+        judge_stages(tensors, dy)
+    monkeypatch.undo()
+
+
+def test_stages_fill_the_card_with_few_heads_and_share_e_among_programs_where_rows_are_few():
+    assert kernels.choose_stages(16384, 8, 256, 1024, 132) == (8, 1)  # M-7
+    assert kernels.choose_stages(2048, 8, 256, 1024, 132) == (8, 1)  # 128 programs
+    assert kernels.choose_stages(1024, 4, 256, 512, 132) == (4, 4)
+    assert kernels.choose_stages(16384, 64, 256, 1024, 132) == (9, 1)
+    assert kernels.choose_stages(1, 1, 136, 8, 132) == (1, 1)
+
+
 def test_what_has_no_descriptor_takes_pointers(boxed, monkeypatch):
     def new(*shape, seed=1):
         return normal(shape, torch.bfloat16, seed=seed)
@@ -912,13 +1021,36 @@ def test_what_only_hopper_runs_holds_the_float64_budget_with_the_same_bits(backe
 
 @gpu
 @pytest.mark.parametrize("sizes", [(8, 4300, 256, 264), (16, 4200, 192, 136)], ids=str)
-def test_on_the_card_launches_apart_hold_the_budget_with_the_same_bits(sizes):
+def test_on_the_card_launches_apart_hold_the_budget_with_the_same_bits(sizes, monkeypatch):
+    monkeypatch.setattr(kernels, "by_stages", lambda *call: False)
     h, b, d, _ = sizes
     if not kernels.choose_apart(b, h, d, 2, True, *kernels._card(0)[:2]):
         pytest.skip("this card takes one launch")
     problem = Numbers(*sizes, dtype=torch.bfloat16, device="cuda")
     first = problem.oracle("silu")
     same(problem.oracle("silu"), first)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 4300, 256, 264), (3, 500, 192, 1032), (40, 1000, 136, 512), (1, 1, 256, 8)], ids=str)
+def test_on_the_card_stages_hold_the_budget_with_the_same_bits(sizes, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    problem = Numbers(*sizes, dtype=dtype, device="cuda")
+    x, w1, w2, *_ = problem.slots
+    assert kernels.by_stages(x, w1, w2, None, None, None, False)
+    wanted = "backward by stages"
+    assert wanted in str(trinix.explain(head_mlp, x.requires_grad_(), w1, w2))
+    for kind in PLAIN_KINDS:
+        first = problem.oracle(kind, "auto")
+        same(problem.oracle(kind, "auto"), first)
+    function = problem.call("silu", "auto")
+    graph, results = captured(lambda: vjp(function, problem.tensors, problem.dy))
+    for t in (*problem.tensors, problem.dy):
+        t.detach().normal_()
+    graph.replay()
+    same(results, vjp(function, problem.tensors, problem.dy))
 
 
 @gpu

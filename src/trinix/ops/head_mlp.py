@@ -15,8 +15,8 @@ result      [H, B, D]; [B, D] with reduce="mean"       "mean": the average over 
 w_gate also by the gated units' names of ``ops.glu``: "swiglu" (silu), "geglu" (gelu), "geglu_tanh", "reglu",
 "quick_geglu", "bilinear" (none), "glu" (sigmoid).
 
-The hidden values, [H, B, E], are computed a tile at a time and never stored. Backward saves the inputs only and computes
-them again; it writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
+The hidden values, [H, B, E], are computed a tile at a time and not stored. Backward saves the inputs only and computes
+them again; beyond D = 128, on Hopper and in plain calls, it stores those of some heads at a time, and their gradients. It writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
 Kernels: D up to 256; float16, bfloat16 and float32; any H, B, E (0 too) and strides, so that [B, H, D] data is passed as
 ``x.transpose(0, 1)`` without a copy. Sums are float32, and hidden values are rounded to the dtype between the two products, as
 PyTorch's are. float32 is never tf32: float64 inside where tensor cores take it (sm_80, sm_90), else float32 with sums over
@@ -25,7 +25,7 @@ float32 parts, which need at most dO's size of memory.
 A second derivative (``create_graph=True``) goes through the PyTorch formula.
 
 "auto" takes PyTorch's formula, which stores the hidden values, for CPU tensors, for float32 and float64, and for
-D > 256, with gradients D > 128: an ordinary two-layer MLP is a case for large matrix products, not for this op.
+D > 256, with gradients D > 128 except on Hopper in plain calls (below): an ordinary two-layer MLP is a case for large matrix products, not for this op.
 Backend "hopper" (compute capability 9.0): plain calls with x [H, B, D], D of 64 or 128 (256 without gradients), without
 biases and gate, in half types, rows at multiples of 16 bytes; "auto" takes it from sizes on where it is the fastest.
 Under ``torch.autocast`` all tensors are cast to its dtype first, as for PyTorch's matrix products. Under ``torch.compile``
@@ -82,7 +82,8 @@ GATED_KINDS = {
 }  # fmt: skip
 KINDS = (*FORMULAS, *GATED_KINDS)
 _FUSED_DTYPES = (torch.float16, torch.bfloat16)  # of "auto"
-MOST_D, MOST_D_WITH_GRADIENT = 256, 128  # of "auto": at M-7 PyTorch's backward is 1.7 times as fast
+# Of "auto". Beyond, backward in one kernel is slower than PyTorch's (M-7: 1.7 times); by stages, where that can be, it is not
+MOST_D, MOST_D_WITH_GRADIENT = 256, 128
 
 
 def head_mlp(
@@ -135,7 +136,7 @@ def head_mlp(
     named = dispatch.resolve(backend)
     if named != "auto":
         dispatch.load_named("head_mlp", BACKENDS, named, *inputs, activation, mean, grad)
-    elif _against_auto(inputs[0], grad):
+    elif _against_auto(inputs, mean, grad):
         named = "torch"
     if named == "torch":
         return reference.forward(*inputs, activation, mean)
@@ -333,17 +334,25 @@ def hopper_wins(heads: int, rows: int, d: int, e: int, backward: bool, processor
     return not backward or programs >= 0.8 * processors * -(-programs // processors)
 
 
-def _against_auto(x: Tensor, grad: bool) -> str | None:
-    """Why "auto" takes PyTorch, or None. Shapes of B and E play no part: under torch.compile they may be symbols."""
+def _against_auto(inputs: tuple, mean: bool, grad: bool) -> str | None:
+    """Why "auto" takes PyTorch, or None. Shapes of B and E play no part under torch.compile, where they may be symbols."""
+    x = inputs[0]
     if not x.is_cuda:
         return f"needs a GPU tensor, got {x.device.type}"
     if x.dtype not in _FUSED_DTYPES:
         return f"{x.dtype} has no tensor cores of full accuracy: PyTorch's products are faster, and store the hidden values"
     most = MOST_D_WITH_GRADIENT if grad else MOST_D
-    if x.shape[-1] > most:
+    if x.shape[-1] > most and not (grad and _by_stages(inputs, mean)):
         with_grad = " with gradient" if grad else ""
         return f"D = {x.shape[-1]} is more than {most}{with_grad}: large matrix products keep the tensor cores busy by themselves"
     return _triton_missing()
+
+
+def _by_stages(inputs: tuple, mean: bool) -> bool:
+    """Whether backward of a call beyond D = 128 is the kernels' after all."""
+    if torch.compiler.is_compiling() or inputs[0].shape[-1] > MOST_D or _triton_missing():
+        return False
+    return dispatch.plain(*[t for t in inputs if t is not None]) and _triton().by_stages(*inputs, mean)
 
 
 class _HeadMLP(torch.autograd.Function):
@@ -453,13 +462,16 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     if backend != "auto":
         module = dispatch.load_named("head_mlp", BACKENDS, backend, *inputs, kind, mean, grad)
         return Explanation(name, backend, "named by the caller", module.describe(*inputs, kind, mean))
-    against = _against_auto(inputs[0], grad)
+    against = _against_auto(inputs, mean, grad)
     if not against and not dispatch.plain(*tensors):
         against = f"a raw launch does not see through {type(x).__name__} or an active mode"
     if against:
         rejected = {"hopper": against, "triton": against}
         return Explanation(name, "torch", "the first backend that is right and fastest here", rejected=rejected)
-    why = "one kernel a pass, hidden values never stored"
+    if grad and inputs[0].shape[-1] > MOST_D_WITH_GRADIENT:
+        why = "one kernel forward; backward by stages, which writes hidden values of some heads at a time"
+    else:
+        why = "one kernel a pass, hidden values never stored"
     reasons = [_against_hopper(inputs, kind, mean, backward) for backward in (False, True)]
     chosen = "triton" if reasons[0] else "hopper"
     if grad:

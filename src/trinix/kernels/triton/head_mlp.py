@@ -17,6 +17,9 @@ All sums and the activation are float32; the hidden values are rounded to the te
 tensors are never multiplied as tf32: on sm_80 and sm_90, whose tensor cores take float64, all is float64 up to the result's one
 rounding ("double"); elsewhere products are float32 and sums over tiles float64 ("ieee").
 
+On Hopper, backward of plain calls beyond D = 128 goes by stages: one kernel writes H and dZ of some heads, and three batched
+products of PyTorch's make the gradients of them. That many channels leave no registers for sums that live through a walk.
+
 On Hopper, forward of plain calls from D = 128 on has its tiles fetched by the copy engine, through tensor descriptors: one thread asks
 for a whole tile. Where X comes halved, for an activation of z / 2, it is an operand in registers and leaves shared memory to W1 and W2.
 
@@ -378,6 +381,40 @@ def _forward_boxed(
         h = VALUE(tl.dot(x, up), A, B_)
         acc = tl.dot(h.to(x_desc.dtype), down, acc)
     o_desc.store([head, row, 0], acc.to(x_desc.dtype).reshape(1, BB, BD))
+
+
+@triton.jit
+def _in_registers(x):
+    """x behind an instruction that the compiler does not see through: an operand in registers, which leaves shared memory free."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit(do_not_specialize=["B", "E", "splits"])
+def _hidden_boxed(
+    x_desc, w1_desc, w2_desc, dy_desc, h_desc, dz_desc, B: "i32", E: "i32", splits: "i32",
+    VALUE: tl.constexpr, DX: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr,
+    BE: tl.constexpr, REGISTERS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """H = act(X W1) and dZ = act'(X W1) dY W2' of some rows, and of one of the ``splits`` of E."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(B, BB)
+    head = pid // splits // tiles
+    row = pid // splits % tiles * BB
+    share = tl.cdiv(tl.cdiv(E, BE), splits) * BE
+    first = pid % splits * share
+    x = x_desc.load([head, row, 0]).reshape(BB, BD)
+    dy = dy_desc.load([head, row, 0]).reshape(BB, BD)
+    if REGISTERS:
+        x = _in_registers(x)
+        dy = _in_registers(dy)
+    for start in range(first, tl.minimum(first + share, E), BE):
+        z = tl.dot(x, w1_desc.load([head, 0, start]).reshape(BD, BE))
+        dh = tl.dot(dy, tl.trans(w2_desc.load([head, start, 0]).reshape(BE, BD)))
+        h_desc.store([head, row, start], VALUE(z, A, B_).to(x_desc.dtype).reshape(1, BB, BE))
+        dz_desc.store([head, row, start], DX(z, dh, A, B_).to(x_desc.dtype).reshape(1, BB, BE))
 
 
 @triton.jit
@@ -876,6 +913,111 @@ class _BoxedForward:
         self.boxed(x, w1, w2, o)
 
 
+# H and dZ in tiles of 128 rows, M-7 392 us; 128 x 128 of a whole product, 3 stages: 398 (persistent), 461, by pointers 486
+STAGED = Config(128, 64, 8, 3)
+
+
+def choose_stages(rows: int, heads: int, d: int, e: int, processors: int) -> tuple[int, int]:
+    """(heads at a time, programs that share E): as few heads as let the products of dW1 and dW2 fill the card, in tiles of 128 x 128;
+    programs for few rounds of them, where one's start takes as long as one and a half of its steps."""
+    chunk = min(heads, -(-processors // (-(-d // 128) * -(-e // 128))))
+    programs, steps = chunk * -(-rows // STAGED.rows), -(-e // STAGED.hidden)
+
+    def time(splits):
+        return -(-programs * splits // processors) * (-(-steps // splits) + 1.5)
+
+    return chunk, min(range(1, steps + 1), key=time)
+
+
+def hidden_constants(kind: str, dtype: torch.dtype, dependent: bool) -> dict:
+    value, dx, a, b = formula(kind, dtype, LANES)
+    return {
+        "VALUE": value, "DX": dx, "A": a, "B_": b, "BD": 256, "BB": STAGED.rows, "BE": STAGED.hidden,
+        "REGISTERS": not INTERPRETED, "DEPENDENT": dependent,
+    }  # fmt: skip
+
+
+def hidden_blocks() -> tuple:
+    """What a program reads of x, W1, W2 and dY at a time, and writes of H and dZ."""
+    rows, hidden = STAGED.rows, STAGED.hidden
+    return (rows, 256), (256, hidden), (hidden, 256), (rows, 256), (rows, hidden), (rows, hidden)
+
+
+class _BoxedHidden:
+    """A plan of ``_hidden_boxed`` for tensors that lie alike."""
+
+    def __init__(self, kind, dtype, heads, b, e, splits, index):
+        self.blocks = hidden_blocks()
+        self.programs, self.integers = heads * -(-b // STAGED.rows) * splits, (b, e, splits)
+        self.constants = hidden_constants(kind, dtype, _dependent(index))
+        self.options = {"num_warps": STAGED.num_warps, "num_stages": STAGED.num_stages}
+        if self.constants["DEPENDENT"]:
+            self.options["launch_pdl"] = True
+        self.boxed = None
+
+    def __call__(self, *tensors):
+        if self.boxed is None:
+            from trinix.kernels._binary import Boxed
+
+            self.boxed = Boxed(
+                _hidden_boxed, tensors, self.blocks, self.programs, self.integers, self.constants, gluon=False,
+                **self.options,
+            )  # fmt: skip
+        self.boxed(*tensors)
+
+
+@functools.lru_cache(maxsize=1024)
+def _hidden_plan(kind, dtype, heads, b, d, e, splits, strides, index) -> _BoxedHidden:
+    """``strides``: of x, w1, w2, dy: what decides how the descriptors look."""
+    return _BoxedHidden(kind, dtype, heads, b, e, splits, index)
+
+
+def _describable(dtype, d, e, x, w1, w2) -> bool:
+    """Whether the copy engine reads tensors of these strides, each once."""
+    layout, _ = layout_of(dtype.itemsize, e, (x, w1, (0, 0, 1), w2))
+    once = all(s[0] > 0 and s[1] > 0 for s in (x, w1, w2))
+    return once and layout.wide and not (layout.w1_transposed or layout.w2_transposed)
+
+
+def by_stages(x, w1, w2, b1, b2, w_gate, mean: bool) -> bool:
+    """Whether backward of a call goes by stages."""
+    d, e = w1.shape[1:]
+    return (
+        x.dim() == 3 and x.dtype.itemsize == 2 and _tile_of(d) == 256 and e > 0 and not mean
+        and b1 is None and b2 is None and w_gate is None
+        and _takes_boxes(x.get_device()) and not _State.off
+        and not (x.data_ptr() | w1.data_ptr() | w2.data_ptr()) & 15
+        and _describable(x.dtype, d, e, x.stride(), w1.stride(), w2.stride())
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _backward_by_stages(x, w1, w2, dy, kind, want_x, want_w1, want_w2):
+    """(dx, dw1, dw2), None where not wanted."""
+    h, d, e = w1.shape
+    b, index = x.shape[1], x.get_device()
+    if dy.data_ptr() & 15 or not _describable(x.dtype, d, e, dy.stride(), w1.stride(), w2.stride()):
+        dy = dy.contiguous()
+    dx = torch.empty_like(x) if want_x else None
+    dw1 = w1.new_empty(w1.shape) if want_w1 else None
+    dw2 = w2.new_empty(w2.shape) if want_w2 else None
+    chunk, splits = choose_stages(b, h, d, e, _card(index)[0])
+    for first in range(0, h, chunk):
+        some = slice(first, min(first + chunk, h))
+        xs, w1s, w2s, dys = x[some], w1[some], w2[some], dy[some]
+        hidden, dz = x.new_empty(2, xs.shape[0], b, e).unbind()
+        strides = xs.stride(), w1s.stride(), w2s.stride(), dys.stride()
+        _hidden_plan(kind, x.dtype, xs.shape[0], b, d, e, splits, strides, index)(xs, w1s, w2s, dys, hidden, dz)
+        if want_w2:
+            torch.bmm(hidden.mT, dys, out=dw2[some])
+        if want_x:
+            torch.bmm(dz, w1s.mT, out=dx[some])
+        if want_w1:
+            torch.bmm(xs.mT, dz, out=dw1[some])
+        hidden = dz = None  # before those of the next heads are made
+    return dx, dw1, dw2
+
+
 @functools.cache
 def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides, index, describable):
     """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o; ``describable``: fast launches are on,
@@ -973,6 +1115,8 @@ def backward(
     h, d, e = w1.shape
     b = x.shape[-2]
     want_x, want_w1, want_w2, want_b1, want_b2, want_wg = wanted
+    if by_stages(x, w1, w2, b1, b2, w_gate, mean) and x.numel():
+        return [*_backward_by_stages(x, w1, w2, dy, kind, want_x, want_w1, want_w2), None, None, None]
     b1 = None if b1 is None else b1.contiguous()
     dx = torch.empty_like(x) if want_x else None
     shapes = ((h, d, e), (h, d, e), (h, e, d), (h, e), (h, d))

@@ -925,7 +925,9 @@ def test_a_broken_formula_fails_the_oracle(value, derivative, blamed, layout, de
 def test_a_program_that_does_not_run_fails_the_oracle(kind, device, monkeypatch):
     run = _launch.Launch.__call__
     monkeypatch.setattr(_launch.Launch, "__call__", lambda self, blocks, *rest: run(self, blocks - 1, *rest))
-    monkeypatch.setattr(_launch.Repeated, "at", lambda *_: False)  # no binary kept by an earlier test, which would run all programs
+    monkeypatch.setattr(
+        _launch.Repeated, "at", lambda *_: False
+    )  # no binary kept by an earlier test, which would run all programs
     x, dy = make("one past the mask tile", torch.float32, device)
     with pytest.raises(AssertionError, match="y: error nan"):
         oracle(kind, x, dy)

@@ -918,10 +918,21 @@ STAGED = Config(128, 64, 8, 3)
 
 
 def choose_stages(rows: int, heads: int, d: int, e: int, processors: int) -> tuple[int, int]:
-    """(heads at a time, programs that share E): as few heads as let the products of dW1 and dW2 fill the card, in tiles of 128 x 128;
-    programs for few rounds of them, where one's start takes as long as one and a half of its steps."""
-    chunk = min(heads, -(-processors // (-(-d // 128) * -(-e // 128))))
-    programs, steps = chunk * -(-rows // STAGED.rows), -(-e // STAGED.hidden)
+    """(heads at a time, programs that share E): as few heads as let the products of dW1 and dW2 fill the card, in tiles of 128 x 128,
+    and need hardly more rounds of programs than all at once; programs for few rounds, where one's start takes as long as one and a
+    half of its steps."""
+    least = max(1, processors // (-(-d // 128) * -(-e // 128)))
+    of_head, steps = -(-rows // STAGED.rows), -(-e // STAGED.hidden)
+
+    def rounds(times):
+        chunk = -(-heads // times)
+        return times * -(-chunk * of_head // processors)
+
+    ways = range(max(1, heads // least), 0, -1)
+    enough = 1.05 * min(map(rounds, ways))
+    times = next(n for n in ways if rounds(n) <= enough)
+    chunk = -(-heads // times)
+    programs = chunk * of_head
 
     def time(splits):
         return -(-programs * splits // processors) * (-(-steps // splits) + 1.5)

@@ -174,6 +174,40 @@ def test_float32_as_float64_is_closer_than_pytorch(case, monkeypatch):
     torch.testing.assert_close(lse.double(), true_lse, rtol=2e-7, atol=2e-7)
 
 
+SHORT = {
+    "plain": {"lengths": (600, 513)},
+    "empty and one": {"lengths": (0, 1)},
+    "several queries": {"seq": 3, "lengths": (600, 33)},
+    "sink": {"sink": torch.tensor([1.0, -1.0, 3.0, 0.0]), "lengths": (577, 64)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SHORT)
+def test_many_short_sequences_hold_the_budget(case, dtype, monkeypatch):
+    """As on a card that has fewer multiprocessors than there are programs."""
+    caches = [f for f in vars(kernels).values() if hasattr(f, "cache_clear")]
+    monkeypatch.setattr(kernels, "_card", lambda index: (1, False, True, False))
+    monkeypatch.setattr(op, "_prepared", {})
+    chosen, real = [], kernels.choose_config
+    monkeypatch.setattr(kernels, "choose_config", lambda *a, **more: chosen.append(real(*a, **more)) or chosen[-1])
+    for f in caches:
+        f.cache_clear()
+    try:
+        Case(dtype=dtype, d=128, capacity=600, **SHORT[case]).check()
+    finally:
+        for f in caches:
+            f.cache_clear()
+    assert kernels.SHORT in chosen
+
+
+@pytest.mark.gpu
+def test_many_short_sequences_hold_the_budget_on_the_card():
+    lengths = tuple(range(0, 1024, 16))
+    assert len(lengths) * 8 > 1.5 * torch.cuda.get_device_properties(0).multi_processor_count
+    Case("cuda", torch.bfloat16, d=128, batch=len(lengths), heads=32, key_heads=8, capacity=1024, lengths=lengths).check()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_case_holds_the_budget_on_the_card(dtype):

@@ -16,7 +16,8 @@ w_gate also by the gated units' names of ``ops.glu``: "swiglu" (silu), "geglu" (
 "quick_geglu", "bilinear" (none), "glu" (sigmoid).
 
 The hidden values, [H, B, E], are computed a tile at a time and not stored. Backward saves the inputs only and computes
-them again; beyond D = 128, on Hopper and in plain calls, it stores those of some heads at a time, and their gradients. It writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
+them again; beyond D = 128, in plain calls on Hopper, it stores those of some heads at a time, and their gradients. It
+writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
 Kernels: D up to 256; float16, bfloat16 and float32; any H, B, E (0 too) and strides, so that [B, H, D] data is passed as
 ``x.transpose(0, 1)`` without a copy. Sums are float32, and hidden values are rounded to the dtype between the two products, as
 PyTorch's are. float32 is never tf32: float64 inside where tensor cores take it (sm_80, sm_90), else float32 with sums over
@@ -25,7 +26,8 @@ float32 parts, which need at most dO's size of memory.
 A second derivative (``create_graph=True``) goes through the PyTorch formula.
 
 "auto" takes PyTorch's formula, which stores the hidden values, for CPU tensors, for float32 and float64, and for
-D > 256, with gradients D > 128 except on Hopper in plain calls (below): an ordinary two-layer MLP is a case for large matrix products, not for this op.
+D > 256: an ordinary two-layer MLP is a case for large matrix products, not for this op. With gradients it does so for
+D > 128, but for plain calls on Hopper from D = 192 and 4 H B D E = 2^32 on.
 Backend "hopper" (compute capability 9.0): plain calls with x [H, B, D], D of 64 or 128 (256 without gradients), without
 biases and gate, in half types, rows at multiples of 16 bytes; "auto" takes it from sizes on where it is the fastest.
 Under ``torch.autocast`` all tensors are cast to its dtype first, as for PyTorch's matrix products. Under ``torch.compile``

@@ -1008,7 +1008,8 @@ def _backward_by_stages(x, w1, w2, dy, kind, want_x, want_w1, want_w2):
     h, d, e = w1.shape
     b, index = x.shape[1], x.get_device()
     if dy.data_ptr() & 15 or not _describable(x.dtype, d, e, dy.stride(), w1.stride(), w2.stride()):
-        dy = dy.contiguous()
+        # not contiguous(), which gives a dense gradient at an odd address, as of torch.cat, back as it is
+        dy = dy.clone(memory_format=torch.contiguous_format)
     dx = torch.empty_like(x) if want_x else None
     dw1 = w1.new_empty(w1.shape) if want_w1 else None
     dw2 = w2.new_empty(w2.shape) if want_w2 else None

@@ -205,7 +205,9 @@ def test_many_short_sequences_hold_the_budget(case, dtype, monkeypatch):
 def test_many_short_sequences_hold_the_budget_on_the_card():
     lengths = tuple(range(0, 1024, 16))
     assert len(lengths) * 8 > 1.5 * torch.cuda.get_device_properties(0).multi_processor_count
-    Case("cuda", torch.bfloat16, d=128, batch=len(lengths), heads=32, key_heads=8, capacity=1024, lengths=lengths).check()
+    Case(
+        "cuda", torch.bfloat16, d=128, batch=len(lengths), heads=32, key_heads=8, capacity=1024, lengths=lengths
+    ).check()
 
 
 @pytest.mark.gpu

@@ -443,7 +443,6 @@ def test_a_wrong_stage_fails_the_budget(staged, monkeypatch):
     monkeypatch.setattr(Boxed, "__call__", without_a_share)
     with pytest.raises(AssertionError, match="nan"):
         judge_stages(tensors, dy)
-    monkeypatch.undo()
 
 
 def test_stages_fill_the_card_with_few_heads_and_share_e_among_programs_where_rows_are_few():

@@ -705,8 +705,7 @@ def choose_boxed(config: Config, d: int, itemsize: int, layout: "Layout") -> boo
     """Whether Hopper's copy engine fetches the tiles of a plain forward call: M-6 233.8 us for 269.8, M-7 256.4 for 263.8; at
     D = 64 (M-4) it gains nothing, and of 80 columns it copies 128 (39.0 us for 33.2). Rows have to begin at multiples of 16 bytes,
     and tensor cores want 64 of them."""
-    lies_so = layout.wide and not (layout.w1_transposed or layout.w2_transposed)
-    return itemsize == 2 and d >= 128 and config.rows >= 64 and lies_so
+    return itemsize == 2 and d >= 128 and config.rows >= 64 and layout.in_boxes
 
 
 def choose_backward(
@@ -834,6 +833,11 @@ class Layout(NamedTuple):
     def wide(self) -> bool:
         return self.e_unit > 1 and self.d_unit > 1
 
+    @property
+    def in_boxes(self) -> bool:
+        """Whether the copy engine reads these tensors, if none of their rows is repeated."""
+        return self.wide and not (self.w1_transposed or self.w2_transposed)
+
 
 def layout_of(itemsize: int, e: int, strides: tuple) -> tuple[Layout, tuple]:
     """(the layout, all strides in the kernel's order and units) for the strides of x, W1, the gate's weight, W2 and others."""
@@ -890,33 +894,47 @@ def boxed_blocks(d: int, config: Config) -> tuple:
     return (rows, width), (width, hidden), (hidden, width), (rows, width)
 
 
-class _BoxedForward:
-    """A plan of ``_forward_boxed``; launched as a ``Launch`` of ``_forward`` is."""
+class _BoxedLaunch:
+    """A kernel whose tensors are all read and written in boxes, launched on tensors that lie as those of its first call."""
 
-    def __init__(self, kind, dtype, b, d, e, config, index):
-        self.blocks, self.integers = boxed_blocks(d, config), (b, e)
-        self.constants = boxed_constants(kind, dtype, d, config, _dependent(index))
+    def __init__(self, kernel, blocks, integers, constants, config):
+        self.call = kernel, blocks, integers, constants
         self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        if self.constants["DEPENDENT"]:
+        if constants["DEPENDENT"]:
             self.options["launch_pdl"] = True
-        self.boxed = None  # made of the first call's tensors: those of all calls of a plan lie alike
+        self.boxed = None
 
-    def __call__(self, programs, tensors, scalars):
-        x, w1, _, w2, _, _, o = tensors
+    def launch(self, programs, *tensors):
         if self.boxed is None:
             from trinix.kernels._binary import Boxed  # where Triton has no part for NVIDIA, nobody comes here
 
-            self.boxed = Boxed(
-                _forward_boxed, (x, w1, w2, o), self.blocks, programs, self.integers, self.constants, gluon=False,
-                **self.options,
-            )  # fmt: skip
-        self.boxed(x, w1, w2, o)
+            kernel, blocks, integers, constants = self.call
+            self.boxed = Boxed(kernel, tensors, blocks, programs, integers, constants, gluon=False, **self.options)
+        self.boxed(*tensors)
+
+
+class _BoxedForward(_BoxedLaunch):
+    """A plan of ``_forward_boxed``; launched as a ``Launch`` of ``_forward`` is."""
+
+    def __init__(self, kind, dtype, b, d, e, config, index):
+        constants = boxed_constants(kind, dtype, d, config, _dependent(index))
+        super().__init__(_forward_boxed, boxed_blocks(d, config), (b, e), constants, config)
+
+    def __call__(self, programs, tensors, scalars):
+        x, w1, _, w2, _, _, o = tensors
+        self.launch(programs, x, w1, w2, o)
+
+
+def _none_repeated(*strides) -> bool:
+    """Not x for all heads, nor a row that is repeated."""
+    return all(s[0] > 0 and s[1] > 0 for s in strides)
 
 
 # H and dZ in tiles of 128 rows, M-7 392 us; 128 x 128 of a whole product, 3 stages: 398 (persistent), 461, by pointers 486
 STAGED = Config(128, 64, 8, 3)
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_stages(rows: int, heads: int, d: int, e: int, processors: int) -> tuple[int, int]:
     """(heads at a time, programs that share E): as few heads as let the products of dW1 and dW2 fill the card, in tiles of 128 x 128,
     and need hardly more rounds of programs than all at once; programs for few rounds, where one's start takes as long as one and a
@@ -954,40 +972,18 @@ def hidden_blocks() -> tuple:
     return (rows, 256), (256, hidden), (hidden, 256), (rows, 256), (rows, hidden), (rows, hidden)
 
 
-class _BoxedHidden:
-    """A plan of ``_hidden_boxed`` for tensors that lie alike."""
-
-    def __init__(self, kind, dtype, heads, b, e, splits, index):
-        self.blocks = hidden_blocks()
-        self.programs, self.integers = heads * -(-b // STAGED.rows) * splits, (b, e, splits)
-        self.constants = hidden_constants(kind, dtype, _dependent(index))
-        self.options = {"num_warps": STAGED.num_warps, "num_stages": STAGED.num_stages}
-        if self.constants["DEPENDENT"]:
-            self.options["launch_pdl"] = True
-        self.boxed = None
-
-    def __call__(self, *tensors):
-        if self.boxed is None:
-            from trinix.kernels._binary import Boxed
-
-            self.boxed = Boxed(
-                _hidden_boxed, tensors, self.blocks, self.programs, self.integers, self.constants, gluon=False,
-                **self.options,
-            )  # fmt: skip
-        self.boxed(*tensors)
-
-
 @functools.lru_cache(maxsize=1024)
-def _hidden_plan(kind, dtype, heads, b, d, e, splits, strides, index) -> _BoxedHidden:
-    """``strides``: of x, w1, w2, dy: what decides how the descriptors look."""
-    return _BoxedHidden(kind, dtype, heads, b, e, splits, index)
+def _hidden_plan(kind, dtype, heads, b, d, e, splits, strides, index) -> tuple[_BoxedLaunch, int]:
+    """(a plan of ``_hidden_boxed``, programs); by ``d`` and the ``strides`` of x, w1, w2, dy the tensors' descriptors differ."""
+    constants = hidden_constants(kind, dtype, _dependent(index))
+    plan = _BoxedLaunch(_hidden_boxed, hidden_blocks(), (b, e, splits), constants, STAGED)
+    return plan, heads * -(-b // STAGED.rows) * splits
 
 
-def _describable(dtype, d, e, x, w1, w2) -> bool:
-    """Whether the copy engine reads tensors of these strides, each once."""
-    layout, _ = layout_of(dtype.itemsize, e, (x, w1, (0, 0, 1), w2))
-    once = all(s[0] > 0 and s[1] > 0 for s in (x, w1, w2))
-    return once and layout.wide and not (layout.w1_transposed or layout.w2_transposed)
+@functools.lru_cache(maxsize=4096)
+def _describable(itemsize, e, x, w1, w2) -> bool:
+    """Whether the copy engine reads tensors of these strides."""
+    return _none_repeated(x, w1, w2) and layout_of(itemsize, e, (x, w1, (0, 0, 1), w2))[0].in_boxes
 
 
 def by_stages(x, w1, w2, b1, b2, w_gate, mean: bool) -> bool:
@@ -998,7 +994,7 @@ def by_stages(x, w1, w2, b1, b2, w_gate, mean: bool) -> bool:
         and b1 is None and b2 is None and w_gate is None
         and _takes_boxes(x.get_device()) and not _State.off
         and not (x.data_ptr() | w1.data_ptr() | w2.data_ptr()) & 15
-        and _describable(x.dtype, d, e, x.stride(), w1.stride(), w2.stride())
+        and _describable(x.dtype.itemsize, e, x.stride(), w1.stride(), w2.stride())
     )  # fmt: skip
 
 
@@ -1007,7 +1003,7 @@ def _backward_by_stages(x, w1, w2, dy, kind, want_x, want_w1, want_w2):
     """(dx, dw1, dw2), None where not wanted."""
     h, d, e = w1.shape
     b, index = x.shape[1], x.get_device()
-    if dy.data_ptr() & 15 or not _describable(x.dtype, d, e, dy.stride(), w1.stride(), w2.stride()):
+    if dy.data_ptr() & 15 or not _describable(x.dtype.itemsize, e, dy.stride(), w1.stride(), w2.stride()):
         # not contiguous(), which gives a dense gradient at an odd address, as of torch.cat, back as it is
         dy = dy.clone(memory_format=torch.contiguous_format)
     dx = torch.empty_like(x) if want_x else None
@@ -1019,7 +1015,8 @@ def _backward_by_stages(x, w1, w2, dy, kind, want_x, want_w1, want_w2):
         xs, w1s, w2s, dys = x[some], w1[some], w2[some], dy[some]
         hidden, dz = x.new_empty(2, xs.shape[0], b, e).unbind()
         strides = xs.stride(), w1s.stride(), w2s.stride(), dys.stride()
-        _hidden_plan(kind, x.dtype, xs.shape[0], b, d, e, splits, strides, index)(xs, w1s, w2s, dys, hidden, dz)
+        plan, programs = _hidden_plan(kind, x.dtype, xs.shape[0], b, d, e, splits, strides, index)
+        plan.launch(programs, xs, w1s, w2s, dys, hidden, dz)
         if want_w2:
             torch.bmm(hidden.mT, dys, out=dw2[some])
         if want_x:
@@ -1036,8 +1033,7 @@ def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides,
     which descriptors need, and all tensors begin at multiples of 16 bytes."""
     boxed = describable and not (gated or has_b1 or has_b2 or mean) and _takes_boxes(index)
     x, w1, _, w2, o = strides
-    # not x for all heads, nor a row that is repeated
-    boxed = boxed and all(s[0] > 0 and s[1] > 0 for s in (x, w1, w2, o))
+    boxed = boxed and _none_repeated(x, w1, w2, o)
     layout, strides = layout_of(dtype.itemsize, e, strides)
     config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.wide, mean, index)
     precision = precision_of(dtype, _card(index)[2])

@@ -465,14 +465,13 @@ def choose_norm_backward(
     tile = min(max(1, (1024 if staged else 2048) // width), _power_of_two(most))
     while tile > 8 and most % tile and tile * width * itemsize > 32 * lanes:
         tile //= 2
-    num_warps = min(8, max(1, tile * width * itemsize // (32 * lanes)))
-    if staged and tile * width == 1024:
-        num_warps = 4
+    full = staged and tile * width == 1024
+    num_warps = 4 if full else min(8, max(1, tile * width * itemsize // (32 * lanes)))
     of_q, of_k = (min(tile, _power_of_two(n)) for n in (heads, heads_k))
     tiles_q, tiles_k = (max(1, tokens * -(-n // size)) for n, size in ((heads, of_q), (heads_k, of_k)))
-    programs = min(tiles_q + tiles_k, (3 if num_warps == 4 and staged else 4) * processors)
+    programs = min(tiles_q + tiles_k, (3 if full else 4) * processors)
     share = round(programs * tiles_q * of_q / (tiles_q * of_q + tiles_k * of_k))
-    num_stages = (4 if num_warps == 4 else 3) if staged else 1  # two are worse than one
+    num_stages = 4 if full else 3 if staged else 1  # two are worse than one
     return BackwardConfig(of_q, of_k, min(max(1, share), programs - 1), programs, num_warps, num_stages)
 
 

@@ -47,7 +47,7 @@ for case in compile_cases():
 FEW = "^weights/64/|/silu$|^(forward/64/3|rows/64)/(gelu|mish)$"
 
 
-@pytest.mark.parametrize("start", ["weights/64", "rows", "forward/64", "(forward|weights)/(128|256)"])
+@pytest.mark.parametrize("start", ["weights/64", "rows", "forward/64", "(forward|weights|hidden)/(128|256)"])
 def test_every_binary_compiles_without_spills_and_no_product_waits_for_itself(start, forked_process, every_binary):
     chosen = "" if every_binary else FEW
     wanted = f"lambda name: re.match({start!r}, name) and re.search({chosen!r}, name)"
@@ -73,7 +73,10 @@ def test_the_choices_fit_shared_memory(d):
             c = hopper.choose_forward(heads, rows, d, 132)
             tiles = c.consumers * (1 + c.x_registers)
             assert 2 * (64 * d * tiles + 2 * d * c.hidden * c.slots) + 1024 <= SHARED_LIMIT
-    if d in hopper.BACKWARD_WIDTHS:
+    if d == hopper.STAGED_WIDTH:
+        c = hopper.HIDDEN
+        assert 2 * (c.rows * d + 2 * d * c.hidden * c.slots + 2 * c.rows * c.hidden) + 1024 <= SHARED_LIMIT
+    elif d in hopper.BACKWARD_WIDTHS:
         r, w = hopper.choose_rows(d), hopper.choose_weights(d)
         assert 2 * d * ((2 * r.x_slots + 1) * 64 * r.consumers + 2 * r.hidden * r.slots) + 1024 <= SHARED_LIMIT
         assert 2 * d * (2 * 128 + 2 * w.rows * w.slots) + 1024 <= SHARED_LIMIT
@@ -187,6 +190,9 @@ def on_cpu(monkeypatch):
         ((5, 400, 64, 72), "relu"),  # ten items a program, of one tile each
         ((1, 193, 128, 136), "mish"),
         ((1, 70, 256, 72), "tanh"),
+        ((3, 130, 256, 264), "silu"),
+        ((5, 400, 256, 136), "relu"),
+        ((1, 1, 256, 8), "gelu"),
     ],
     ids=str,
 )

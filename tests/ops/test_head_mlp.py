@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import trinix
 from helpers import Tagged, Watch, captured, dense, right_or_refused, same
-from trinix.kernels import _binary
+from trinix.kernels import _binary, _stages
 from trinix.kernels.torch import head_mlp as reference
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton import head_mlp as kernels
@@ -380,7 +380,7 @@ def test_backward_by_stages_holds_the_budget_at_odd_sizes_and_strides(kind, size
     for dy_here in (dy, dy[:, :1, :1].expand(dy.shape), dy[..., :1].expand(dy.shape), at_an_odd_address(dy)):
         dx, *_ = judge_stages(tensors, dy_here, kind)
         assert dx.stride() == torch.empty_like(tensors[0]).stride()
-    chunk, _ = kernels.choose_stages(*(sizes[i] for i in (1, 0, 2, 3)), 5)
+    chunk, _ = _stages.choose(*(sizes[i] for i in (1, 0, 2, 3)), 5, kernels.STAGED[:2])
     assert staged() == 4 * -(-sizes[0] // chunk)
 
 
@@ -446,14 +446,14 @@ def test_a_wrong_stage_fails_the_budget(staged, monkeypatch):
 
 
 def test_stages_fill_the_card_with_few_heads_and_share_e_among_programs_where_rows_are_few():
-    assert kernels.choose_stages(16384, 8, 256, 1024, 132) == (8, 1)  # M-7
-    assert kernels.choose_stages(2048, 8, 256, 1024, 132) == (8, 1)  # 128 programs
-    assert kernels.choose_stages(1024, 4, 256, 512, 132) == (4, 4)
-    assert kernels.choose_stages(16384, 64, 256, 1024, 132) == (8, 1)
-    assert kernels.choose_stages(4096, 64, 256, 512, 132) == (16, 1)  # 17 at a time it would be 20 rounds for 16
-    assert kernels.choose_stages(2048, 16, 160, 640, 132) == (16, 1)
-    assert kernels.choose_stages(4096, 16, 192, 1024, 132) == (8, 1)
-    assert kernels.choose_stages(1, 1, 136, 8, 132) == (1, 1)
+    assert _stages.choose(16384, 8, 256, 1024, 132, (128, 64)) == (8, 1)  # M-7
+    assert _stages.choose(2048, 8, 256, 1024, 132, (128, 64)) == (8, 1)  # 128 programs
+    assert _stages.choose(1024, 4, 256, 512, 132, (128, 64)) == (4, 4)
+    assert _stages.choose(16384, 64, 256, 1024, 132, (128, 64)) == (8, 1)
+    assert _stages.choose(4096, 64, 256, 512, 132, (128, 64)) == (16, 1)  # 17 at a time it would be 20 rounds for 16
+    assert _stages.choose(2048, 16, 160, 640, 132, (128, 64)) == (16, 1)
+    assert _stages.choose(4096, 16, 192, 1024, 132, (128, 64)) == (8, 1)
+    assert _stages.choose(1, 1, 136, 8, 132, (128, 64)) == (1, 1)
 
 
 def test_what_has_no_descriptor_takes_pointers(boxed, monkeypatch):

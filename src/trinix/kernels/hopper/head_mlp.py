@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from trinix.kernels import _stages
 from trinix.kernels._binary import Boxed
 from trinix.kernels._binary import multiprocessors as processors
 from trinix.kernels.hopper._compat import tma_load, tma_store
@@ -677,11 +678,169 @@ def _backward_weights(
     ], [4] * CONSUMERS, [240] * CONSUMERS)  # fmt: skip
 
 
+# ---- backward: hidden values ----------------------------------------------------------------------------------------------
+# At D = 256 sums of weights' gradients find no registers. H and dZ of 64 rows a consumer are written instead: S = X W1 and
+# dH = dY W2' from X and dY in registers, while tiles of W1 and W2 stream past, and PyTorch's products do the rest. H is computed
+# and stored while dH is multiplied.
+
+
+@gluon.jit
+def _fill_one(slot, use, full, empty, desc, at, s):
+    mbarrier.wait(empty.index(slot), (use & 1) ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma_load(desc, at, full.index(slot), s.index(slot))
+
+
+@gluon.jit
+def _hidden_item(item, per_head, splits, share, tiles, CONSUMERS: gl.constexpr):
+    """(head, row, first tile of E, the one behind the last) of an item."""
+    block = item // splits
+    first = (item % splits) * share
+    return block // per_head, (block % per_head) * (64 * CONSUMERS), first, gl.minimum(first + share, tiles)
+
+
+@gluon.jit
+def _hidden_producer(
+    x_desc, y_desc, w1_desc, w2_desc, r_s, w1_s, w2_s, r_full, r_empty, w1_full, w1_empty, w2_full, w2_empty,
+    items, per_head, splits, share, tiles,
+    N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    if DEPENDENT:
+        _wait_for_kernel_before()
+    _let_next_kernel_start()
+    it = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head, row, first, last = _hidden_item(item, per_head, splits, share, tiles, CONSUMERS)
+        for c in gl.static_range(CONSUMERS):
+            _fill_one(c, 2 * turn, r_full, r_empty, x_desc, [head, row + c * 64, 0], r_s)
+        for j in range(first, last):
+            slot, use = it % SLOTS, it // SLOTS
+            _fill_one(slot, use, w1_full, w1_empty, w1_desc, [head, 0, j * N], w1_s)
+            if j == first:  # each consumer's dY takes the place of its X
+                for c in gl.static_range(CONSUMERS):
+                    _fill_one(c, 2 * turn + 1, r_full, r_empty, y_desc, [head, row + c * 64, 0], r_s)
+            _fill_one(slot, use, w2_full, w2_empty, w2_desc, [head, j * N, 0], w2_s)
+            it += 1
+        turn = turn + 1
+
+
+@gluon.jit
+def _hidden_rows(slot, use, full, empty, s, layout: gl.constexpr, D: gl.constexpr, HALVED: gl.constexpr):
+    """A tile of X or dY in registers, and its slot free."""
+    mbarrier.wait(full.index(slot), use & 1)
+    x = s.index(slot).reshape([64, D]).load(layout)
+    mbarrier.arrive(empty.index(slot), count=1)
+    if HALVED:
+        x = (x * 0.5).to(s.dtype)
+    return x
+
+
+@gluon.jit
+def _hidden_products(
+    x, y, it, w1_s, w2_s, w1_full, w2_full, zero, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr
+):
+    """S = X W1 and dH = dY W2' of tile number ``it`` under way."""
+    slot, phase = it % SLOTS, (it // SLOTS) & 1
+    mbarrier.wait(w1_full.index(slot), phase)
+    s = warpgroup_mma(x, w1_s.index(slot).reshape([D, N]), zero, use_acc=False, is_async=True)
+    mbarrier.wait(w2_full.index(slot), phase)
+    w2_tile = w2_s.index(slot).reshape([N, D]).permute((1, 0))
+    dh = warpgroup_mma(y, w2_tile, zero, use_acc=False, is_async=True)
+    return s, dh
+
+
+@gluon.jit
+def _hidden_store(desc, values, head, row, column, place, N: gl.constexpr):
+    """H's and dZ's tiles take turns: all but the last store have left their places."""
+    tma.store_wait(1)
+    place.reshape([64, N]).store(values)
+    fence_async_shared()
+    tma_store(desc, [head, row, column], place)
+
+
+@gluon.jit
+def _hidden_consumer(
+    me: gl.constexpr, h_desc, dz_desc, r_s, w1_s, w2_s, h_s, dz_s, r_full, r_empty, w1_full, w1_empty, w2_full, w2_empty,
+    items, per_head, splits, share, tiles,
+    VALUE: gl.constexpr, DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
+    SLOTS: gl.constexpr, AHEAD: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    if DEPENDENT:
+        _wait_for_kernel_before()
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    x_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    dtype: gl.constexpr = r_s.dtype
+    zero = gl.zeros([64, N], gl.float32, s_layout)
+    it = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head, row, first, last = _hidden_item(item, per_head, splits, share, tiles, CONSUMERS)
+        x = _hidden_rows(me, 2 * turn, r_full, r_empty, r_s, x_layout, D, HALVED)
+        y = _hidden_rows(me, 2 * turn + 1, r_full, r_empty, r_s, x_layout, D, HALVED)
+        turn = turn + 1
+        if AHEAD:  # the next tile's products are under way while this one's results are computed and stored
+            s_token, dh_token = _hidden_products(x, y, it, w1_s, w2_s, w1_full, w2_full, zero, N, D, SLOTS)
+            s, dh = warpgroup_mma_wait(0, deps=(s_token, dh_token))
+            mbarrier.arrive(w1_empty.index(it % SLOTS), count=1)
+            mbarrier.arrive(w2_empty.index(it % SLOTS), count=1)
+            it += 1
+            for j in range(first + 1, last):
+                s_token, dh_token = _hidden_products(x, y, it, w1_s, w2_s, w1_full, w2_full, zero, N, D, SLOTS)
+                _hidden_store(h_desc, VALUE(s).to(dtype), head, row + me * 64, (j - 1) * N, h_s.index(me), N)
+                _hidden_store(dz_desc, DX(s, dh).to(dtype), head, row + me * 64, (j - 1) * N, dz_s.index(me), N)
+                s, dh = warpgroup_mma_wait(0, deps=(s_token, dh_token))
+                mbarrier.arrive(w1_empty.index(it % SLOTS), count=1)
+                mbarrier.arrive(w2_empty.index(it % SLOTS), count=1)
+                it += 1
+            _hidden_store(h_desc, VALUE(s).to(dtype), head, row + me * 64, (last - 1) * N, h_s.index(me), N)
+            _hidden_store(dz_desc, DX(s, dh).to(dtype), head, row + me * 64, (last - 1) * N, dz_s.index(me), N)
+        else:
+            for j in range(first, last):
+                s_token, dh_token = _hidden_products(x, y, it, w1_s, w2_s, w1_full, w2_full, zero, N, D, SLOTS)
+                s = warpgroup_mma_wait(1, deps=(s_token,))
+                mbarrier.arrive(w1_empty.index(it % SLOTS), count=1)
+                _hidden_store(h_desc, VALUE(s).to(dtype), head, row + me * 64, j * N, h_s.index(me), N)
+                dh = warpgroup_mma_wait(0, deps=(dh_token,))
+                mbarrier.arrive(w2_empty.index(it % SLOTS), count=1)
+                _hidden_store(dz_desc, DX(s, dh).to(dtype), head, row + me * 64, j * N, dz_s.index(me), N)
+                it += 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["items", "per_head", "splits", "share", "tiles"])
+def _backward_hidden(
+    x_desc, y_desc, w1_desc, w2_desc, h_desc, dz_desc, items, per_head, splits, share, tiles,
+    VALUE: gl.constexpr, DX: gl.constexpr, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, AHEAD: gl.constexpr,
+    HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    CONSUMERS: gl.constexpr = 2
+    r_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, D], x_desc.layout)
+    w1_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, D, N], w1_desc.layout)
+    w2_s = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 1, N, D], w2_desc.layout)
+    h_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, N], h_desc.layout)
+    dz_s = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, 1, 64, N], dz_desc.layout)
+    r_full, r_empty = _ring(CONSUMERS, 1)
+    w1_full, w1_empty = _ring(SLOTS, CONSUMERS)
+    w2_full, w2_empty = _ring(SLOTS, CONSUMERS)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_hidden_producer, (x_desc, y_desc, w1_desc, w2_desc, r_s, w1_s, w2_s, r_full, r_empty, w1_full, w1_empty, w2_full,
+                            w2_empty, items, per_head, splits, share, tiles, N, CONSUMERS, SLOTS, DEPENDENT))
+        if part == 0 else
+        (_hidden_consumer, (part - 1, h_desc, dz_desc, r_s, w1_s, w2_s, h_s, dz_s, r_full, r_empty, w1_full, w1_empty,
+                            w2_full, w2_empty, items, per_head, splits, share, tiles, VALUE, DX, N, D, CONSUMERS, SLOTS,
+                            AHEAD, HALVED, DEPENDENT))
+        for part in (0, 1, 2)
+    ], [4] * CONSUMERS, [240] * CONSUMERS)  # fmt: skip
+
+
 # ---- the choice, the launches -------------------------------------------------------------------------------------------
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDTHS = (64, 128, 256)
-BACKWARD_WIDTHS = (64, 128)  # at 256 the weights' sums fill the registers
+STAGED_WIDTH = 256  # whose sums of weights' gradients would fill the registers: by stages
+BACKWARD_WIDTHS = (64, 128, STAGED_WIDTH)
 EARLY = True  # forward and the weights' kernel begin before the kernel in front has ended
 
 
@@ -704,6 +863,13 @@ class WeightsConfig(NamedTuple):
     rows: int  # a tile
     slots: int
     w1_registers: bool  # W1' is read from registers, W2 from shared memory
+
+
+class HiddenConfig(NamedTuple):
+    rows: int  # of two warpgroups
+    hidden: int  # columns of E a tile
+    slots: int  # of tiles of W1, and of W2
+    ahead: bool  # products of the next tile are under way meanwhile
 
 
 def choose_forward(heads: int, rows: int, d: int, processors: int) -> ForwardConfig:
@@ -729,6 +895,9 @@ def choose_rows(d: int) -> RowsConfig:
 def choose_weights(d: int) -> WeightsConfig:
     """At D = 128 tiles are narrow, to leave registers for the sums, and shared memory is as busy as the tensor cores."""
     return WeightsConfig(64, 4, False) if d == 64 else WeightsConfig(32, 5, True)
+
+
+HIDDEN = HiddenConfig(128, 32, 4, True)
 
 
 def unsupported(x, w1, w2, b1, b2, w_gate, kind: str = "silu", mean: bool = False, grad: bool = False) -> str | None:
@@ -865,11 +1034,50 @@ def _weights_plan(kind, x, w1, w2, dy, dw1, dw2):
     return _Plan(_backward_weights, tensors, _weights_blocks(d, c), h * per_head, integers, constants)
 
 
+def _hidden_constants(kind: str, c: HiddenConfig) -> dict:
+    halved = kind in OF_HALF
+    value, dx = (OF_HALF if halved else FORMULAS)[kind]
+    return {
+        "VALUE": value, "DX": dx, "N": c.hidden, "D": STAGED_WIDTH, "SLOTS": c.slots, "AHEAD": c.ahead, "HALVED": halved,
+        "DEPENDENT": EARLY,
+    }  # fmt: skip
+
+
+def _hidden_blocks(c: HiddenConfig) -> tuple:
+    d, n = STAGED_WIDTH, c.hidden
+    return (64, d), (64, d), (d, n), (n, d), (64, n), (64, n)
+
+
+def _hidden_plan(kind, x, dy, w1, w2, h, dz, splits):
+    heads, b, e = h.shape
+    per_head, tiles = -(-b // HIDDEN.rows), -(-e // HIDDEN.hidden)
+    share = -(-tiles // splits)
+    splits = -(-tiles // share)  # of which none is empty
+    items = heads * per_head * splits
+    integers = items, per_head, splits, share, tiles
+    constants = _hidden_constants(kind, HIDDEN)
+    return _Plan(_backward_hidden, (x, dy, w1, w2, h, dz), _hidden_blocks(HIDDEN), items, integers, constants)
+
+
+def _backward_by_stages(x, w1, w2, dy, kind, wanted):
+    (heads, d, e), b = w1.shape, x.shape[1]
+    tile = HIDDEN.rows, HIDDEN.hidden
+    chunk, splits = _stages.choose(b, heads, d, e, processors(x.get_device()), tile)
+
+    def hidden(xs, w1s, w2s, dys, h, dz):
+        key = _key(kind, xs, w1s, w2s, dys.stride(), splits, "hidden")
+        _planned(key, lambda: _hidden_plan(kind, xs, dys, w1s, w2s, h, dz, splits))(xs, dys, w1s, w2s, h, dz)
+
+    return _stages.backward(x, w1, w2, dy, wanted, chunk, hidden)
+
+
 def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple) -> list[torch.Tensor | None]:
     """The gradients of (x, w1, w2, b1, b2, w_gate), None where ``wanted`` says so."""
     dw1 = dw2 = None
     # clone: a dense gradient at an odd address, as of torch.cat, is contiguous; hooks on saved tensors may give others back
     x, w1, w2, dy = (t if _fits(t) else t.clone(memory_format=torch.contiguous_format) for t in (x, w1, w2, dy))
+    if x.shape[-1] == STAGED_WIDTH:
+        return [*_backward_by_stages(x, w1, w2, dy, kind, wanted[:3]), None, None, None]
     # made first: the rows' kernel overlaps with what other threads launch behind the weights', and with what they free
     dx = torch.empty_like(x) if wanted[0] else None
     key = _key(kind, x, w1, w2, dy.stride())
@@ -907,12 +1115,14 @@ def compile_cases() -> list[CompileCase]:
         descriptors = [n for n in kernel.arg_names if n.endswith("_desc")]
         cases.append(CompileCase(name, kernel, dict(zip(descriptors, blocks, strict=True)), constants))
 
-    for kind, d in (*((kind, 64) for kind in FORMULAS), ("silu", 128), ("silu", 256)):
+    for kind, d in (*((kind, 64) for kind in FORMULAS), ("silu", 128), ("silu", 256), ("gelu", 256), ("mish", 256)):
         # rows of which three warpgroups, and two, leave the fewest idle
         for b in (64 * 3 * 132, 64 * 2 * 132) if d == 64 else (4096,):
             c = choose_forward(1, b, d, 132)
             add(f"forward/{d}/{c.consumers}/{kind}", _forward, _forward_blocks(d, c), _forward_constants(kind, d, c))
-        if d in BACKWARD_WIDTHS:
+        if d == STAGED_WIDTH:
+            add(f"hidden/{d}/{kind}", _backward_hidden, _hidden_blocks(HIDDEN), _hidden_constants(kind, HIDDEN))
+        elif d in BACKWARD_WIDTHS:
             r, w = choose_rows(d), choose_weights(d)
             add(f"rows/{d}/{kind}", _backward_rows, _rows_blocks(d, r), _rows_constants(kind, d, r, True))
             add(f"weights/{d}/{kind}", _backward_weights, _weights_blocks(d, w), _weights_constants(kind, d, w))

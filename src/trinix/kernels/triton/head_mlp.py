@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trinix.kernels import _stages
 from trinix.kernels.triton import activation, norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, _State
@@ -934,30 +935,6 @@ def _none_repeated(*strides) -> bool:
 STAGED = Config(128, 64, 8, 3)
 
 
-@functools.lru_cache(maxsize=1024)
-def choose_stages(rows: int, heads: int, d: int, e: int, processors: int) -> tuple[int, int]:
-    """(heads at a time, programs that share E): as few heads as let the products of dW1 and dW2 fill the card, in tiles of 128 x 128,
-    and need hardly more rounds of programs than all at once; programs for few rounds, where one's start takes as long as one and a
-    half of its steps."""
-    least = max(1, processors // (-(-d // 128) * -(-e // 128)))
-    of_head, steps = -(-rows // STAGED.rows), -(-e // STAGED.hidden)
-
-    def rounds(times):
-        chunk = -(-heads // times)
-        return times * -(-chunk * of_head // processors)
-
-    ways = range(max(1, heads // least), 0, -1)
-    enough = 1.05 * min(map(rounds, ways))
-    times = next(n for n in ways if rounds(n) <= enough)
-    chunk = -(-heads // times)
-    programs = chunk * of_head
-
-    def time(splits):
-        return -(-programs * splits // processors) * (-(-steps // splits) + 1.5)
-
-    return chunk, min(range(1, steps + 1), key=time)
-
-
 def hidden_constants(kind: str, dtype: torch.dtype, dependent: bool) -> dict:
     value, dx, a, b = formula(kind, dtype, LANES)
     return {
@@ -998,33 +975,20 @@ def by_stages(x, w1, w2, b1, b2, w_gate, mean: bool) -> bool:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def _backward_by_stages(x, w1, w2, dy, kind, want_x, want_w1, want_w2):
-    """(dx, dw1, dw2), None where not wanted."""
+def _backward_by_stages(x, w1, w2, dy, kind, wanted):
     h, d, e = w1.shape
     b, index = x.shape[1], x.get_device()
     if dy.data_ptr() & 15 or not _describable(x.dtype.itemsize, e, dy.stride(), w1.stride(), w2.stride()):
         # not contiguous(), which gives a dense gradient at an odd address, as of torch.cat, back as it is
         dy = dy.clone(memory_format=torch.contiguous_format)
-    dx = torch.empty_like(x) if want_x else None
-    dw1 = w1.new_empty(w1.shape) if want_w1 else None
-    dw2 = w2.new_empty(w2.shape) if want_w2 else None
-    chunk, splits = choose_stages(b, h, d, e, _card(index)[0])
-    for first in range(0, h, chunk):
-        some = slice(first, min(first + chunk, h))
-        xs, w1s, w2s, dys = x[some], w1[some], w2[some], dy[some]
-        hidden, dz = x.new_empty(2, xs.shape[0], b, e).unbind()
-        strides = xs.stride(), w1s.stride(), w2s.stride(), dys.stride()
-        plan, programs = _hidden_plan(kind, x.dtype, xs.shape[0], b, d, e, splits, strides, index)
-        plan.launch(programs, xs, w1s, w2s, dys, hidden, dz)
-        if want_w2:
-            torch.bmm(hidden.mT, dys, out=dw2[some])
-        if want_x:
-            torch.bmm(dz, w1s.mT, out=dx[some])
-        if want_w1:
-            torch.bmm(xs.mT, dz, out=dw1[some])
-        hidden = dz = None  # before those of the next heads are made
-    return dx, dw1, dw2
+    chunk, splits = _stages.choose(b, h, d, e, _card(index)[0], (STAGED.rows, STAGED.hidden))
+
+    def hidden(*tensors):
+        strides = tuple(t.stride() for t in tensors[:4])
+        plan, programs = _hidden_plan(kind, x.dtype, tensors[0].shape[0], b, d, e, splits, strides, index)
+        plan.launch(programs, *tensors)
+
+    return _stages.backward(x, w1, w2, dy, wanted, chunk, hidden)
 
 
 @functools.cache
@@ -1124,7 +1088,7 @@ def backward(
     b = x.shape[-2]
     want_x, want_w1, want_w2, want_b1, want_b2, want_wg = wanted
     if by_stages(x, w1, w2, b1, b2, w_gate, mean) and x.numel():
-        return [*_backward_by_stages(x, w1, w2, dy, kind, want_x, want_w1, want_w2), None, None, None]
+        return [*_backward_by_stages(x, w1, w2, dy, kind, wanted[:3]), None, None, None]
     b1 = None if b1 is None else b1.contiguous()
     dx = torch.empty_like(x) if want_x else None
     shapes = ((h, d, e), (h, d, e), (h, e, d), (h, e), (h, d))

@@ -37,16 +37,22 @@ def backward(x, w1, w2, dy, wanted: tuple, chunk: int, hidden: Callable) -> list
     """(dx, dw1, dw2), None where ``wanted`` says so; ``hidden(x, w1, w2, dy, h, dz)`` writes H and dZ of some heads."""
     dx = torch.empty_like(x) if wanted[0] else None
     dw1, dw2 = (w.new_empty(w.shape) if want else None for w, want in zip((w1, w2), wanted[1:], strict=True))
-    for first in range(0, x.shape[0], chunk):
-        some = slice(first, first + chunk)
-        xs, w1s, w2s, dys = x[some], w1[some], w2[some], dy[some]
-        h, dz = x.new_empty(2, *xs.shape[:2], w1.shape[2]).unbind()
-        hidden(xs, w1s, w2s, dys, h, dz)
-        if dw2 is not None:
-            torch.bmm(h.mT, dys, out=dw2[some])
-        if dx is not None:
-            torch.bmm(dz, w1s.mT, out=dx[some])
-        if dw1 is not None:
-            torch.bmm(xs.mT, dz, out=dw1[some])
-        h = dz = None  # before those of the next heads are made
+    whole = x, w1, w2, dy, dx, dw1, dw2
+    heads = x.shape[0]
+    for first in range(0, heads, chunk):
+        # views cost the host a microsecond and more each
+        some = whole if chunk >= heads else [t if t is None else t[first : first + chunk] for t in whole]
+        _of_some(*some, hidden)
     return [dx, dw1, dw2]
+
+
+def _of_some(x, w1, w2, dy, dx, dw1, dw2, hidden):
+    """What it makes is gone before the next heads' is made."""
+    h, dz = x.new_empty(2, *x.shape[:2], w1.shape[2]).unbind()
+    hidden(x, w1, w2, dy, h, dz)
+    if dw2 is not None:
+        torch.bmm(h.mT, dy, out=dw2)
+    if dx is not None:
+        torch.bmm(dz, w1.mT, out=dx)
+    if dw1 is not None:
+        torch.bmm(x.mT, dz, out=dw1)

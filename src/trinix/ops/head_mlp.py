@@ -28,7 +28,7 @@ A second derivative (``create_graph=True``) goes through the PyTorch formula.
 "auto" takes PyTorch's formula, which stores the hidden values, for CPU tensors, for float32 and float64, and for
 D > 256: an ordinary two-layer MLP is a case for large matrix products, not for this op. With gradients it does so for
 D > 128, but for plain calls on Hopper from D = 192 and 4 H B D E = 2^32 on.
-Backend "hopper" (compute capability 9.0): plain calls with x [H, B, D], D of 64 or 128 (256 without gradients), without
+Backend "hopper" (compute capability 9.0): plain calls with x [H, B, D], D of 64, 128 or 256, without
 biases and gate, in half types, rows at multiples of 16 bytes; "auto" takes it from sizes on where it is the fastest.
 Under ``torch.autocast`` all tensors are cast to its dtype first, as for PyTorch's matrix products. Under ``torch.compile``
 the op stays whole on a GPU.
@@ -328,10 +328,13 @@ def _against_hopper(inputs, kind, mean, backward) -> str | None:
 def hopper_wins(heads: int, rows: int, d: int, e: int, backward: bool, processors: int) -> bool:
     """Whether Hopper's kernels of a pass are the faster ones, by measurement: from M-3 on, not at M-1 and M-2.
 
-    In backward a program owns 128 columns of E, and there must be enough of them for the card (M-5 leaves half of it idle).
+    In backward a program owns 128 columns of E, and there must be enough of them for the card (M-5 leaves half of it idle);
+    by stages, at D = 256, it owns rows, and few rows are shared.
     """
     if 4 * heads * rows * d * e < 1 << 32:
         return False
+    if backward and d == 256:
+        return True
     programs = heads * -(-e // 128)
     return not backward or programs >= 0.8 * processors * -(-programs // processors)
 

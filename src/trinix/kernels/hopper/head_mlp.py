@@ -1043,7 +1043,9 @@ def _hidden_plan(kind, x, dy, w1, w2, h, dz, splits):
     splits = -(-tiles // share)  # of which none is empty
     items = heads * per_head * splits
     integers = items, per_head, splits, share, tiles
-    return _Plan(_backward_hidden, (x, dy, w1, w2, h, dz), _hidden_blocks(c), items, integers, _hidden_constants(kind, c))
+    return _Plan(
+        _backward_hidden, (x, dy, w1, w2, h, dz), _hidden_blocks(c), items, integers, _hidden_constants(kind, c)
+    )
 
 
 def _backward_by_stages(x, w1, w2, dy, kind, wanted):

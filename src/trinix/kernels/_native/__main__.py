@@ -1,0 +1,3 @@
+from trinix.kernels import _native
+
+print(_native.build())

@@ -1,0 +1,194 @@
+"""Kept launches from C++: on the CPU, with a driver of our own in place of CUDA's."""
+
+import ctypes
+import struct
+import subprocess
+
+import pytest
+import torch
+
+from helpers import same
+from trinix.kernels import _native
+
+FAKE = r"""
+int launch(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
+           void** p, void** extra) {
+  long n = *(int*)p[3];
+  if (gx != 3 || gy != 1 || bx != 128 || shared != 16 || (long)stream != 7) return 1;
+  if ((long)f == 1) {  // x, y, mask
+    float *x = *(float**)p[0], *y = *(float**)p[1]; unsigned char* mask = *(unsigned char**)p[2];
+    for (long i = 0; i < n; i++) {
+      int live = x[i] > 0;
+      y[i] = live ? x[i] : 0;
+      mask[i / 8] = (i % 8 ? mask[i / 8] : 0) | live << i % 8;
+    }
+    return 0;
+  }
+  if ((long)f == 2) {  // mask, dy, dx
+    unsigned char* mask = *(unsigned char**)p[0]; float *dy = *(float**)p[1], *dx = *(float**)p[2];
+    for (long i = 0; i < n; i++) dx[i] = mask[i / 8] >> i % 8 & 1 ? dy[i] : 0;
+    return 0;
+  }
+  return 700;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    reason = _native.missing()
+    if reason:
+        pytest.skip(f"trinix native {reason}")
+    folder = tmp_path_factory.mktemp("native")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRINIX_CACHE", str(folder))
+        _native.load.cache_clear()
+        assert _native.load() is None
+        _native.load.cache_clear()
+        assert _native.build() == _native.library()
+        assert [path.name for path in folder.iterdir()] == [_native.library().name]
+        module = _native.load()
+    _native.load.cache_clear()
+    (folder / "fake.c").write_text(FAKE)
+    subprocess.run(["gcc", "-shared", "-fPIC", folder / "fake.c", "-o", folder / "fake.so"], check=True)
+    driver = ctypes.CDLL(str(folder / "fake.so"))
+    module.set_launch(ctypes.cast(driver.launch, ctypes.c_void_p).value)
+    module.driver = driver  # as long as the module
+    return module
+
+
+N = 64
+
+
+def relu_pair(native, functions=(1, 2), otherwise=None):
+    def step(function):
+        return function, 3, 128, 16, (0, 1, 2, struct.pack("i", N))
+
+    flat = ((N,), (1,), torch.float32)
+    forward = (flat, ((N // 8,), (1,), torch.uint8)), (step(functions[0]),)
+    backward = (flat,), (step(functions[1]),)
+    return native.make_pair(torch.empty(1), forward, backward, (2,), flat, otherwise)
+
+
+@pytest.fixture
+def relu(native):
+    """relu of 64 numbers; how often its gradient went the other way."""
+    others = []
+
+    def otherwise(mask, dy):
+        others.append(dy.stride())
+        return torch.where(((mask[:, None] >> torch.arange(8)) & 1).flatten().bool(), dy, 0.0)
+
+    pair = relu_pair(native, otherwise=otherwise)
+    return lambda x: native.call(pair, 7, x), others
+
+
+def test_both_passes_are_relus(relu):
+    function, others = relu
+    x, dy = torch.randn(N, requires_grad=True), torch.randn(N)
+    y = function(x)
+    assert y.requires_grad
+    assert "Trinix" in y.grad_fn.name()
+    same([y], [torch.relu(x)])
+    for _ in range(2):
+        same(torch.autograd.grad(y, x, dy, retain_graph=True), [dy * (x > 0)])
+    assert not others
+    z = function(2 * x).pow(2).sum()  # in the middle of a graph
+    z.backward()
+    same([x.grad], [8 * x * (x > 0)])
+
+
+def test_nothing_is_recorded_without_need(relu):
+    function, _ = relu
+    x = torch.randn(N)
+    assert not function(x).requires_grad
+    with torch.no_grad():
+        assert not function(x.requires_grad_()).requires_grad
+
+
+def test_a_gradient_that_lies_otherwise_goes_the_other_way(relu):
+    function, others = relu
+    x = torch.randn(N, requires_grad=True)
+    same(torch.autograd.grad(function(x).sum(), x), [(x > 0).float()])
+    assert others == [(0,)]
+    odd = torch.randn(N + 1)[1:]
+    same(torch.autograd.grad(function(x), x, odd), [odd * (x > 0)])
+    assert len(others) == 2
+
+
+def test_a_second_derivative_goes_the_other_way(relu):
+    function, others = relu
+    x, dy = torch.randn(N, requires_grad=True), torch.randn(N, requires_grad=True)
+    (dx,) = torch.autograd.grad(function(x), x, dy, create_graph=True)
+    same(torch.autograd.grad(dx.sum(), dy), [(x > 0).float()])
+    assert others == [(1,)]
+
+
+def test_a_failed_launch_and_a_failed_other_way_raise(native):
+    x = torch.randn(N, requires_grad=True)
+    with pytest.raises(RuntimeError, match="CUDA error 700"):
+        native.call(relu_pair(native, functions=(9, 2)), 7, x)
+    y = native.call(relu_pair(native, functions=(1, 9)), 7, x)
+    with pytest.raises(RuntimeError, match="CUDA error 700"):
+        torch.autograd.grad(y, x, torch.ones(N))
+
+    def broken(mask, dy):
+        raise ValueError("no")
+
+    y = native.call(relu_pair(native, otherwise=broken), 7, x)
+    with pytest.raises(RuntimeError, match="other way failed"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_what_backward_reads_is_freed_with_the_graph(relu):
+    function, _ = relu
+    x = torch.randn(N, requires_grad=True)
+    y = function(x)
+    torch.autograd.grad(y, x, torch.ones(N))
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(y, x, torch.ones(N))
+
+
+def test_many_threads_go_back_at_once(relu):
+    import threading
+
+    function, _ = relu
+    wrong = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(50):
+            x, dy = (torch.randn(N, generator=generator) for _ in range(2))
+            x.requires_grad_()
+            for gradient in (dy, dy[:1].expand(N)):
+                (dx,) = torch.autograd.grad(function(x), x, gradient)
+                if not torch.equal(dx, gradient * (x > 0)):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRINIX_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler"):
+        _native.build()
+    monkeypatch.delenv("CXX")
+    if _native.missing():
+        pytest.skip("no compiler")
+    broken = tmp_path / "native.cpp"
+    broken.write_text("this is no C++")
+    monkeypatch.setattr(_native, "SOURCE", broken)
+    with pytest.raises(RuntimeError, match=r"failed:\n.*error"):
+        _native.build()
+    assert [path.name for path in tmp_path.iterdir()] == ["native.cpp"]
+
+
+def test_switched_off_it_is_not_loaded(native, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRINIX_NATIVE", "0")
+    _native.load.cache_clear()
+    assert _native.load() is None
+    _native.load.cache_clear()

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <ATen/ops/empty_strided.h>
@@ -17,7 +18,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/Dtype.h>
-#include <torch/version.h>
 
 namespace {
 
@@ -119,6 +119,15 @@ struct PairNode : public torch::autograd::Node {
   std::string name() const override { return "TrinixBackward"; }
 };
 
+// A node is counted by itself since PyTorch 2.13 or a little before, by a shared pointer in 2.11.
+template <typename T>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>)
+    return c10::make_intrusive<T>();
+  else
+    return std::shared_ptr<T>(new T(), [](T* node) { deleteNode(node); });
+}
+
 // ---- Python ------------------------------------------------------------------------------------------------------------
 
 std::vector<int64_t> integers(PyObject* t) {
@@ -195,11 +204,7 @@ PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t n) {
     }
     at::Tensor y = tensors[1];
     if (at::GradMode::is_enabled() && x.requires_grad()) {
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-      auto node = c10::make_intrusive<PairNode>();
-#else
-      auto node = std::shared_ptr<PairNode>(new PairNode(), torch::autograd::deleteNode);
-#endif
+      auto node = make_node<PairNode>();
       node->set_next_edges(torch::autograd::collect_next_edges(x));
       node->pair = pair;
       node->stream = stream;

@@ -149,6 +149,41 @@ def test_what_backward_reads_is_freed_with_the_graph(relu):
         torch.autograd.grad(y, x, torch.ones(N))
 
 
+def test_hooks_on_saved_tensors_see_what_backward_reads(relu):
+    function, _ = relu
+    x, dy, seen = torch.randn(N, requires_grad=True), torch.randn(N), []
+
+    def pack(t):
+        seen.append((t.dtype, t.shape))
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function(x)
+    same(torch.autograd.grad(y, x, dy), [dy * (x > 0)])
+    assert seen == [(torch.uint8, (N // 8,))]
+
+
+def test_backward_may_read_the_input_and_the_result(native):
+    """And then an input that was written to since is noticed."""
+
+    def otherwise(x, y, dy):
+        return torch.where((x > 0) & (y > 0), dy, 0.0)
+
+    def step(function, *tensors):
+        return function, 3, 128, 16, (*tensors, struct.pack("i", N))
+
+    flat = ((N,), (1,), torch.float32)
+    forward = (flat, ((N // 8,), (1,), torch.uint8)), (step(1, 0, 1, 2),)
+    pair = native.make_pair(torch.empty(1), forward, ((flat,), (step(1, 0, 3, 1),)), (0, 1), flat, otherwise)
+    x = torch.randn(N, requires_grad=True)
+    y = native.call(pair, 7, x)
+    same(torch.autograd.grad(y.sum(), x, retain_graph=True), [(x > 0).float()])
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+
+
 def test_many_threads_go_back_at_once(relu):
     import threading
 

@@ -73,16 +73,12 @@ void run(const Plan& plan, std::vector<at::Tensor>& tensors, void* stream) {
 struct PairNode : public torch::autograd::Node {
   std::shared_ptr<const Pair> pair;
   std::vector<torch::autograd::SavedVariable> saved;
-  std::vector<at::Tensor> own;  // what only this node has: needs no version, no hook
-  std::vector<bool> is_own;
   void* stream;
-  bool released = false;
 
   variable_list apply(variable_list&& grads) override {
-    TORCH_CHECK(!released, "Trying to backward through the graph a second time: what it reads has been freed; pass retain_graph=True the first time");
     std::vector<at::Tensor> tensors;
-    size_t a = 0, b = 0;
-    for (bool mine : is_own) tensors.push_back(mine ? own[b++] : saved[a++].unpack());
+    tensors.reserve(saved.size() + 1 + pair->backward.made.size());
+    for (auto& one : saved) tensors.push_back(one.unpack(getptr()));
     const at::Tensor& dy = grads[0];
     if (!dy.defined()) return variable_list(1);
     const bool planned = !at::GradMode::is_enabled() && dy.scalar_type() == pair->dy_dtype && dy.sizes() == pair->dy_sizes &&
@@ -113,8 +109,6 @@ struct PairNode : public torch::autograd::Node {
 
   void release_variables() override {
     for (auto& one : saved) one.reset_data();
-    own.clear();
-    released = true;
   }
   std::string name() const override { return "TrinixBackward"; }
 };
@@ -209,13 +203,7 @@ PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t n) {
       node->pair = pair;
       node->stream = stream;
       torch::autograd::set_history(y, node);
-      for (int i : pair->saved) {
-        node->is_own.push_back(i > 1);
-        if (i > 1)
-          node->own.push_back(tensors[i]);
-        else
-          node->saved.emplace_back(tensors[i], i == 1);
-      }
+      for (int i : pair->saved) node->saved.emplace_back(i == 1 ? y : tensors[i], i == 1);
     }
     return THPVariable_Wrap(std::move(y));
   } catch (const std::exception& e) {

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from helpers import same
+from helpers import Watch, same
 from trinix.kernels import _native
 
 FAKE = r"""
@@ -114,6 +114,23 @@ def test_a_gradient_that_lies_otherwise_goes_the_other_way(relu):
     odd = torch.randn(N + 1)[1:]
     same(torch.autograd.grad(function(x), x, odd), [odd * (x > 0)])
     assert len(others) == 2
+
+
+def test_gradients_that_are_more_than_memory_go_the_other_way(relu):
+    function, others = relu
+    x, dy = torch.randn(N, requires_grad=True), torch.randn(3, N)
+    y = function(x)
+    (dx,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
+    same([dx], [dy * (x > 0)])
+    assert len(others) == 1
+    negative = torch.complex(torch.zeros(N), dy[0]).conj().imag  # lazily negated
+    assert negative.is_neg()
+    same(torch.autograd.grad(y, x, negative, retain_graph=True), [-dy[0] * (x > 0)])
+    assert len(others) == 2
+    with Watch() as watch:
+        torch.autograd.grad(y, x, dy[1])
+    assert len(others) == 3
+    assert watch.seen
 
 
 def test_a_second_derivative_goes_the_other_way(relu):

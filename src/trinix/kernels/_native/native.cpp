@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -50,6 +51,7 @@ struct Pair {
   std::vector<int> saved;                   // which of forward's tensors backward reads: inputs first, then what was made
   std::vector<int64_t> dy_sizes, dy_strides;  // of the gradient that backward's plan was made for
   at::ScalarType dy_dtype;
+  c10::DispatchKeySet plain;  // of a tensor that is nothing but memory on its device
   PyObject* otherwise = nullptr;  // (saved tensors and dy) -> dx, for all other gradients
 };
 
@@ -70,6 +72,10 @@ void run(const Plan& plan, std::vector<at::Tensor>& tensors, void* stream) {
   }
 }
 
+c10::DispatchKeySet below_autograd(const at::Tensor& t) {
+  return t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+}
+
 struct PairNode : public torch::autograd::Node {
   std::shared_ptr<const Pair> pair;
   std::vector<torch::autograd::SavedVariable> saved;
@@ -81,7 +87,8 @@ struct PairNode : public torch::autograd::Node {
     for (auto& one : saved) tensors.push_back(one.unpack(getptr()));
     const at::Tensor& dy = grads[0];
     if (!dy.defined()) return variable_list(1);
-    const bool planned = !at::GradMode::is_enabled() && dy.scalar_type() == pair->dy_dtype && dy.sizes() == pair->dy_sizes &&
+    const bool planned = !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+        below_autograd(dy) == pair->plain && dy.scalar_type() == pair->dy_dtype && dy.sizes() == pair->dy_sizes &&
         dy.strides() == pair->dy_strides && !(reinterpret_cast<uint64_t>(dy.const_data_ptr()) & 15);
     tensors.push_back(dy);
     if (!planned) return {otherwise(tensors)};
@@ -169,6 +176,7 @@ PyObject* make_pair(PyObject*, PyObject* const* a, Py_ssize_t n) {
     auto pair = std::make_shared<Pair>();
     const at::Tensor& example = THPVariable_Unpack(a[0]);
     pair->forward.options = pair->backward.options = at::TensorOptions().device(example.device());
+    pair->plain = below_autograd(example);
     read_plan(pair->forward, a[1]);
     read_plan(pair->backward, a[2]);
     for (int64_t i : integers(a[3])) pair->saved.push_back(static_cast<int>(i));

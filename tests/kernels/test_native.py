@@ -1,14 +1,23 @@
 """Kept launches from C++: on the CPU, with a driver of our own in place of CUDA's."""
 
 import ctypes
+import importlib
 import struct
 import subprocess
+import threading
 
 import pytest
 import torch
 
 from helpers import Watch, same
 from trinix.kernels import _native
+
+pytest.importorskip("triton")
+
+from trinix.kernels.triton import _launch
+from trinix.kernels.triton import activation as kernels
+
+op = importlib.import_module("trinix.ops.activation")  # the module: ``trinix.ops.activation`` is the function
 
 FAKE = r"""
 int launch(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
@@ -27,6 +36,21 @@ int launch(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned
   if ((long)f == 2) {  // mask, dy, dx
     unsigned char* mask = *(unsigned char**)p[0]; float *dy = *(float**)p[1], *dx = *(float**)p[2];
     for (long i = 0; i < n; i++) dx[i] = mask[i / 8] >> i % 8 & 1 ? dy[i] : 0;
+    return 0;
+  }
+  int cols = 256;  // of a tile of the library's masks: 8 rows, a bit each
+  if ((long)f == 3) {  // x, y, mask
+    float *x = *(float**)p[0], *y = *(float**)p[1]; unsigned char* mask = *(unsigned char**)p[2];
+    for (long i = 0; i < n; i++) {
+      int live = x[i] > 0; long tile = i / (8 * cols), r = i / cols % 8, c = i % cols;
+      y[i] = live ? x[i] : 0;
+      mask[tile * cols + c] = (r ? mask[tile * cols + c] : 0) | live << r;
+    }
+    return 0;
+  }
+  if ((long)f == 4) {  // mask, dy, dx
+    unsigned char* mask = *(unsigned char**)p[0]; float *dy = *(float**)p[1], *dx = *(float**)p[2];
+    for (long i = 0; i < n; i++) dx[i] = mask[i / (8 * cols) * cols + i % cols] >> i / cols % 8 & 1 ? dy[i] : 0;
     return 0;
   }
   return 700;
@@ -202,8 +226,6 @@ def test_backward_may_read_the_input_and_the_result(native):
 
 
 def test_many_threads_go_back_at_once(relu):
-    import threading
-
     function, _ = relu
     wrong = []
 
@@ -244,3 +266,40 @@ def test_switched_off_it_is_not_loaded(native, tmp_path, monkeypatch):
     _native.load.cache_clear()
     assert _native.load() is None
     _native.load.cache_clear()
+
+
+# ---- an op's calls -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def op_calls(native, monkeypatch):
+    """The library's activations with the fake driver's launches in place of binaries'."""
+
+    def step(self, numbers):
+        forward = "forward" in self.launch.kernel.fn.__name__
+        return 3 if forward else 4, 3, 128, 16, (*numbers, struct.pack("i", self.scalars[0]))
+
+    monkeypatch.setattr(_launch.Repeated, "step", step)
+    monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7)
+    monkeypatch.setattr(kernels, "_pairs", {})
+    monkeypatch.setattr(_native, "load", lambda: native)
+    return lambda x: kernels.native(x, "relu", 0.0, 0.0, op._pull_back)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_relu_goes_by_its_plan(op_calls, layout):
+    x = torch.randn(31, 257)
+    x = (x.t() if layout == "transposed" else x).requires_grad_()
+    dy = torch.randn(31, 257)
+    dy = dy.t() if layout == "transposed" else dy
+    for _ in range(2):
+        y = op_calls(x)
+        assert "Trinix" in y.grad_fn.name()
+        assert y.stride() == x.stride()
+        same([y], [torch.relu(x)])
+        same(torch.autograd.grad(y, x, dy, retain_graph=True), [dy * (x > 0)])
+        same(torch.autograd.grad(y.sum(), x, retain_graph=True), [(x > 0).float()])
+        (dx,) = torch.autograd.grad(y, x, dy.clone().requires_grad_(), create_graph=True)
+        same([dx], [dy * (x > 0)])
+    assert len(kernels._pairs) == 1
+    assert op_calls(x[::2, ::2]) is None

@@ -197,7 +197,7 @@ def _activation(x, kind, a, b, backend):
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
-    return _apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+    return _with_gradient(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
 
 
 def _refuse(x):
@@ -214,7 +214,7 @@ def _named(x, kind, a, b, backend, grad):
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return _RegisteredActivation.apply(x, kind, a, b) if grad else _forward_op(x, kind, a, b)
-    return _apply(x, kind, a, b) if grad else module.forward(x, kind, a, b)
+    return _with_gradient(x, kind, a, b) if grad else module.forward(x, kind, a, b)
 
 
 def triton_can_run(x: Tensor) -> bool:
@@ -244,26 +244,31 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (saved,) = ctx.saved_tensors
-        kind, a, b, layout = ctx.call
-        if saved.dtype == torch.uint8:
-            saved = saved.contiguous()  # hooks on saved tensors may give others back
-        if dispatch.pulled_back_plainly(dy):
-            return _triton().backward(saved, dy, kind, a, b, layout), None, None, None
-        # the same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy
-        again = torch.is_grad_enabled()  # create_graph=True
-        if saved.dtype == torch.uint8:
-            dx = torch.where(
-                _triton().unpack_mask(saved, dy.shape, layout), dy, a * dy if kind == "leaky_relu" else 0.0
-            )
-        else:
-            with torch.enable_grad():
-                x = saved if again else saved.detach().requires_grad_()
-                y = reference.forward(x, kind, a, b)
-            (dx,) = torch.autograd.grad(y, x, dy, create_graph=again)
-        return dx, None, None, None
+        return _pull_back(*ctx.call, saved, dy), None, None, None
+
+
+def _pull_back(kind, a, b, layout, saved, dy):
+    """dx; ``layout``: y's strides."""
+    if saved.dtype == torch.uint8:
+        saved = saved.contiguous()  # hooks on saved tensors may give others back
+    if dispatch.pulled_back_plainly(dy):
+        return _triton().backward(saved, dy, kind, a, b, layout)
+    # the same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy
+    again = torch.is_grad_enabled()  # create_graph=True
+    if saved.dtype == torch.uint8:
+        return torch.where(_triton().unpack_mask(saved, dy.shape, layout), dy, a * dy if kind == "leaky_relu" else 0.0)
+    with torch.enable_grad():
+        x = saved if again else saved.detach().requires_grad_()
+        y = reference.forward(x, kind, a, b)
+    return torch.autograd.grad(y, x, dy, create_graph=again)[0]
 
 
 _apply = dispatch.apply_of(_Activation)
+
+
+def _with_gradient(x, kind, a, b):
+    y = _triton().native(x, kind, a, b, _pull_back)
+    return _apply(x, kind, a, b) if y is None else y
 
 
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch

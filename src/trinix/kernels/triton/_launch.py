@@ -20,6 +20,7 @@ import contextlib
 import functools
 import operator
 import os
+import struct
 import threading
 import warnings
 from collections.abc import Sequence
@@ -117,7 +118,7 @@ class Launcher:
 class Launch:
     """One kernel with its constants: ``launch(blocks, tensors, scalars)``, ``blocks`` along the grid's x axis."""
 
-    __slots__ = ("constants", "keep", "kernel", "known", "options", "specialized")
+    __slots__ = ("binaries", "constants", "keep", "kernel", "known", "options", "specialized")
 
     def __init__(self, launcher: Launcher, constants: dict, options: dict):
         self.kernel = launcher.kernel
@@ -125,6 +126,7 @@ class Launch:
         self.options = options
         self.specialized = launcher.specialized
         self.keep = {}  # key -> fire(blocks, stream, arguments) of a compiled kernel
+        self.binaries = {}  # key -> that kernel
         self.known = set()  # (key, which pointers are aligned) of those that Triton's own path has compiled and loaded
 
     def __call__(self, blocks: int, tensors: tuple, scalars: tuple) -> None:
@@ -188,7 +190,20 @@ class Launch:
                 return
             if not _State.checked and not _self_check(device):
                 return
+        self.binaries[key] = compiled
         self.keep[key] = _fire(compiled, tuple(self.constants.values()))
+
+
+def without_triton(index: int, address: int) -> bool:
+    """Whether kept binaries may be launched on a device now, on tensors that begin at ``address``; as in ``Launch.again``."""
+    return not (
+        address & 15
+        or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
+        or _NO_ENTER_HOOK.calls
+        or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
+        or _NO_EXIT_HOOK.calls
+        or (_State.many_devices and torch._C._cuda_getDevice() != index)
+    )
 
 
 class Repeated(NamedTuple):
@@ -208,6 +223,20 @@ class Repeated(NamedTuple):
 
     def of(self, *tensors: torch.Tensor) -> None:
         self.launch(self.blocks, tensors, self.scalars)
+
+    def step(self, numbers: tuple) -> tuple | None:
+        """The launch as a plan of ``trinix.kernels._native`` has it, its tensors being those of the plan with these ``numbers``; None
+        where no binary is kept, or its launch needs an attribute."""
+        compiled = self.launch.binaries.get(self.key)
+        types = compiled and _argument_types(compiled)
+        if not types or getattr(compiled.metadata, "launch_pdl", False):
+            return None
+        facts = compiled.metadata
+        numbered = zip(types[len(numbers) :], self.scalars, strict=True)
+        scalars = [struct.pack({"i": "i", "l": "q", "f": "f"}[letter], value) for letter, value in numbered]
+        # unused scratch pointers are parameters of the binary all the same
+        unused = [bytes(8) for name in ("global", "profile") if hasattr(facts, f"{name}_scratch_size")]
+        return compiled.function, self.blocks, 32 * facts.num_warps, facts.shared, (*numbers, *scalars, *unused)
 
 
 def _keepable(kernel, compiled) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import Watch, same
+from trinix import ops
 from trinix.kernels import _native
 
 pytest.importorskip("triton")
@@ -20,10 +21,20 @@ from trinix.kernels.triton import activation as kernels
 op = importlib.import_module("trinix.ops.activation")  # the module: ``trinix.ops.activation`` is the function
 
 FAKE = r"""
-int launch(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
-           void** p, void** extra) {
+#include <pthread.h>
+struct attribute { int id, pad; long value[8]; };
+struct config { unsigned grid[3], block[3], shared; void* stream; struct attribute* attributes; unsigned count; };
+static __thread long current = 0;
+int get_context(void** to) { *to = (void*)5; return 0; }
+int set_context(void* to) { current = (long)to; return 0; }
+void lose_context() { current = 0; }
+int launch(const struct config* c, void* f, void** p, void** extra) {
+  if (current != 5) return 201;
+  int early = (long)f == 5;
+  if (c->count != early || (early && (c->attributes[0].id != 6 || (int)c->attributes[0].value[0] != 1))) return 2;
+  if (early) f = (void*)1;
   long n = *(int*)p[3];
-  if (gx != 3 || gy != 1 || bx != 128 || shared != 16 || (long)stream != 7) return 1;
+  if (c->grid[0] != 3 || c->grid[1] != 1 || c->block[0] != 128 || c->block[2] != 1 || c->shared != 16 || (long)c->stream != 7) return 1;
   if ((long)f == 1) {  // x, y, mask
     float *x = *(float**)p[0], *y = *(float**)p[1]; unsigned char* mask = *(unsigned char**)p[2];
     for (long i = 0; i < n; i++) {
@@ -58,6 +69,10 @@ int launch(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned
 """
 
 
+def set_driver(module, *functions) -> None:
+    module.set_driver(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+
+
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
     reason = _native.missing()
@@ -66,32 +81,30 @@ def native(tmp_path_factory):
     folder = tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRINIX_CACHE", str(folder))
-        _native.load.cache_clear()
-        assert _native.load() is None
-        _native.load.cache_clear()
+        assert _native.describe() == "can be built"
         assert _native.build() == _native.library()
         assert [path.name for path in folder.iterdir()] == [_native.library().name]
-        module = _native.load()
-    _native.load.cache_clear()
+        assert _native.describe() == "is built"
+        module = _native._import(_native.library())
     (folder / "fake.c").write_text(FAKE)
     subprocess.run(["gcc", "-shared", "-fPIC", folder / "fake.c", "-o", folder / "fake.so"], check=True)
     driver = ctypes.CDLL(str(folder / "fake.so"))
-    module.set_launch(ctypes.cast(driver.launch, ctypes.c_void_p).value)
-    module.driver = driver  # as long as the module
+    set_driver(module, driver.launch, driver.get_context, driver.set_context)
+    module.library = driver  # as long as the module
     return module
 
 
 N = 64
+FLAT, MASK = ((N,), (1,), torch.float32), ((N // 8,), (1,), torch.uint8)
 
 
 def relu_pair(native, functions=(1, 2), otherwise=None):
     def step(function):
-        return function, 3, 128, 16, (0, 1, 2, struct.pack("i", N))
+        return function, 3, 128, 16, function == 5, (0, 1, 2, struct.pack("i", N))
 
-    flat = ((N,), (1,), torch.float32)
-    forward = (flat, ((N // 8,), (1,), torch.uint8)), (step(functions[0]),)
-    backward = (flat,), (step(functions[1]),)
-    return native.make_pair(torch.empty(1), forward, backward, (2,), flat, otherwise)
+    forward = (FLAT, MASK), (step(functions[0]),)
+    backward = (FLAT,), (step(functions[1]),)
+    return native.make_pair(torch.empty(1), forward, backward, (1,), (2,), (MASK, FLAT), (2,), otherwise)
 
 
 @pytest.fixture
@@ -101,7 +114,7 @@ def relu(native):
 
     def otherwise(mask, dy):
         others.append(dy.stride())
-        return torch.where(((mask[:, None] >> torch.arange(8)) & 1).flatten().bool(), dy, 0.0)
+        return (torch.where(((mask[:, None] >> torch.arange(8)) & 1).flatten().bool(), dy, 0.0),)
 
     pair = relu_pair(native, otherwise=otherwise)
     return lambda x: native.call(pair, 7, x), others
@@ -208,14 +221,13 @@ def test_backward_may_read_the_input_and_the_result(native):
     """And then an input that was written to since is noticed."""
 
     def otherwise(x, y, dy):
-        return torch.where((x > 0) & (y > 0), dy, 0.0)
+        return (torch.where((x > 0) & (y > 0), dy, 0.0),)
 
     def step(function, *tensors):
-        return function, 3, 128, 16, (*tensors, struct.pack("i", N))
+        return function, 3, 128, 16, False, (*tensors, struct.pack("i", N))
 
-    flat = ((N,), (1,), torch.float32)
-    forward = (flat, ((N // 8,), (1,), torch.uint8)), (step(1, 0, 1, 2),)
-    pair = native.make_pair(torch.empty(1), forward, ((flat,), (step(1, 0, 3, 1),)), (0, 1), flat, otherwise)
+    forward, backward = ((FLAT, MASK), (step(1, 0, 1, 2),)), ((FLAT,), (step(1, 0, 3, 1),))
+    pair = native.make_pair(torch.empty(1), forward, backward, (1,), (0, 1), (FLAT, FLAT, FLAT), (3,), otherwise)
     x = torch.randn(N, requires_grad=True)
     y = native.call(pair, 7, x)
     same(torch.autograd.grad(y.sum(), x, retain_graph=True), [(x > 0).float()])
@@ -263,9 +275,11 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_switched_off_it_is_not_loaded(native, tmp_path, monkeypatch):
     monkeypatch.setenv("TRINIX_NATIVE", "0")
-    _native.load.cache_clear()
-    assert _native.load() is None
-    _native.load.cache_clear()
+    monkeypatch.setattr(_native, "module", None)
+    monkeypatch.setattr(_native, "_asked", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "switched off" in _native.missing()
+    assert _native.loaded() is None
 
 
 # ---- an op's calls -----------------------------------------------------------------------------------------------------
@@ -277,12 +291,12 @@ def op_calls(native, monkeypatch):
 
     def step(self, numbers):
         forward = "forward" in self.launch.kernel.fn.__name__
-        return 3 if forward else 4, 3, 128, 16, (*numbers, struct.pack("i", self.scalars[0]))
+        return 3 if forward else 4, 3, 128, 16, False, (*numbers, struct.pack("i", self.scalars[0]))
 
     monkeypatch.setattr(_launch.Repeated, "step", step)
     monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7)
     monkeypatch.setattr(kernels, "_pairs", {})
-    monkeypatch.setattr(_native, "load", lambda: native)
+    monkeypatch.setattr(_native, "module", native)
     return lambda x: kernels.native(x, "relu", 0.0, 0.0, op._pull_back)
 
 
@@ -303,3 +317,131 @@ def test_relu_goes_by_its_plan(op_calls, layout):
         same([dx], [dy * (x > 0)])
     assert len(kernels._pairs) == 1
     assert op_calls(x[::2, ::2]) is None
+
+
+@pytest.fixture
+def interpreted(native, monkeypatch):
+    """Every op by its plans, whose launches Triton's interpreter runs: how many there were."""
+    if not _launch.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    launches, layouts, wrong, ran = [], {}, [], []
+
+    class Config(ctypes.Structure):
+        _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint)]
+
+    @ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.POINTER(Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+    )
+    def launch(config, function, params, extra):
+        try:
+            repeated, _ = launches[function - 1]
+            tensors = []
+            for i, (sizes, strides, dtype) in enumerate(layouts[function]):
+                address = ctypes.cast(params[i], ctypes.POINTER(ctypes.c_uint64))[0]
+                numbers = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+                memory = (ctypes.c_char * (numbers * dtype.itemsize)).from_address(address)
+                tensors.append(torch.frombuffer(memory, dtype=dtype).as_strided(sizes, strides))
+            repeated.of(*tensors)
+            ran.append(repeated.launch.kernel.fn.__name__)
+        except Exception as error:
+            wrong.append(error)
+            return 1
+        return 0
+
+    def step(self, numbers):
+        launches.append((self, numbers))
+        return len(launches), self.blocks, 32, 0, False, numbers
+
+    class Module:
+        call = staticmethod(native.call)
+
+        @staticmethod
+        def make_pair(example, forward, backward, results, saved, given, gradients, otherwise):
+            inputs = _launch.layout(example), *given[1 : len(gradients)]
+            for front, (made, steps) in ((inputs, forward), (given, backward)):
+                for function, *_, numbers in steps:
+                    layouts[function] = [(*front, *made)[n] for n in numbers]
+            return native.make_pair(example, forward, backward, results, saved, given, gradients, otherwise)
+
+    context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda to: 0)
+    set_driver(native, launch, context, context)
+    monkeypatch.setattr(_launch.Repeated, "step", step)
+    monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7)
+    monkeypatch.setattr(_native, "module", Module)
+    monkeypatch.setattr(kernels, "_pairs", {})
+    norm = importlib.import_module("trinix.ops.norm")
+    monkeypatch.setattr(norm, "_prepared", {})
+    yield ran
+    set_driver(native, native.library.launch, native.library.get_context, native.library.set_context)
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "center, given",
+    [(True, "weight and bias"), (True, "weight"), (True, "bias"), (True, ""), (False, "weight"), (False, "")],
+)
+def test_norms_go_by_their_plans(interpreted, center, given, dtype):
+    x = torch.randn(3, 5, 40, dtype=dtype)
+    weight, bias = (torch.randn(40, dtype=dtype) if name in given else None for name in ("weight", "bias"))
+    dy = torch.randn(3, 5, 40, dtype=dtype)
+    present = frozenset({"x", *(name for name in ("weight", "bias") if name in given)})
+    for unwanted in {frozenset(present & names) for names in (set(), {"x"}, {"weight"}, {"x", "bias"})} - {present}:
+        leaves = {"x": x, "weight": weight, "bias": bias}
+        leaves = {
+            name: t if t is None else t.detach().requires_grad_(name not in unwanted) for name, t in leaves.items()
+        }
+
+        def run(gradient, **options):
+            if center:
+                y = ops.layer_norm(leaves["x"], 40, leaves["weight"], leaves["bias"], backend="triton")
+            else:
+                y = ops.rms_norm(leaves["x"], 40, leaves["weight"], 1e-6, backend="triton")
+            wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
+            return y, torch.autograd.grad(y, wanted, gradient, retain_graph=True, **options), wanted
+
+        first, grads, _ = run(dy)
+        assert "Trinix" not in first.grad_fn.name()
+        second, again, wanted = run(dy)
+        assert "Trinix" in second.grad_fn.name()
+        same([first, *grads], [second, *again])
+        broad = dy[:1, :1, :1].expand(3, 5, 40)
+        same(torch.autograd.grad(second, wanted, broad), torch.autograd.grad(first, wanted, broad))
+        third, twice, _ = run(dy.clone().requires_grad_(), create_graph=True)
+        assert "Trinix" in third.grad_fn.name()
+        assert all(g.requires_grad for g in twice)
+        for got, want in zip(twice, grads, strict=True):
+            torch.testing.assert_close(got.detach(), want, rtol=0.05, atol=0.05)
+    assert interpreted
+
+
+def test_a_norm_whose_saved_input_comes_back_otherwise(interpreted):
+    x, weight = torch.randn(6, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+    dy = torch.randn(6, 24)
+    want = [
+        torch.autograd.grad(ops.rms_norm(x, 24, weight, 1e-6, backend="triton"), (x, weight), dy) for _ in range(2)
+    ][0]
+
+    def unpack(t):
+        return t.t().contiguous().t() if t.ndim == 2 else t
+
+    count = len(interpreted)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = ops.rms_norm(x, 24, weight, 1e-6, backend="triton")
+    assert "Trinix" in y.grad_fn.name()
+    got = torch.autograd.grad(y, (x, weight), dy)
+    torch.testing.assert_close(got, want)
+    assert len(interpreted) == count + 1  # backward went the other way
+
+
+@pytest.mark.parametrize("kind", ["relu", "leaky_relu", "mish", "gelu"])
+def test_activations_go_by_their_plans(interpreted, kind):
+    x, dy = torch.randn(7, 300, requires_grad=True), torch.randn(7, 300)
+    results = []
+    for _ in range(2):
+        y = ops.activation(x, kind, backend="triton")
+        results.append((y, *torch.autograd.grad(y, x, dy, retain_graph=True)))
+    assert ["Trinix" in y.grad_fn.name() for y, _ in results] == [True, True]
+    same(results[0], results[1])
+    want = ops.activation(x, kind, backend="torch")
+    torch.testing.assert_close(results[0], (want, *torch.autograd.grad(want, x, dy)))

@@ -38,6 +38,7 @@ from torch.autograd import forward_ad
 
 from trinix import dispatch
 from trinix.dispatch import Explanation
+from trinix.kernels import _native
 from trinix.kernels.torch import activation as reference
 
 _triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
@@ -67,11 +68,12 @@ _ALWAYS, _NEVER = 0, None
 # Where PyTorch has the kind as one kernel, ours costs 3 us more host time without gradient and 30 to 50 us more with: it
 # has to win on the device. At par with eager, so never: relu and leaky_relu without gradient, sigmoid, silu, tanh (X-*, K-*: 0 to 0.8%).
 # Faster: mish by a quarter from G-mi-1 on, softplus alike, gelu by 1%; relu's backward by its mask from X-relu-512 on, leaky_relu's alike.
-# Kinds that eager composes of several kernels: always.
+# Kinds that eager composes of several kernels: always. From X-relu-256 on where the node of autograd is a C++ one (kernels/_native).
 _TRITON_FROM = dict.fromkeys(KINDS, (_NEVER, _NEVER))
 _TRITON_FROM |= dict.fromkeys(("quick_gelu", "squared_relu"), (_ALWAYS, _ALWAYS))
 _TRITON_FROM |= dict.fromkeys(("mish", "softplus"), (1 << 21, 1 << 22))
 _TRITON_FROM |= dict.fromkeys(("relu", "leaky_relu"), (_NEVER, 1 << 23)) | {"gelu": (1 << 24, 1 << 26)}
+_NATIVE_FROM = dict.fromkeys(("relu", "leaky_relu"), 1 << 22)
 
 
 def activation(
@@ -193,11 +195,18 @@ def _activation(x, kind, a, b, backend):
     if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
     least = _TRITON_FROM[kind][1 if grad else 0]
-    if least is _NEVER or torch.compiler.is_compiling() or not x.is_cuda or x.numel() < least:
+    if least is _NEVER or torch.compiler.is_compiling() or not x.is_cuda:
+        return reference.FORMULAS[kind](x, a, b)
+    if x.numel() < least and not _native_wins(x, kind, grad):
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
     return _with_gradient(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+
+
+def _native_wins(x, kind, grad) -> bool:
+    least = _NATIVE_FROM.get(kind)
+    return grad and least is not None and x.numel() >= least and (_native.module or _native.loaded()) is not None
 
 
 def _refuse(x):
@@ -346,9 +355,11 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         rejected["triton"] = (
             "no faster than PyTorch's own kernel at any size measured, and a launch costs more host time"
         )
-    elif x.numel() < least:
+    elif x.numel() < least and not _native_wins(x, kind, grad):
         with_grad = "with" if grad else "without"
         rejected["triton"] = f"{x.numel()} elements {with_grad} gradient are bound by host time; faster from {least} on"
     if rejected:
         return Explanation(name, "torch", "the first backend that is right and fastest here", rejected=rejected)
+    if x.numel() < least:
+        least = _NATIVE_FROM[kind]
     return Explanation(name, "triton", f"fastest measured from {least} elements on", _triton().describe(x, kind, grad))

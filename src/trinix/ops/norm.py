@@ -33,6 +33,7 @@ from torch.autograd import forward_ad
 
 from trinix import dispatch
 from trinix.dispatch import Explanation
+from trinix.kernels import _native
 from trinix.kernels.torch import norm as reference
 from trinix.ops.activation import KINDS
 
@@ -289,6 +290,9 @@ class _Call(NamedTuple):
     forward: tuple | None  # the portable kernels' plan, where nothing has to be copied
     backwards: dict  # what backward's tensors look like -> the same
     p: float = 0.0
+    pairs: dict | None = (
+        None  # which inputs want a gradient -> both passes' plans, and how often they were asked for in vain
+    )
 
 
 _prepared = {}  # kind of a call -> what all of them share; emptied when it has grown
@@ -337,7 +341,7 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
         call = _prepared.get(key)
         if call is not None:
             if key[-1]:
-                return _apply_norm(x, weight, bias, call)
+                return _with_gradient(x, weight, bias, call)
             return _triton_module.run_forward(call.forward, x, weight, bias)[0]
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
@@ -361,13 +365,48 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
     module, plan = _module(backend, (x, weight, bias), n, kind, 0.0, False), None
     if key is not None and _settled(n, backend, module):
         plan = module.forward_plan(x, weight, bias, n, norm, eps, offset, grad)
-    call = _Call(shape, n, eps, offset, norm, backend, plan, {})
+    call = _Call(shape, n, eps, offset, norm, backend, plan, {}, pairs={})
     if plan is not None:
         _keep(key, call)
     if grad:
         return _apply_norm(x, weight, bias, call)
     y, _ = module.forward(x, weight, bias, n, norm, eps, offset, False)
     return y
+
+
+def _with_gradient(x, weight, bias, call: _Call):
+    """y of a call whose like was made before: by a node of autograd in C++ where there is one."""
+    if call.backwards and (_native.module or _native.loaded()) is not None:
+        wanted = x.requires_grad, weight is not None and weight.requires_grad, bias is not None and bias.requires_grad
+        pair = call.pairs.get(wanted, 0)
+        if type(pair) is int and pair < _MOST_ATTEMPTS:
+            pair = call.pairs[wanted] = _make_pair(x, weight, bias, call, wanted) or pair + 1
+        if type(pair) is not int:
+            y = _triton_module.native(pair, x, weight, bias)
+            if y is not None:
+                return y
+    return _apply_norm(x, weight, bias, call)
+
+
+_MOST_ATTEMPTS = 20  # a backward of another kind than asked for was run each time
+
+
+def _make_pair(x, weight, bias, call, wanted):
+    """Where backward was run before on a gradient that lay as y."""
+    y = torch.empty_like(x, device="meta") if call.forward.dense else torch.empty(x.shape, dtype=x.dtype, device="meta")
+    backward = call.backwards.get(_looks(x, y, None, weight, bias, wanted))
+    if backward is None:
+        return None
+    given = weight is not None, bias is not None
+
+    def otherwise(x, *tensors):
+        *parameters, stats, dy = tensors
+        weight = parameters[0] if given[0] else None
+        bias = parameters[-1] if given[1] else None
+        grads = _pull_back(call, wanted, x, weight, bias, stats, dy)
+        return tuple(g for g, there in zip(grads, (True, *given), strict=True) if there)
+
+    return _triton_module.make_pair(call.forward, backward, x, weight, bias, otherwise)
 
 
 class _Norm(torch.autograd.Function):
@@ -386,28 +425,35 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, stats = ctx.saved_tensors
-        stats = stats.contiguous()  # hooks on saved tensors may give others back
-        call, wanted = ctx.call, ctx.needs_input_grad[:3]
-        if not dispatch.pulled_back_plainly(dy):
-            return *_formula_gradients(
-                lambda x, w, b: reference.forward(x, w, b, call.shape, call.eps, call.offset, call.norm.center, call.norm.kind),
-                (x, weight, bias), wanted, dy,
-            ), None  # fmt: skip
-        dx, _, dw, db = _backward(call, x, dy, None, weight, bias, stats, None, wanted)
-        return dx, dw, db, None
+        return *_pull_back(ctx.call, ctx.needs_input_grad[:3], *ctx.saved_tensors, dy), None
+
+
+def _pull_back(call: _Call, wanted: tuple, x, weight, bias, stats, dy) -> tuple:
+    """(dx, dw, db)."""
+    stats = stats.contiguous()  # hooks on saved tensors may give others back
+    if not dispatch.pulled_back_plainly(dy):
+        return _formula_gradients(
+            lambda x, w, b: reference.forward(x, w, b, call.shape, call.eps, call.offset, call.norm.center, call.norm.kind),
+            (x, weight, bias), wanted, dy,
+        )  # fmt: skip
+    dx, _, dw, db = _backward(call, x, dy, None, weight, bias, stats, None, wanted)
+    return dx, dw, db
+
+
+def _looks(x, dy, dh, weight, bias, wanted: tuple) -> tuple:
+    """What a backward's plan depends on; hooks on saved tensors may have given others back."""
+    return (
+        x.stride(), x.dtype, dy.stride(), dy.dtype, None if dh is None else (dh.stride(), dh.dtype),
+        None if weight is None else (weight.stride(), weight.dtype),
+        None if bias is None else (bias.stride(), bias.dtype), wanted,
+    )  # fmt: skip
 
 
 def _backward(call: _Call, x, dy, dh, weight, bias, stats, seed, wanted: tuple) -> tuple:
     """(dx, d_residual, dw, db)."""
     plan = key = None
     if call.forward is not None:
-        # hooks on saved tensors may give others back
-        key = (
-            x.stride(), x.dtype, dy.stride(), dy.dtype, None if dh is None else (dh.stride(), dh.dtype),
-            None if weight is None else (weight.stride(), weight.dtype),
-            None if bias is None else (bias.stride(), bias.dtype), wanted,
-        )  # fmt: skip
+        key = _looks(x, dy, dh, weight, bias, wanted)
         plan = call.backwards.get(key)
         if plan is not None:
             return _triton_module.run_backward(plan, x, dy, dh, weight, bias, stats, seed)

@@ -1,13 +1,15 @@
 """Kept launches without Python (native.cpp), compiled on the user's machine against the PyTorch that is installed there.
 
 A call through Python's ``autograd.Function`` costs the host more than both passes of eager's relu; the same from a C++ node does not.
-The module is optional: where there is no compiler, or ``TRINIX_NATIVE=0``, everything runs as before.
+The module is optional: where there is no compiler, or with ``TRINIX_NATIVE=0``, everything runs as before, with the same kernels.
 
-``python -m trinix.kernels._native`` builds it (about 20 seconds) into the cache folder, $TRINIX_CACHE or ~/.cache/trinix, under a
-name that says what it was built from: its source, PyTorch, Python. A build is written whole or not at all.
+It is built once for a PyTorch and a Python (about 30 seconds of one core), into $TRINIX_CACHE or ~/.cache/trinix: in the background
+by the first process whose calls would use it, or at once by ``python -m trinix.kernels._native``. A build is written whole or not
+at all, and only after it has run without a card in a process of its own.
 """
 
-import functools
+import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -17,11 +19,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 
 import torch
 
 SOURCE = pathlib.Path(__file__).with_name("native.cpp")
 _NAME = "trinix_native"  # as in PyInit_
+_LONGEST_BUILD_S = 600
+
+module = None  # of this process, once it is loaded
+_asked = False  # whether this process has looked for it
 
 
 def cache_folder() -> pathlib.Path:
@@ -43,9 +51,13 @@ def compiler() -> str | None:
 
 
 def missing() -> str | None:
-    """Why it cannot be built here, or None."""
-    if os.name != "posix":
-        return f"is built for Linux only, not for {os.name}"
+    """Why it cannot be used here, or None."""
+    if os.environ.get("TRINIX_NATIVE") == "0":
+        return "is switched off by TRINIX_NATIVE=0"
+    if not sys.platform.startswith("linux"):
+        return f"is built for Linux only, not for {sys.platform}"
+    if library().exists():
+        return None
     if compiler() is None:
         return "needs a C++ compiler: $CXX, g++ or clang++"
     if not (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
@@ -53,15 +65,22 @@ def missing() -> str | None:
     return None
 
 
+def describe() -> str:
+    """For ``trinix doctor``."""
+    return missing() or ("is built" if library().exists() else "can be built")
+
+
 def build() -> pathlib.Path:
-    """Compile; the path of the module. RuntimeError with the compiler's words where that fails."""
+    """Compile and check; the path of the module. RuntimeError with the compiler's words where that fails."""
     reason = missing()
     if reason:
         raise RuntimeError(f"trinix native: {reason}")
     path = library()
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     root = pathlib.Path(torch.__file__).parent
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".so.part")
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part.so")
     os.close(handle)
     try:
         run = subprocess.run(
@@ -69,24 +88,107 @@ def build() -> pathlib.Path:
                 compiler(), "-O2", "-shared", "-fPIC", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
                 f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-I{sysconfig.get_paths()['include']}",
                 str(SOURCE), "-o", name, f"-L{root / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10",
-                f"-Wl,-rpath,{root / 'lib'}",
+                # a C++ library that the compiler links in must not meet PyTorch's
+                f"-Wl,-rpath,{root / 'lib'}", "-Wl,--exclude-libs,ALL",
             ],
             capture_output=True, text=True,
         )  # fmt: skip
         if run.returncode:
             raise RuntimeError(f"trinix native: {compiler()} failed:\n{run.stderr[-4000:]}")
+        command = [sys.executable, "-m", "trinix.kernels._native", "--check", name]
+        run = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        if run.returncode:
+            raise RuntimeError(
+                f"trinix native: what {compiler()} built does not run (status {run.returncode}):\n{run.stderr[-4000:]}"
+            )
         os.replace(name, path)
     finally:
         pathlib.Path(name).unlink(missing_ok=True)
     return path
 
 
-@functools.cache
-def load():
-    """The module, or None where it has not been built or is switched off."""
-    if os.environ.get("TRINIX_NATIVE") == "0" or not library().exists():
-        return None
-    spec = importlib.util.spec_from_file_location(_NAME, library())
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def _environment() -> dict:
+    """So that another process finds the same trinix."""
+    root = pathlib.Path(__file__).parents[3]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))}
+
+
+def check(path: str) -> None:
+    """Both passes and an error of a built module, without a card."""
+    built = _import(path)
+    built.set_doubling_driver()
+    flat = (3,), (1,), torch.float32
+
+    def pair(function):
+        step = function, 1, 1, 0, False, (0, 1, (3).to_bytes(4, sys.byteorder))
+        plan = (flat,), (step,)
+        return built.make_pair(torch.empty(1), plan, plan, (1,), (), (flat,), (1,), None)
+
+    # a step of backward reads tensor 0, which is the gradient, for nothing was saved
+    x = torch.arange(3.0, requires_grad=True)
+    y = built.call(pair(1), 0, x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones(3))
+    if y.tolist() != [0, 2, 4] or dx.tolist() != [2, 2, 2]:
+        raise RuntimeError(f"wrong results: {y.tolist()}, {dx.tolist()}")
+    try:
+        built.call(pair(2), 0, x)
+    except RuntimeError as error:
+        if "error 98" in str(error):
+            return
+        raise
+    raise RuntimeError("a launch that failed was not noticed")
+
+
+def _import(path):
+    spec = importlib.util.spec_from_file_location(_NAME, path)
+    imported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imported)
+    return imported
+
+
+def _load():
+    """The built module with CUDA's functions."""
+    built = _import(library())
+    cuda = ctypes.CDLL("libcuda.so.1")
+    functions = cuda.cuLaunchKernelEx, cuda.cuCtxGetCurrent, cuda.cuCtxSetCurrent
+    built.set_driver(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+    return built
+
+
+def loaded():
+    """The module, or None: cannot be built here, or is not yet, which a process of its own begins then."""
+    global _asked, module
+    if module is None and not _asked:
+        _asked = True
+        if torch.version.cuda and missing() is None:
+            if library().exists():
+                module = _load()
+            else:
+                threading.Thread(target=_build_and_load, name="trinix-native", daemon=True).start()
     return module
+
+
+def _build_and_load() -> None:
+    """What fails here shows in ``python -m trinix.kernels._native``."""
+    global module
+    with contextlib.suppress(OSError):
+        if _alone():
+            # a process of its own: it ends its work even if this one ends before
+            command = [sys.executable, "-m", "trinix.kernels._native"]
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            run = subprocess.Popen(command, start_new_session=True, env=_environment(), **quiet)
+            if run.wait() == 0:
+                module = _load()
+
+
+def _alone() -> bool:
+    """Whether no other process began this build a short while ago: many start at once."""
+    mark = library().with_suffix(".building")
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        if time.time() - mark.stat().st_mtime < _LONGEST_BUILD_S:
+            return False
+        mark.touch()
+    return True

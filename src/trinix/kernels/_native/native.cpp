@@ -1,8 +1,8 @@
-// Kept launches without Python: a plan is everything about a call that follows from how its tensors lie; run() allocates what it
-// makes, launches kernels that Triton compiled, and under autograd leaves a node that runs the plan of the backward pass.
+// Kept launches without Python: a plan is everything about a pass that follows from how its tensors lie; run() allocates what it
+// makes and launches kernels that Triton compiled. A pair is the plans of both passes; call() runs the first, and under autograd
+// leaves a node that runs the second.
 //
-// Built on the user's machine against the installed PyTorch (trinix/_native/__init__.py). No CUDA header: the driver's launch
-// function comes as an address.
+// Built on the user's machine against the installed PyTorch (__init__.py). No CUDA header: the driver's functions come as addresses.
 
 #include <Python.h>
 
@@ -14,21 +14,38 @@
 
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/Dtype.h>
 
 namespace {
 
 using torch::autograd::variable_list;
 
-// cuLaunchKernel
-using Launch = int (*)(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** params, void** extra);
-Launch launch = nullptr;
+// As the driver lays them out.
+struct LaunchAttribute {
+  int id;
+  int pad;
+  alignas(8) char value[64];
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+constexpr int kProgrammaticSerialization = 6;  // an attribute: the kernel may begin before the one in front has ended
+constexpr int kNoContext = 201;
 
-struct Made {
+struct Driver {
+  int (*launch)(const LaunchConfig*, void* function, void** params, void** extra) = nullptr;  // cuLaunchKernelEx
+  int (*get_context)(void**) = nullptr;                                                       // cuCtxGetCurrent
+  int (*set_context)(void*) = nullptr;                                                        // cuCtxSetCurrent
+} driver;
+
+struct Layout {
   std::vector<int64_t> sizes, strides;
   at::ScalarType dtype;
 };
@@ -36,30 +53,46 @@ struct Made {
 struct Step {
   void* function;
   unsigned blocks, threads, shared;
+  bool early;                    // may begin before the kernel in front has ended
   std::vector<int> tensor;       // of every parameter: which tensor's address it is, or -1
   std::vector<uint64_t> scalar;  // else its bits
 };
 
 struct Plan {
-  at::TensorOptions options;
-  std::vector<Made> made;
+  std::vector<Layout> made;
   std::vector<Step> steps;
 };
 
+// The tensors of forward are numbered inputs first, then what it makes; of backward what was saved, the gradients of the results,
+// then what it makes.
 struct Pair {
-  Plan forward, backward;
-  std::vector<int> saved;                   // which of forward's tensors backward reads: inputs first, then what was made
-  std::vector<int64_t> dy_sizes, dy_strides;  // of the gradient that backward's plan was made for
-  at::ScalarType dy_dtype;
+  at::TensorOptions options;
+  void* context = nullptr;    // the driver's, of the device
   c10::DispatchKeySet plain;  // of a tensor that is nothing but memory on its device
-  PyObject* otherwise = nullptr;  // (saved tensors and dy) -> dx, for all other gradients
+  Plan forward, backward;
+  std::vector<int> results;          // tensors of forward that the caller gets
+  std::vector<int> saved;            // tensors of forward that backward reads
+  std::vector<Layout> given;         // how backward's plan has what was saved and the results' gradients
+  std::vector<int> gradients;        // of every input: a tensor of backward, or -1
+  PyObject* otherwise = nullptr;     // (what was saved, the results' gradients) -> every input's, for all other cases
 };
 
-void run(const Plan& plan, std::vector<at::Tensor>& tensors, void* stream) {
-  for (const Made& one : plan.made)
-    tensors.push_back(at::empty_strided(one.sizes, one.strides, plan.options.dtype(one.dtype)));
+c10::DispatchKeySet below_autograd(const at::Tensor& t) {
+  return t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+}
+
+bool aligned(const at::Tensor& t) { return !(reinterpret_cast<uint64_t>(t.const_data_ptr()) & 15); }
+
+bool lies_as(const Layout& layout, const at::Tensor& t) {
+  return t.scalar_type() == layout.dtype && t.sizes() == layout.sizes && t.strides() == layout.strides && aligned(t);
+}
+
+void run(const Pair& pair, const Plan& plan, std::vector<at::Tensor>& tensors, void* stream) {
+  for (const Layout& one : plan.made)
+    tensors.push_back(at::empty_strided(one.sizes, one.strides, pair.options.dtype(one.dtype)));
   uint64_t values[64];
   void* params[64];
+  LaunchAttribute early{kProgrammaticSerialization, 0, {1}};
   for (const Step& step : plan.steps) {
     const size_t count = step.tensor.size();
     for (size_t i = 0; i < count; i++) {
@@ -67,13 +100,12 @@ void run(const Plan& plan, std::vector<at::Tensor>& tensors, void* stream) {
       values[i] = t < 0 ? step.scalar[i] : reinterpret_cast<uint64_t>(tensors[t].const_data_ptr());
       params[i] = &values[i];
     }
-    const int failed = launch(step.function, step.blocks, 1, 1, step.threads, 1, 1, step.shared, stream, params, nullptr);
-    TORCH_CHECK(!failed, "trinix: a kernel could not be launched, CUDA error ", failed);
+    const LaunchConfig config{{step.blocks, 1, 1}, {step.threads, 1, 1}, step.shared, stream, &early, step.early};
+    int failed = driver.launch(&config, step.function, params, nullptr);
+    if (failed == kNoContext && !driver.set_context(pair.context))  // autograd's own threads begin without one
+      failed = driver.launch(&config, step.function, params, nullptr);
+    TORCH_CHECK(!failed, "trinix: a kernel could not be launched, CUDA error " + std::to_string(failed));
   }
-}
-
-c10::DispatchKeySet below_autograd(const at::Tensor& t) {
-  return t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
 }
 
 struct PairNode : public torch::autograd::Node {
@@ -83,35 +115,44 @@ struct PairNode : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     std::vector<at::Tensor> tensors;
-    tensors.reserve(saved.size() + 1 + pair->backward.made.size());
+    tensors.reserve(pair->given.size() + pair->backward.made.size());
     for (auto& one : saved) tensors.push_back(one.unpack(getptr()));
-    const at::Tensor& dy = grads[0];
-    if (!dy.defined()) return variable_list(1);
-    const bool planned = !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-        below_autograd(dy) == pair->plain && dy.scalar_type() == pair->dy_dtype && dy.sizes() == pair->dy_sizes &&
-        dy.strides() == pair->dy_strides && !(reinterpret_cast<uint64_t>(dy.const_data_ptr()) & 15);
-    tensors.push_back(dy);
-    if (!planned) return {otherwise(tensors)};
-    const size_t first = tensors.size();
-    run(pair->backward, tensors, stream);
-    return {tensors[first]};
+    bool any = false, planned = !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+    for (auto& grad : grads) {
+      any |= grad.defined();
+      tensors.push_back(std::move(grad));
+    }
+    if (!any) return variable_list(pair->gradients.size());
+    // hooks on saved tensors may give others back
+    for (size_t i = 0; planned && i < tensors.size(); i++)
+      planned = tensors[i].defined() && below_autograd(tensors[i]) == pair->plain && lies_as(pair->given[i], tensors[i]);
+    if (!planned) return otherwise(tensors);
+    run(*pair, pair->backward, tensors, stream);
+    variable_list out;
+    out.reserve(pair->gradients.size());
+    for (int t : pair->gradients) out.push_back(t < 0 ? at::Tensor() : tensors[t]);
+    return out;
   }
 
-  at::Tensor otherwise(const std::vector<at::Tensor>& tensors) {
+  variable_list otherwise(const std::vector<at::Tensor>& tensors) {
     PyGILState_STATE gil = PyGILState_Ensure();
     PyObject* arguments = PyTuple_New(tensors.size());
     for (size_t i = 0; i < tensors.size(); i++) PyTuple_SET_ITEM(arguments, i, THPVariable_Wrap(tensors[i]));
     PyObject* result = PyObject_Call(pair->otherwise, arguments, nullptr);
     Py_DECREF(arguments);
+    variable_list out;
     if (!result) {
       PyErr_Print();
-      PyGILState_Release(gil);
-      TORCH_CHECK(false, "trinix: the gradient's other way failed, see above");
+    } else {
+      for (size_t i = 0; i < pair->gradients.size(); i++) {
+        PyObject* one = PyTuple_GET_ITEM(result, i);
+        out.push_back(one == Py_None ? at::Tensor() : THPVariable_Unpack(one));
+      }
+      Py_DECREF(result);
     }
-    at::Tensor dx = THPVariable_Unpack(result);
-    Py_DECREF(result);
     PyGILState_Release(gil);
-    return dx;
+    TORCH_CHECK(result, "trinix: the gradient's other way failed, see above");
+    return out;
   }
 
   void release_variables() override {
@@ -131,21 +172,30 @@ auto make_node() {
 
 // ---- Python ------------------------------------------------------------------------------------------------------------
 
-std::vector<int64_t> integers(PyObject* t) {
-  std::vector<int64_t> out;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t); i++) out.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(t, i)));
+template <typename T>
+std::vector<T> integers(PyObject* t) {
+  std::vector<T> out;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t); i++) out.push_back(static_cast<T>(PyLong_AsLongLong(PyTuple_GET_ITEM(t, i))));
   return out;
 }
 
-// (made, steps): made (sizes, strides, dtype) each, steps (function, blocks, threads, shared, parameters) each, a parameter being
-// the number of a tensor or the bytes of a scalar
-void read_plan(Plan& plan, PyObject* t) {
-  PyObject *made = PyTuple_GET_ITEM(t, 0), *steps = PyTuple_GET_ITEM(t, 1);
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(made); i++) {
-    PyObject* one = PyTuple_GET_ITEM(made, i);
+// of (sizes, strides, dtype) each
+std::vector<Layout> layouts(PyObject* t) {
+  std::vector<Layout> out;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t); i++) {
+    PyObject* one = PyTuple_GET_ITEM(t, i);
     auto dtype = reinterpret_cast<THPDtype*>(PyTuple_GET_ITEM(one, 2))->scalar_type;
-    plan.made.push_back({integers(PyTuple_GET_ITEM(one, 0)), integers(PyTuple_GET_ITEM(one, 1)), dtype});
+    out.push_back({integers<int64_t>(PyTuple_GET_ITEM(one, 0)), integers<int64_t>(PyTuple_GET_ITEM(one, 1)), dtype});
   }
+  return out;
+}
+
+// (made, steps): layouts; (function, blocks, threads, shared, early, parameters) each, a parameter being the number of a tensor or
+// the bytes of a scalar
+Plan read_plan(PyObject* t) {
+  Plan plan;
+  plan.made = layouts(PyTuple_GET_ITEM(t, 0));
+  PyObject* steps = PyTuple_GET_ITEM(t, 1);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(steps); i++) {
     PyObject* one = PyTuple_GET_ITEM(steps, i);
     Step step;
@@ -153,7 +203,8 @@ void read_plan(Plan& plan, PyObject* t) {
     step.blocks = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(one, 1));
     step.threads = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(one, 2));
     step.shared = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(one, 3));
-    PyObject* parameters = PyTuple_GET_ITEM(one, 4);
+    step.early = PyObject_IsTrue(PyTuple_GET_ITEM(one, 4));
+    PyObject* parameters = PyTuple_GET_ITEM(one, 5);
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(parameters); k++) {
       PyObject* p = PyTuple_GET_ITEM(parameters, k);
       uint64_t bits = 0;
@@ -164,27 +215,29 @@ void read_plan(Plan& plan, PyObject* t) {
     TORCH_CHECK(step.tensor.size() <= 64, "trinix: a kernel of more than 64 parameters");
     plan.steps.push_back(std::move(step));
   }
+  return plan;
 }
 
 void drop_pair(PyObject* capsule) {
   delete static_cast<std::shared_ptr<Pair>*>(PyCapsule_GetPointer(capsule, "pair"));
 }
 
-// make_pair(example, forward, backward, saved, dy (sizes, strides, dtype), otherwise)
-PyObject* make_pair(PyObject*, PyObject* const* a, Py_ssize_t n) {
+// make_pair(example, forward, backward, results, saved, given, gradients, otherwise); ``example``: a tensor of the device
+PyObject* make_pair(PyObject*, PyObject* const* a, Py_ssize_t) {
   try {
     auto pair = std::make_shared<Pair>();
     const at::Tensor& example = THPVariable_Unpack(a[0]);
-    pair->forward.options = pair->backward.options = at::TensorOptions().device(example.device());
+    pair->options = at::TensorOptions().device(example.device());
     pair->plain = below_autograd(example);
-    read_plan(pair->forward, a[1]);
-    read_plan(pair->backward, a[2]);
-    for (int64_t i : integers(a[3])) pair->saved.push_back(static_cast<int>(i));
-    pair->dy_sizes = integers(PyTuple_GET_ITEM(a[4], 0));
-    pair->dy_strides = integers(PyTuple_GET_ITEM(a[4], 1));
-    pair->dy_dtype = reinterpret_cast<THPDtype*>(PyTuple_GET_ITEM(a[4], 2))->scalar_type;
-    pair->otherwise = a[5];
-    Py_INCREF(a[5]);  // plans live as long as the process
+    TORCH_CHECK(!driver.get_context(&pair->context), "trinix: no CUDA context");
+    pair->forward = read_plan(a[1]);
+    pair->backward = read_plan(a[2]);
+    pair->results = integers<int>(a[3]);
+    pair->saved = integers<int>(a[4]);
+    pair->given = layouts(a[5]);
+    pair->gradients = integers<int>(a[6]);
+    pair->otherwise = a[7];
+    Py_INCREF(a[7]);  // plans live as long as the process
     return PyCapsule_New(new std::shared_ptr<Pair>(pair), "pair", drop_pair);
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
@@ -192,43 +245,84 @@ PyObject* make_pair(PyObject*, PyObject* const* a, Py_ssize_t n) {
   }
 }
 
-// call(pair, stream, x) -> y. The caller has checked that x lies as the pair's example does.
+// call(pair, stream, input, ...) -> the result, or a tuple of them; None where an input begins at an odd address. The caller has
+// checked that inputs lie as the pair's plans have them.
 PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t n) {
   try {
     auto& pair = *static_cast<std::shared_ptr<Pair>*>(PyCapsule_GetPointer(a[0], "pair"));
     void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(a[1]));
-    const at::Tensor x = THPVariable_Unpack(a[2]);
-    std::vector<at::Tensor> tensors{x};
-    tensors.reserve(1 + pair->forward.made.size());
+    std::vector<at::Tensor> tensors;
+    tensors.reserve(n - 2 + pair->forward.made.size());
+    bool recorded = false;
+    for (Py_ssize_t i = 2; i < n; i++) {
+      tensors.push_back(THPVariable_Unpack(a[i]));
+      if (!aligned(tensors.back())) Py_RETURN_NONE;
+      recorded |= tensors.back().requires_grad();
+    }
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      run(pair->forward, tensors, stream);
+      run(*pair, pair->forward, tensors, stream);
     }
-    at::Tensor y = tensors[1];
-    if (at::GradMode::is_enabled() && x.requires_grad()) {
+    if (recorded && at::GradMode::is_enabled()) {
       auto node = make_node<PairNode>();
-      node->set_next_edges(torch::autograd::collect_next_edges(x));
+      torch::autograd::edge_list edges;
+      for (Py_ssize_t i = 0; i < n - 2; i++)
+        edges.push_back(tensors[i].requires_grad() ? torch::autograd::impl::gradient_edge(tensors[i]) : torch::autograd::Edge());
+      node->set_next_edges(std::move(edges));
       node->pair = pair;
       node->stream = stream;
-      torch::autograd::set_history(y, node);
-      for (int i : pair->saved) node->saved.emplace_back(i == 1 ? y : tensors[i], i == 1);
+      for (int t : pair->results) torch::autograd::set_history(tensors[t], node);
+      node->saved.reserve(pair->saved.size());
+      for (int t : pair->saved) {
+        bool result = false;
+        for (int r : pair->results) result |= r == t;
+        node->saved.emplace_back(tensors[t], result);
+      }
     }
-    return THPVariable_Wrap(std::move(y));
+    if (pair->results.size() == 1) return THPVariable_Wrap(tensors[pair->results[0]]);
+    PyObject* out = PyTuple_New(pair->results.size());
+    for (size_t i = 0; i < pair->results.size(); i++) PyTuple_SET_ITEM(out, i, THPVariable_Wrap(tensors[pair->results[i]]));
+    return out;
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
     return nullptr;
   }
 }
 
-PyObject* set_launch(PyObject*, PyObject* address) {
-  launch = reinterpret_cast<Launch>(PyLong_AsUnsignedLongLong(address));
+// set_driver(cuLaunchKernelEx, cuCtxGetCurrent, cuCtxSetCurrent), addresses
+PyObject* set_driver(PyObject*, PyObject* const* a, Py_ssize_t) {
+  driver.launch = reinterpret_cast<decltype(driver.launch)>(PyLong_AsUnsignedLongLong(a[0]));
+  driver.get_context = reinterpret_cast<decltype(driver.get_context)>(PyLong_AsUnsignedLongLong(a[1]));
+  driver.set_context = reinterpret_cast<decltype(driver.set_context)>(PyLong_AsUnsignedLongLong(a[2]));
   Py_RETURN_NONE;
 }
 
+// A driver without a card, for the check after a build: function 1 writes twice its first tensor into its second, others fail.
+int doubling_launch(const LaunchConfig*, void* function, void** params, void**) {
+  if (function != reinterpret_cast<void*>(1)) return 98;
+  const float* from = *static_cast<float**>(params[0]);
+  float* to = *static_cast<float**>(params[1]);
+  for (int i = 0; i < *static_cast<int*>(params[2]); i++) to[i] = 2 * from[i];
+  return 0;
+}
+int no_context(void**) { return 0; }
+int any_context(void*) { return 0; }
+
+PyObject* set_doubling_driver(PyObject*, PyObject*) {
+  driver = {doubling_launch, no_context, any_context};
+  Py_RETURN_NONE;
+}
+
+template <typename F>
+PyCFunction fast(F f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
 PyMethodDef methods[] = {
-    {"make_pair", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(make_pair)), METH_FASTCALL, nullptr},
-    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr},
-    {"set_launch", set_launch, METH_O, nullptr},
+    {"make_pair", fast(make_pair), METH_FASTCALL, nullptr},
+    {"call", fast(call), METH_FASTCALL, nullptr},
+    {"set_driver", fast(set_driver), METH_FASTCALL, nullptr},
+    {"set_doubling_driver", set_doubling_driver, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "trinix_native", nullptr, -1, methods};
 

@@ -30,6 +30,8 @@ import torch
 import triton
 import triton.language as tl
 
+from trinix.kernels import _native
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if INTERPRETED:
     from trinix.kernels.triton import _interpreter  # noqa: F401  (corrects its rounding)
@@ -194,16 +196,23 @@ class Launch:
         self.keep[key] = _fire(compiled, tuple(self.constants.values()))
 
 
-def without_triton(index: int, address: int) -> bool:
-    """Whether kept binaries may be launched on a device now, on tensors that begin at ``address``; as in ``Launch.again``."""
-    return not (
-        address & 15
-        or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
+def by_plan(pair, index: int, *tensors: torch.Tensor):
+    """The results of a pair of ``trinix.kernels._native`` for tensors that lie as its plans have them; None where a launch has to go
+    through Triton: see ``Launch.again``."""
+    if (
+        _runtime.launch_enter_hook is not _NO_ENTER_HOOK
         or _NO_ENTER_HOOK.calls
         or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
         or _NO_EXIT_HOOK.calls
         or (_State.many_devices and torch._C._cuda_getDevice() != index)
-    )
+    ):
+        return None
+    return _native.module.call(pair, _raw_stream(index), *tensors)
+
+
+def layout(t: torch.Tensor) -> tuple:
+    """A tensor as a plan has it."""
+    return tuple(t.shape), t.stride(), t.dtype
 
 
 class Repeated(NamedTuple):
@@ -226,17 +235,19 @@ class Repeated(NamedTuple):
 
     def step(self, numbers: tuple) -> tuple | None:
         """The launch as a plan of ``trinix.kernels._native`` has it, its tensors being those of the plan with these ``numbers``; None
-        where no binary is kept, or its launch needs an attribute."""
+        where no binary is kept."""
         compiled = self.launch.binaries.get(self.key)
         types = compiled and _argument_types(compiled)
-        if not types or getattr(compiled.metadata, "launch_pdl", False):
+        if not types:
             return None
         facts = compiled.metadata
         numbered = zip(types[len(numbers) :], self.scalars, strict=True)
         scalars = [struct.pack({"i": "i", "l": "q", "f": "f"}[letter], value) for letter, value in numbered]
         # unused scratch pointers are parameters of the binary all the same
         unused = [bytes(8) for name in ("global", "profile") if hasattr(facts, f"{name}_scratch_size")]
-        return compiled.function, self.blocks, 32 * facts.num_warps, facts.shared, (*numbers, *scalars, *unused)
+        early = bool(getattr(facts, "launch_pdl", False))
+        threads = 32 * facts.num_warps
+        return compiled.function, self.blocks, threads, facts.shared, early, (*numbers, *scalars, *unused)
 
 
 def _keepable(kernel, compiled) -> bool:

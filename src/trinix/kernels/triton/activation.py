@@ -541,42 +541,45 @@ def backward(saved: torch.Tensor, dy: torch.Tensor, kind: str, a: float, b: floa
     return dx
 
 
-_pairs = {}  # all that a call's launches depend on -> both passes' plans
+_pairs = {}  # what a call looks like -> both passes' plans
 
 
 def native(x: torch.Tensor, kind: str, a: float, b: float, otherwise) -> torch.Tensor | None:
     """y with a node of autograd in C++ behind it; None where there is no such module, x is not dense, or a pass was never launched
     on its like. ``otherwise(kind, a, b, layout, saved, dy)`` is dx of a gradient that lies in another way, or is more than memory."""
-    module, index = _native.load(), x.get_device()
-    if module is None or not _launch.without_triton(index, x.data_ptr()):
+    if (_native.module or _native.loaded()) is None:
         return None
+    index = x.get_device()
     key = kind, x.dtype, x.shape, x.stride(), a, b, index
     pair = _pairs.get(key)
     if pair is None:
-        pair = _make_pair(module, x, kind, a, b, otherwise)
+        pair = _make_pair(x, kind, a, b, otherwise)
         if pair is None:
             return None
         _pairs[key] = pair
-    return module.call(pair, _launch._raw_stream(index), x)
+    return _launch.by_plan(pair, index, x)
 
 
-def _make_pair(module, x, kind, a, b, otherwise):
-    index, dtype = x.get_device(), x.dtype
-    like = x.shape, torch.empty_like(x, device="meta").stride(), dtype
-    made, saved = (like,), (0,)
-    if kind in MASKED:
+def _make_pair(x, kind, a, b, otherwise):
+    index, dtype, masked = x.get_device(), x.dtype, kind in MASKED
+    backward = _dense_backward(kind, torch.uint8 if masked else dtype, dtype, x.numel(), a, b, index).step((0, 1, 2))
+    if backward is None:
+        return None
+    mask_bytes = 0
+    if masked:
         forward, mask_bytes = _masked_forward(kind, dtype, x.shape, x.stride(), a, index) or (None, 0)
-        made, saved = (like, ((mask_bytes,), (1,), torch.uint8)), (2,)
     else:
         forward = _dense_forward(kind, dtype, x.shape, x.stride(), a, b, index)
-    if forward is None:
+    step = forward and forward.step((0, 1, 2) if masked else (0, 1))
+    if step is None:
         return None
-    backward = _dense_backward(kind, torch.uint8 if kind in MASKED else dtype, dtype, x.numel(), a, b, index)
-    steps = forward.step(tuple(range(1 + len(made)))), backward.step((0, 1, 2))
-    if None in steps:
-        return None
+    like = _launch.layout(torch.empty_like(x, device="meta"))
+    mask = (mask_bytes,), (1,), torch.uint8
+    plans = ((like, mask) if masked else (like,), (step,)), ((like,), (backward,))
+    kept = 2 if masked else 0  # the mask, or x
     back = functools.partial(otherwise, kind, a, b, like[1])
-    return module.make_pair(x.detach(), (made, steps[:1]), ((like,), steps[1:]), saved, like, back)
+    given = mask if masked else _launch.layout(x), like
+    return _native.module.make_pair(x.detach(), *plans, (1,), (kept,), given, (2,), lambda *tensors: (back(*tensors),))
 
 
 def unpack_mask(mask: torch.Tensor, shape: tuple, layout: tuple) -> torch.Tensor:

@@ -19,6 +19,9 @@ if platform.machine() == "x86_64":
 # two xdist workers share two cores: of NumPy's products, which kernels on the CPU are made of, before it is imported
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# built in the background while the tests run, it would come between; tests/kernels/test_native.py has it
+os.environ.setdefault("TRINIX_NATIVE", "0")
+
 import pytest
 import torch
 

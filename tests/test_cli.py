@@ -104,6 +104,7 @@ def test_doctor_says_what_runs_here_and_why_the_rest_does_not(command):
     assert re.search(r"^no  GPU: .+; ops run through PyTorch", said, re.M)
     assert re.search(r"^(ok|no)  triton", said, re.M)
     assert re.search(r"^no  fast launches: ", said, re.M)
+    assert re.search(r"^no  C\+\+ launches: ", said, re.M)
     for fact in facts:
         assert fact.startswith("ok") or ":" in fact, f"no reason: {fact}"
 

@@ -73,6 +73,14 @@ def set_driver(module, *functions) -> None:
     module.set_driver(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def switched_on():
+    """conftest.py switches it off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRINIX_NATIVE")
+        yield
+
+
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
     reason = _native.missing()
@@ -178,10 +186,13 @@ def test_a_second_derivative_goes_the_other_way(relu):
     assert others == [(1,)]
 
 
-def test_a_failed_launch_and_a_failed_other_way_raise(native):
+def test_launches_take_their_attribute_and_context_and_failures_raise(native):
     x = torch.randn(N, requires_grad=True)
     with pytest.raises(RuntimeError, match="CUDA error 700"):
         native.call(relu_pair(native, functions=(9, 2)), 7, x)
+    same([native.call(relu_pair(native, functions=(5, 2)), 7, x)], [torch.relu(x)])  # may begin early
+    native.library.lose_context()  # as on a thread of autograd's
+    same([native.call(relu_pair(native), 7, x)], [torch.relu(x)])
     y = native.call(relu_pair(native, functions=(1, 9)), 7, x)
     with pytest.raises(RuntimeError, match="CUDA error 700"):
         torch.autograd.grad(y, x, torch.ones(N))
@@ -190,7 +201,7 @@ def test_a_failed_launch_and_a_failed_other_way_raise(native):
         raise ValueError("no")
 
     y = native.call(relu_pair(native, otherwise=broken), 7, x)
-    with pytest.raises(RuntimeError, match="other way failed"):
+    with pytest.raises(ValueError, match=r"^no$"):
         torch.autograd.grad(y.sum(), x)
 
 
@@ -215,6 +226,25 @@ def test_hooks_on_saved_tensors_see_what_backward_reads(relu):
         y = function(x)
     same(torch.autograd.grad(y, x, dy), [dy * (x > 0)])
     assert seen == [(torch.uint8, (N // 8,))]
+
+
+def test_an_error_of_a_hook_goes_on(relu):
+    function, _ = relu
+
+    def pack(t):
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(torch.randn(N, requires_grad=True))
+
+
+def test_it_is_computed_again_under_checkpointing(relu):
+    function, _ = relu
+    x, dy = torch.randn(N, requires_grad=True), torch.randn(N)
+    y = torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+    same(torch.autograd.grad(y, x, dy), [dy * (x > 0)])
+    with torch.autograd.set_detect_anomaly(True):
+        same(torch.autograd.grad(function(x), x, dy), [dy * (x > 0)])
 
 
 def test_backward_may_read_the_input_and_the_result(native):
@@ -280,6 +310,42 @@ def test_switched_off_it_is_not_loaded(native, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "switched off" in _native.missing()
     assert _native.loaded() is None
+
+
+def test_the_first_process_that_needs_it_builds_it_and_no_other(native, tmp_path, monkeypatch):
+    built, commands = _native.library(), []
+    monkeypatch.setenv("TRINIX_CACHE", str(tmp_path))
+
+    class Process:
+        def __init__(self, command, **options):
+            commands.append((command, options["start_new_session"]))
+
+        def wait(self):
+            _native.library().write_bytes(b"")
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_native, "module", None)
+    monkeypatch.setattr(_native, "_load", lambda: native)
+    for asked in range(3):
+        if asked == 1:  # as in another process, while the first one's is built
+            _native.library().unlink()
+        monkeypatch.setattr(_native, "module", None)
+        monkeypatch.setattr(_native, "_asked", False)
+        got = _native.loaded()
+        [t.join() for t in threading.enumerate() if t.name == "trinix-native"]
+        if asked == 0:
+            assert got is None
+            assert _native.loaded() is native
+        if asked == 1:
+            assert got is None
+            assert _native.loaded() is None
+            _native.library().write_bytes(b"")
+        if asked == 2:
+            assert got is native
+    assert [(command[1:], own) for command, own in commands] == [(["-m", "trinix.kernels._native"], True)]
+    assert not built.exists() or built != _native.library()
 
 
 # ---- an op's calls -----------------------------------------------------------------------------------------------------
@@ -378,7 +444,7 @@ def interpreted(native, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "center, given",
+    ("center", "given"),
     [(True, "weight and bias"), (True, "weight"), (True, "bias"), (True, ""), (False, "weight"), (False, "")],
 )
 def test_norms_go_by_their_plans(interpreted, center, given, dtype):
@@ -392,7 +458,7 @@ def test_norms_go_by_their_plans(interpreted, center, given, dtype):
             name: t if t is None else t.detach().requires_grad_(name not in unwanted) for name, t in leaves.items()
         }
 
-        def run(gradient, **options):
+        def run(gradient, leaves=leaves, **options):
             if center:
                 y = ops.layer_norm(leaves["x"], 40, leaves["weight"], leaves["bias"], backend="triton")
             else:
@@ -418,9 +484,7 @@ def test_norms_go_by_their_plans(interpreted, center, given, dtype):
 def test_a_norm_whose_saved_input_comes_back_otherwise(interpreted):
     x, weight = torch.randn(6, 24, requires_grad=True), torch.randn(24, requires_grad=True)
     dy = torch.randn(6, 24)
-    want = [
-        torch.autograd.grad(ops.rms_norm(x, 24, weight, 1e-6, backend="triton"), (x, weight), dy) for _ in range(2)
-    ][0]
+    want = torch.autograd.grad(ops.rms_norm(x, 24, weight, 1e-6, backend="triton"), (x, weight), dy)
 
     def unpack(t):
         return t.t().contiguous().t() if t.ndim == 2 else t
@@ -445,3 +509,98 @@ def test_activations_go_by_their_plans(interpreted, kind):
     same(results[0], results[1])
     want = ops.activation(x, kind, backend="torch")
     torch.testing.assert_close(results[0], (want, *torch.autograd.grad(want, x, dy)))
+
+
+# ---- on the card -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_card(monkeypatch):
+    """Runs a function twice: by Functions, then by plans."""
+    reason = _native.missing()
+    if reason:
+        pytest.skip(f"trinix native {reason}")
+    _native.build()
+    monkeypatch.setattr(_native, "_asked", False)
+    monkeypatch.setattr(_native, "module", None)
+    assert _native.loaded() is not None
+    module = _native.module
+
+    def both(function, leaves, dy):
+        monkeypatch.setattr(_native, "module", None)
+        y = function()
+        want = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+        assert "Trinix" not in y.grad_fn.name()
+        monkeypatch.setattr(_native, "module", module)
+        function().backward(dy, inputs=leaves)
+        y = function()
+        assert "Trinix" in y.grad_fn.name()
+        same([y.detach(), *torch.autograd.grad(y, leaves, dy)], want)
+
+    return both
+
+
+def leaf(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+
+
+def norm_of(x, *parameters):
+    """layer_norm of x, weight, bias; rms_norm of x and weight."""
+    if len(parameters) == 2:
+        return ops.layer_norm(x, x.shape[-1], *parameters, backend="triton")
+    return ops.rms_norm(x, x.shape[-1], *parameters, 1e-6, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (4097,), (64, 300), (12, 12, 256, 128)])
+@pytest.mark.parametrize("kind", ["relu", "leaky_relu", "mish", "gelu", "quick_gelu"])
+def test_activations_have_the_same_bits(on_card, kind, shape, dtype):
+    x = leaf(*shape, dtype=dtype)
+    on_card(lambda: ops.activation(x, kind, backend="triton"), [x], torch.randn_like(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(16384, 256), (1, 7), (333, 1000), (64, 8192)])
+@pytest.mark.parametrize("parameters", [1, 2])
+def test_norms_have_the_same_bits(on_card, parameters, shape):
+    leaves = leaf(*shape), *(leaf(shape[-1]) for _ in range(parameters))
+    on_card(lambda: norm_of(*leaves), leaves, torch.randn_like(leaves[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["relu", "norm"])
+def test_a_graph_and_another_stream_have_them_too(on_card, name):
+    x, weight = leaf(512, 384), leaf(384)
+    leaves = [x] if name == "relu" else [x, weight]
+    dy = torch.randn_like(x)
+
+    def function():
+        return ops.relu(x, backend="triton") if name == "relu" else norm_of(x, weight)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_card(function, leaves, dy)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = function()
+            grads = torch.autograd.grad(y, leaves, dy)
+        assert "Trinix" in y.grad_fn.name()
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        stream.synchronize()
+        on_card(function, leaves, dy)
+        z = function()
+        same([y, *grads], [z, *torch.autograd.grad(z, leaves, dy)])
+
+
+@pytest.mark.gpu
+def test_what_lies_at_an_odd_address_goes_through_triton(on_card):
+    leaves = leaf(64, 256), leaf(256)
+    on_card(lambda: norm_of(*leaves), leaves, torch.randn_like(leaves[0]))
+    x = torch.randn(64 * 256 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(64, 256).requires_grad_()
+    y = norm_of(x, leaves[1])
+    assert "Trinix" not in y.grad_fn.name()
+    same([y], [norm_of(x.clone(), leaves[1])])

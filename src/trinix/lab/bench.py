@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trinix import device
+from trinix.kernels import _native
 from trinix.lab import aot, gate, interpret, measure, record, report, run
 from trinix.lab import warm as ahead
 from trinix.lab.case import Case, load_cases
@@ -75,6 +76,7 @@ def bench_cases(
     card = device.card()
     if card:
         console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
+        _build_native(console)
         if warm:
             todo = _chosen(cases, ids)
             if resume:
@@ -106,6 +108,17 @@ def _compile_ahead(cases: Sequence[Case], impls: Sequence[str], processes: int, 
         )
     if failed:
         console.print(Text(f"{len(failed)} could not be compiled ahead: {failed[0]}"))
+
+
+def _build_native(console: Console) -> None:
+    """What a user's second process has, ahead of the clocks."""
+    reason = _native.missing()
+    try:
+        if reason is None:
+            _native.build()
+    except RuntimeError as error:
+        reason = str(error)
+    console.print(Text("C++ launches " + (reason or _native.describe())))
 
 
 def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None, chosen: dict) -> int:

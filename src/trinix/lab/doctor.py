@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from trinix import device, dispatch, ops
+from trinix.kernels import _native
 from trinix.lab.peers import fa4
 from trinix.lab.record import PACKAGES, version_of
 
@@ -23,7 +24,7 @@ def report() -> str:
     lines = [
         f"trinix {version_of('trinix') or 'from a source tree'}, Python {platform.python_version()} ({sys.executable})"
     ]
-    lines += [_torch(), _triton(), *_cards(), _compiler(), _launcher(), *_peers()]
+    lines += [_torch(), _triton(), *_cards(), _compiler(), _launcher(), _native_launches(), *_peers()]
     return "\n".join(lines)
 
 
@@ -90,6 +91,16 @@ def _launcher() -> str:
         return f"no  fast launches: {error.name} is not installed"
     text = _launch.status()
     return f"{'no' if text.startswith('off') else 'ok'}  fast launches: {text}"
+
+
+def _native_launches() -> str:
+    cure = "; python -m trinix.kernels._native builds it now, else the first call that would use it, in the background"
+    if not torch.version.cuda:
+        return "no  C++ launches: for builds of torch with CUDA"
+    said = _native.describe()
+    if said == "can be built":
+        return f"no  C++ launches: not built yet{cure}"
+    return f"{'no' if _native.missing() else 'ok'}  C++ launches: {said}"
 
 
 def _peers() -> list[str]:

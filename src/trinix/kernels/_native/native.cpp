@@ -15,10 +15,12 @@
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 namespace {
 
@@ -135,23 +137,20 @@ struct PairNode : public torch::autograd::Node {
   }
 
   variable_list otherwise(const std::vector<at::Tensor>& tensors) {
-    PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject* arguments = PyTuple_New(tensors.size());
-    for (size_t i = 0; i < tensors.size(); i++) PyTuple_SET_ITEM(arguments, i, THPVariable_Wrap(tensors[i]));
-    PyObject* result = PyObject_Call(pair->otherwise, arguments, nullptr);
-    Py_DECREF(arguments);
-    variable_list out;
-    if (!result) {
-      PyErr_Print();
-    } else {
-      for (size_t i = 0; i < pair->gradients.size(); i++) {
-        PyObject* one = PyTuple_GET_ITEM(result, i);
-        out.push_back(one == Py_None ? at::Tensor() : THPVariable_Unpack(one));
-      }
-      Py_DECREF(result);
+    pybind11::gil_scoped_acquire gil;
+    THPObjectPtr arguments(PyTuple_New(tensors.size()));
+    for (size_t i = 0; i < tensors.size(); i++) PyTuple_SET_ITEM(arguments.get(), i, THPVariable_Wrap(tensors[i]));
+    THPObjectPtr result(PyObject_Call(pair->otherwise, arguments, nullptr));
+    if (!result) {  // the same error goes on to whoever asked for the gradient
+      python_error error;
+      error.persist();
+      throw std::move(error);
     }
-    PyGILState_Release(gil);
-    TORCH_CHECK(result, "trinix: the gradient's other way failed, see above");
+    variable_list out;
+    for (size_t i = 0; i < pair->gradients.size(); i++) {
+      PyObject* one = PyTuple_GET_ITEM(result.get(), i);
+      out.push_back(one == Py_None ? at::Tensor() : THPVariable_Unpack(one));
+    }
     return out;
   }
 
@@ -224,69 +223,63 @@ void drop_pair(PyObject* capsule) {
 
 // make_pair(example, forward, backward, results, saved, given, gradients, otherwise); ``example``: a tensor of the device
 PyObject* make_pair(PyObject*, PyObject* const* a, Py_ssize_t) {
-  try {
-    auto pair = std::make_shared<Pair>();
-    const at::Tensor& example = THPVariable_Unpack(a[0]);
-    pair->options = at::TensorOptions().device(example.device());
-    pair->plain = below_autograd(example);
-    TORCH_CHECK(!driver.get_context(&pair->context), "trinix: no CUDA context");
-    pair->forward = read_plan(a[1]);
-    pair->backward = read_plan(a[2]);
-    pair->results = integers<int>(a[3]);
-    pair->saved = integers<int>(a[4]);
-    pair->given = layouts(a[5]);
-    pair->gradients = integers<int>(a[6]);
-    pair->otherwise = a[7];
-    Py_INCREF(a[7]);  // plans live as long as the process
-    return PyCapsule_New(new std::shared_ptr<Pair>(pair), "pair", drop_pair);
-  } catch (const std::exception& e) {
-    PyErr_SetString(PyExc_RuntimeError, e.what());
-    return nullptr;
-  }
+  HANDLE_TH_ERRORS
+  auto pair = std::make_shared<Pair>();
+  const at::Tensor& example = THPVariable_Unpack(a[0]);
+  pair->options = at::TensorOptions().device(example.device());
+  pair->plain = below_autograd(example);
+  TORCH_CHECK(!driver.get_context(&pair->context), "trinix: no CUDA context");
+  pair->forward = read_plan(a[1]);
+  pair->backward = read_plan(a[2]);
+  pair->results = integers<int>(a[3]);
+  pair->saved = integers<int>(a[4]);
+  pair->given = layouts(a[5]);
+  pair->gradients = integers<int>(a[6]);
+  pair->otherwise = a[7];
+  Py_INCREF(a[7]);  // plans live as long as the process
+  return PyCapsule_New(new std::shared_ptr<Pair>(pair), "pair", drop_pair);
+  END_HANDLE_TH_ERRORS
 }
 
 // call(pair, stream, input, ...) -> the result, or a tuple of them; None where an input begins at an odd address. The caller has
 // checked that inputs lie as the pair's plans have them.
 PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t n) {
-  try {
-    auto& pair = *static_cast<std::shared_ptr<Pair>*>(PyCapsule_GetPointer(a[0], "pair"));
-    void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(a[1]));
-    std::vector<at::Tensor> tensors;
-    tensors.reserve(n - 2 + pair->forward.made.size());
-    bool recorded = false;
-    for (Py_ssize_t i = 2; i < n; i++) {
-      tensors.push_back(THPVariable_Unpack(a[i]));
-      if (!aligned(tensors.back())) Py_RETURN_NONE;
-      recorded |= tensors.back().requires_grad();
-    }
-    {
-      at::AutoDispatchBelowADInplaceOrView below;
-      run(*pair, pair->forward, tensors, stream);
-    }
-    if (recorded && at::GradMode::is_enabled()) {
-      auto node = make_node<PairNode>();
-      torch::autograd::edge_list edges;
-      for (Py_ssize_t i = 0; i < n - 2; i++)
-        edges.push_back(tensors[i].requires_grad() ? torch::autograd::impl::gradient_edge(tensors[i]) : torch::autograd::Edge());
-      node->set_next_edges(std::move(edges));
-      node->pair = pair;
-      node->stream = stream;
-      for (int t : pair->results) torch::autograd::set_history(tensors[t], node);
-      node->saved.reserve(pair->saved.size());
-      for (int t : pair->saved) {
-        bool result = false;
-        for (int r : pair->results) result |= r == t;
-        node->saved.emplace_back(tensors[t], result);
-      }
-    }
-    if (pair->results.size() == 1) return THPVariable_Wrap(tensors[pair->results[0]]);
-    PyObject* out = PyTuple_New(pair->results.size());
-    for (size_t i = 0; i < pair->results.size(); i++) PyTuple_SET_ITEM(out, i, THPVariable_Wrap(tensors[pair->results[i]]));
-    return out;
-  } catch (const std::exception& e) {
-    PyErr_SetString(PyExc_RuntimeError, e.what());
-    return nullptr;
+  HANDLE_TH_ERRORS
+  auto& pair = *static_cast<std::shared_ptr<Pair>*>(PyCapsule_GetPointer(a[0], "pair"));
+  void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(a[1]));
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(n - 2 + pair->forward.made.size());
+  bool recorded = false;
+  for (Py_ssize_t i = 2; i < n; i++) {
+    tensors.push_back(THPVariable_Unpack(a[i]));
+    if (!aligned(tensors.back())) Py_RETURN_NONE;
+    recorded |= tensors.back().requires_grad();
   }
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    run(*pair, pair->forward, tensors, stream);
+  }
+  if (recorded && at::GradMode::is_enabled()) {
+    auto node = make_node<PairNode>();
+    torch::autograd::edge_list edges;
+    for (Py_ssize_t i = 0; i < n - 2; i++)
+      edges.push_back(tensors[i].requires_grad() ? torch::autograd::impl::gradient_edge(tensors[i]) : torch::autograd::Edge());
+    node->set_next_edges(std::move(edges));
+    node->pair = pair;
+    node->stream = stream;
+    for (int t : pair->results) torch::autograd::set_history(tensors[t], node);
+    node->saved.reserve(pair->saved.size());
+    for (int t : pair->saved) {
+      bool result = false;
+      for (int r : pair->results) result |= r == t;
+      node->saved.emplace_back(tensors[t], result);
+    }
+  }
+  if (pair->results.size() == 1) return THPVariable_Wrap(tensors[pair->results[0]]);
+  PyObject* out = PyTuple_New(pair->results.size());
+  for (size_t i = 0; i < pair->results.size(); i++) PyTuple_SET_ITEM(out, i, THPVariable_Wrap(tensors[pair->results[i]]));
+  return out;
+  END_HANDLE_TH_ERRORS
 }
 
 // set_driver(cuLaunchKernelEx, cuCtxGetCurrent, cuCtxSetCurrent), addresses

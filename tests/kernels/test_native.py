@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from helpers import Watch, same
 from trinix import ops
@@ -361,9 +362,8 @@ def op_calls(native, monkeypatch):
 
     monkeypatch.setattr(_launch.Repeated, "step", step)
     monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7)
-    monkeypatch.setattr(kernels, "_pairs", {})
     monkeypatch.setattr(_native, "module", native)
-    return lambda x: kernels.native(x, "relu", 0.0, 0.0, op._pull_back)
+    return lambda x: native.call(kernels.make_pair(x, "relu", 0.0, 0.0, op._pull_back), 7, x)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -381,8 +381,7 @@ def test_relu_goes_by_its_plan(op_calls, layout):
         same(torch.autograd.grad(y.sum(), x, retain_graph=True), [(x > 0).float()])
         (dx,) = torch.autograd.grad(y, x, dy.clone().requires_grad_(), create_graph=True)
         same([dx], [dy * (x > 0)])
-    assert len(kernels._pairs) == 1
-    assert op_calls(x[::2, ::2]) is None
+    assert kernels.make_pair(x[::2, ::2], "relu", 0.0, 0.0, op._pull_back) is None
 
 
 @pytest.fixture
@@ -419,7 +418,7 @@ def interpreted(native, monkeypatch):
         return len(launches), self.blocks, 32, 0, False, numbers
 
     class Module:
-        call = staticmethod(native.call)
+        table, add, again = map(staticmethod, (native.table, native.add, native.again))
 
         @staticmethod
         def make_pair(example, forward, backward, results, saved, given, gradients, otherwise):
@@ -434,9 +433,10 @@ def interpreted(native, monkeypatch):
     monkeypatch.setattr(_launch.Repeated, "step", step)
     monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7)
     monkeypatch.setattr(_native, "module", Module)
-    monkeypatch.setattr(kernels, "_pairs", {})
+    monkeypatch.setattr(op, "_tables", _native.Tables())
     norm = importlib.import_module("trinix.ops.norm")
     monkeypatch.setattr(norm, "_prepared", {})
+    monkeypatch.setattr(norm, "_tables", _native.Tables())
     yield ran
     set_driver(native, native.library.launch, native.library.get_context, native.library.set_context)
     assert not wrong
@@ -509,6 +509,54 @@ def test_activations_go_by_their_plans(interpreted, kind):
     same(results[0], results[1])
     want = ops.activation(x, kind, backend="torch")
     torch.testing.assert_close(results[0], (want, *torch.autograd.grad(want, x, dy)))
+
+
+def test_only_what_is_memory_and_like_a_call_before_goes_by_a_plan(interpreted):
+    x, dy = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
+
+    def relu(x):
+        return ops.relu(x, backend="triton")
+
+    for _ in range(2):
+        relu(x).backward(dy)
+    count = len(interpreted)
+    assert "Trinix" in relu(x).grad_fn.name()
+    assert len(interpreted) == count + 1
+    with torch.no_grad():
+        assert relu(x).grad_fn is None
+    with torch.inference_mode():
+        assert not relu(x).requires_grad
+    assert relu(x.detach()).grad_fn is None
+    with Watch() as watch:
+        relu(x)
+    assert watch.seen
+    with pytest.raises(RuntimeError, match="functorch transforms"):  # as without a table
+        torch.func.grad(lambda x: relu(x).sum())(x.detach())
+    same([torch.func.vmap(relu)(x)], [torch.relu(x)])
+    with forward_ad.dual_level():
+        assert _launch.by_table(op._tables.of[("relu", 0.0, 0.0, "triton", None)], x) is None
+
+    class Sub(torch.Tensor):
+        pass
+
+    for other in (x.detach().as_subclass(Sub).requires_grad_(), x[:, :4], x.double()):
+        y = relu(other) if other.dtype == torch.float32 else ops.relu(other, backend="torch")
+        assert "Trinix" not in y.grad_fn.name()
+        same([y.detach().as_subclass(torch.Tensor)], [torch.relu(other.detach().as_subclass(torch.Tensor))])
+    odd = torch.randn(49)[1:].view(6, 8).requires_grad_()
+    assert "Trinix" not in relu(odd).grad_fn.name()
+    negative = torch.complex(torch.zeros(6, 8), dy).conj().imag.requires_grad_()
+    assert negative.is_neg()
+    same([relu(negative)], [torch.relu(-dy)])
+
+
+def test_a_full_table_stays_as_it_is(interpreted):
+    for n in range(1, 140):
+        x = torch.randn(n, requires_grad=True)
+        for _ in range(2):
+            y = ops.relu(x, backend="triton")
+            y.backward(torch.ones(n))
+        assert ("Trinix" in y.grad_fn.name()) == (n <= 128)
 
 
 # ---- on the card -----------------------------------------------------------------------------------------------------------

@@ -187,11 +187,20 @@ def _softplus_numbers(beta: float, threshold: float) -> tuple[float, float]:
     return beta, threshold
 
 
+_tables = _native.Tables()
+
+
 def _activation(x, kind, a, b, backend):
     # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first, few calls.
     if not isinstance(x, Tensor) or not x.is_floating_point():
         _refuse(x)
     grad = x.requires_grad and torch.is_grad_enabled()
+    if grad and _tables.of and not torch.compiler.is_compiling() and type(backend) is str:
+        table = _tables.of.get((kind, a, b, backend, dispatch.forced))
+        if table is not None:
+            y = _triton_module.by_table(table, x)
+            if y is not None:
+                return y
     if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
     least = _TRITON_FROM[kind][1 if grad else 0]
@@ -201,7 +210,7 @@ def _activation(x, kind, a, b, backend):
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
-    return _with_gradient(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+    return _with_gradient(x, kind, a, b, backend) if grad else _triton().forward(x, kind, a, b)
 
 
 def _native_wins(x, kind, grad) -> bool:
@@ -223,7 +232,7 @@ def _named(x, kind, a, b, backend, grad):
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return _RegisteredActivation.apply(x, kind, a, b) if grad else _forward_op(x, kind, a, b)
-    return _with_gradient(x, kind, a, b) if grad else module.forward(x, kind, a, b)
+    return _with_gradient(x, kind, a, b, backend) if grad else module.forward(x, kind, a, b)
 
 
 def triton_can_run(x: Tensor) -> bool:
@@ -275,9 +284,15 @@ def _pull_back(kind, a, b, layout, saved, dy):
 _apply = dispatch.apply_of(_Activation)
 
 
-def _with_gradient(x, kind, a, b):
-    y = _triton().native(x, kind, a, b, _pull_back)
-    return _apply(x, kind, a, b) if y is None else y
+def _with_gradient(x, kind, a, b, backend):
+    """y of a plain tensor. Where there is C++, calls like one whose both passes have run are its own."""
+    if (_native.module or _native.loaded()) is not None:
+        named, looks = (kind, a, b, backend, dispatch.forced), (x.dtype, x.shape, x.stride(), x.device)
+        table = _tables.keep(named, looks, lambda: _triton().make_pair(x, kind, a, b, _pull_back), x)
+        y = None if table is None else _triton_module.by_table(table, x)
+        if y is not None:
+            return y
+    return _apply(x, kind, a, b)
 
 
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch

@@ -290,11 +290,11 @@ class _Call(NamedTuple):
     forward: tuple | None  # the portable kernels' plan, where nothing has to be copied
     backwards: dict  # what backward's tensors look like -> the same
     p: float = 0.0
-    pairs: dict | None = (
-        None  # which inputs want a gradient -> both passes' plans, and how often they were asked for in vain
-    )
+    numbers: tuple = ()  # what it names besides tensors
 
 
+_tables = _native.Tables()
+_HASHED = frozenset((int, tuple, torch.Size))
 _prepared = {}  # kind of a call -> what all of them share; emptied when it has grown
 
 
@@ -305,7 +305,7 @@ def _kind(x, residual, normalized_shape, weight, bias, eps, offset, center, kind
     # numbers by type: a tensor would be found again by its identity, whatever its value has become
     if (
         not dispatch.plain(*tensors)
-        or type(normalized_shape) not in (int, tuple, torch.Size)
+        or type(normalized_shape) not in _HASHED
         or type(eps) is not float or type(offset) is not float or type(p) is not float or type(backend) is not str
     ):  # fmt: skip
         return None
@@ -335,13 +335,20 @@ def _settled(n: int, backend: str, module) -> bool:
 
 
 def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, backend):
-    key = None
+    key = numbers = None
     if not torch.compiler.is_compiling():
+        if type(normalized_shape) in _HASHED and type(eps) is float and type(offset) is float and type(backend) is str:
+            numbers = normalized_shape, eps, offset, center, kind, backend, dispatch.forced
+            table = _tables.of.get(numbers)
+            if table is not None:
+                y = _triton_module.by_table(table, x, weight, bias)
+                if y is not None:
+                    return y
         key = _kind(x, None, normalized_shape, weight, bias, eps, offset, center, kind, 0.0, backend)
         call = _prepared.get(key)
         if call is not None:
             if key[-1]:
-                return _with_gradient(x, weight, bias, call)
+                return _with_gradient(x, weight, bias, call, key)
             return _triton_module.run_forward(call.forward, x, weight, bias)[0]
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
@@ -365,7 +372,7 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
     module, plan = _module(backend, (x, weight, bias), n, kind, 0.0, False), None
     if key is not None and _settled(n, backend, module):
         plan = module.forward_plan(x, weight, bias, n, norm, eps, offset, grad)
-    call = _Call(shape, n, eps, offset, norm, backend, plan, {}, pairs={})
+    call = _Call(shape, n, eps, offset, norm, backend, plan, {}, 0.0, numbers)
     if plan is not None:
         _keep(key, call)
     if grad:
@@ -374,21 +381,16 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
     return y
 
 
-def _with_gradient(x, weight, bias, call: _Call):
-    """y of a call whose like was made before: by a node of autograd in C++ where there is one."""
+def _with_gradient(x, weight, bias, call: _Call, key):
+    """y of a call whose like was made before. Where there is C++, later ones are its own."""
     if call.backwards and (_native.module or _native.loaded()) is not None:
         wanted = x.requires_grad, weight is not None and weight.requires_grad, bias is not None and bias.requires_grad
-        pair = call.pairs.get(wanted, 0)
-        if type(pair) is int and pair < _MOST_ATTEMPTS:
-            pair = call.pairs[wanted] = _make_pair(x, weight, bias, call, wanted) or pair + 1
-        if type(pair) is not int:
-            y = _triton_module.native(pair, x, weight, bias)
-            if y is not None:
-                return y
+        inputs = x, weight, bias
+        table = _tables.keep(call.numbers, (key, wanted), lambda: _make_pair(*inputs, call, wanted), *inputs)
+        y = None if table is None else _triton_module.by_table(table, *inputs)
+        if y is not None:
+            return y
     return _apply_norm(x, weight, bias, call)
-
-
-_MOST_ATTEMPTS = 20  # a backward of another kind than asked for was run each time
 
 
 def _make_pair(x, weight, bias, call, wanted):

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
@@ -241,28 +242,18 @@ PyObject* make_pair(PyObject*, PyObject* const* a, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// call(pair, stream, input, ...) -> the result, or a tuple of them; None where an input begins at an odd address. The caller has
-// checked that inputs lie as the pair's plans have them.
-PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t n) {
-  HANDLE_TH_ERRORS
-  auto& pair = *static_cast<std::shared_ptr<Pair>*>(PyCapsule_GetPointer(a[0], "pair"));
-  void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(a[1]));
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(n - 2 + pair->forward.made.size());
-  bool recorded = false;
-  for (Py_ssize_t i = 2; i < n; i++) {
-    tensors.push_back(THPVariable_Unpack(a[i]));
-    if (!aligned(tensors.back())) Py_RETURN_NONE;
-    recorded |= tensors.back().requires_grad();
-  }
+// The result, or a tuple of them.
+PyObject* results_of(const std::shared_ptr<Pair>& pair, void* stream, std::vector<at::Tensor>&& tensors, bool recorded) {
+  const size_t inputs = tensors.size();
   {
     at::AutoDispatchBelowADInplaceOrView below;
     run(*pair, pair->forward, tensors, stream);
   }
-  if (recorded && at::GradMode::is_enabled()) {
+  if (recorded) {
     auto node = make_node<PairNode>();
     torch::autograd::edge_list edges;
-    for (Py_ssize_t i = 0; i < n - 2; i++)
+    edges.reserve(inputs);
+    for (size_t i = 0; i < inputs; i++)
       edges.push_back(tensors[i].requires_grad() ? torch::autograd::impl::gradient_edge(tensors[i]) : torch::autograd::Edge());
     node->set_next_edges(std::move(edges));
     node->pair = pair;
@@ -275,10 +266,103 @@ PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t n) {
       node->saved.emplace_back(tensors[t], result);
     }
   }
-  if (pair->results.size() == 1) return THPVariable_Wrap(tensors[pair->results[0]]);
+  if (pair->results.size() == 1) return THPVariable_Wrap(std::move(tensors[pair->results[0]]));
   PyObject* out = PyTuple_New(pair->results.size());
   for (size_t i = 0; i < pair->results.size(); i++) PyTuple_SET_ITEM(out, i, THPVariable_Wrap(tensors[pair->results[i]]));
   return out;
+}
+
+std::shared_ptr<Pair>& pair_of(PyObject* capsule) {
+  return *static_cast<std::shared_ptr<Pair>*>(PyCapsule_GetPointer(capsule, "pair"));
+}
+
+// call(pair, stream, input, ...) -> the result, or a tuple of them; None where an input begins at an odd address. The caller has
+// checked that inputs lie as the pair's plans have them.
+PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  auto& pair = pair_of(a[0]);
+  void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(a[1]));
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(n - 2 + pair->forward.made.size());
+  bool recorded = false;
+  for (Py_ssize_t i = 2; i < n; i++) {
+    tensors.push_back(THPVariable_Unpack(a[i]));
+    if (!aligned(tensors.back())) Py_RETURN_NONE;
+    recorded |= tensors.back().requires_grad();
+  }
+  return results_of(pair, stream, std::move(tensors), recorded && at::GradMode::is_enabled());
+  END_HANDLE_TH_ERRORS
+}
+
+// What calls with a gradient looked like, and their pairs.
+struct Input {
+  bool given, wants_gradient;
+  Layout layout;
+};
+struct Entry {
+  std::vector<Input> inputs;  // None among them
+  at::Device device;
+  std::shared_ptr<Pair> pair;
+};
+using Table = std::vector<Entry>;
+constexpr size_t kMostEntries = 128;
+
+Table& table_of(PyObject* capsule) { return *static_cast<Table*>(PyCapsule_GetPointer(capsule, "table")); }
+
+PyObject* table(PyObject*, PyObject*) {
+  return PyCapsule_New(new Table, "table", [](PyObject* capsule) { delete &table_of(capsule); });
+}
+
+// add(table, pair, input or None, ...): calls like this one are the pair's; a full table stays as it is
+PyObject* add(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  Table& known = table_of(a[0]);
+  Entry entry{{}, THPVariable_Unpack(a[2]).device(), pair_of(a[1])};
+  for (Py_ssize_t i = 2; i < n; i++) {
+    if (a[i] == Py_None) {
+      entry.inputs.push_back({false, false, {}});
+      continue;
+    }
+    const at::Tensor& t = THPVariable_Unpack(a[i]);
+    entry.inputs.push_back({true, t.requires_grad(), {t.sizes().vec(), t.strides().vec(), t.scalar_type()}});
+  }
+  if (known.size() < kMostEntries) known.push_back(std::move(entry));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// Whether an operator would see more than the tensors: modes, functorch, a trace.
+bool watched() {
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      included.has(c10::DispatchKey::Tracer);
+}
+
+// again(table, stream, input or None, ...) -> as call; None where no call was like this one, or more than memory is involved
+PyObject* again(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  if (!at::GradMode::is_enabled() || watched()) Py_RETURN_NONE;
+  for (Py_ssize_t i = 2; i < n; i++)
+    if (a[i] != Py_None && !THPVariable_CheckTypeExact(Py_TYPE(a[i]))) Py_RETURN_NONE;
+  for (const Entry& entry : table_of(a[0])) {
+    bool same = true;
+    for (Py_ssize_t i = 2; same && i < n; i++) {
+      const Input& input = entry.inputs[i - 2];
+      same = input.given == (a[i] != Py_None);
+      if (!same || !input.given) continue;
+      const at::Tensor& t = THPVariable_Unpack(a[i]);
+      same = t.requires_grad() == input.wants_gradient && below_autograd(t) == entry.pair->plain && t.device() == entry.device &&
+          lies_as(input.layout, t);
+    }
+    if (!same) continue;
+    std::vector<at::Tensor> tensors;
+    tensors.reserve(n - 2 + entry.pair->forward.made.size());
+    for (Py_ssize_t i = 2; i < n; i++)
+      if (a[i] != Py_None) tensors.push_back(THPVariable_Unpack(a[i]));
+    void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(a[1]));
+    return results_of(std::shared_ptr<Pair>(entry.pair), stream, std::move(tensors), true);
+  }
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
@@ -314,6 +398,9 @@ PyCFunction fast(F f) {
 PyMethodDef methods[] = {
     {"make_pair", fast(make_pair), METH_FASTCALL, nullptr},
     {"call", fast(call), METH_FASTCALL, nullptr},
+    {"table", table, METH_NOARGS, nullptr},
+    {"add", fast(add), METH_FASTCALL, nullptr},
+    {"again", fast(again), METH_FASTCALL, nullptr},
     {"set_driver", fast(set_driver), METH_FASTCALL, nullptr},
     {"set_doubling_driver", set_doubling_driver, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import forward_ad
 
 from trinix.kernels import _native
 
@@ -196,18 +197,22 @@ class Launch:
         self.keep[key] = _fire(compiled, tuple(self.constants.values()))
 
 
-def by_plan(pair, index: int, *tensors: torch.Tensor):
-    """The results of a pair of ``trinix.kernels._native`` for tensors that lie as its plans have them; None where a launch has to go
-    through Triton: see ``Launch.again``."""
+def by_table(table, x: torch.Tensor, *others: torch.Tensor | None):
+    """The results of a call with a gradient that is like one whose pair of plans is in a table of ``trinix.kernels._native``; None
+    where there is none, or a launch has to go through Triton: see ``Launch.again``."""
     if (
-        _runtime.launch_enter_hook is not _NO_ENTER_HOOK
+        (type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter)
+        or forward_ad._current_level >= 0
+        or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
         or _NO_ENTER_HOOK.calls
         or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
         or _NO_EXIT_HOOK.calls
-        or (_State.many_devices and torch._C._cuda_getDevice() != index)
     ):
         return None
-    return _native.module.call(pair, _raw_stream(index), *tensors)
+    index = x.get_device()
+    if _State.many_devices and torch._C._cuda_getDevice() != index:
+        return None
+    return _native.module.again(table, _raw_stream(index), x, *others)
 
 
 def layout(t: torch.Tensor) -> tuple:

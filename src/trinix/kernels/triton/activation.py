@@ -15,9 +15,15 @@ import triton
 import triton.language as tl
 
 from trinix.kernels import _native
-from trinix.kernels.triton import _launch
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, Repeated
+from trinix.kernels.triton._launch import (
+    INTERPRETED,
+    Launch,
+    Launcher,
+    Repeated,
+    by_table,  # noqa: F401  (the op's)
+    layout,
+)
 
 # ---- formulas: value(x) and dx(x, dy), float32 in and out; a, b are the kind's parameters ------------------------------
 
@@ -541,26 +547,11 @@ def backward(saved: torch.Tensor, dy: torch.Tensor, kind: str, a: float, b: floa
     return dx
 
 
-_pairs = {}  # what a call looks like -> both passes' plans
+def make_pair(x: torch.Tensor, kind: str, a: float, b: float, otherwise):
+    """Both passes as plans of ``trinix.kernels._native``; None where x is not dense, or a pass was never launched on its like.
 
-
-def native(x: torch.Tensor, kind: str, a: float, b: float, otherwise) -> torch.Tensor | None:
-    """y with a node of autograd in C++ behind it; None where there is no such module, x is not dense, or a pass was never launched
-    on its like. ``otherwise(kind, a, b, layout, saved, dy)`` is dx of a gradient that lies in another way, or is more than memory."""
-    if (_native.module or _native.loaded()) is None:
-        return None
-    index = x.get_device()
-    key = kind, x.dtype, x.shape, x.stride(), a, b, index
-    pair = _pairs.get(key)
-    if pair is None:
-        pair = _make_pair(x, kind, a, b, otherwise)
-        if pair is None:
-            return None
-        _pairs[key] = pair
-    return _launch.by_plan(pair, index, x)
-
-
-def _make_pair(x, kind, a, b, otherwise):
+    ``otherwise(kind, a, b, layout, saved, dy)``: dx of a gradient that lies in another way, or is more than memory.
+    """
     index, dtype, masked = x.get_device(), x.dtype, kind in MASKED
     backward = _dense_backward(kind, torch.uint8 if masked else dtype, dtype, x.numel(), a, b, index).step((0, 1, 2))
     if backward is None:
@@ -573,12 +564,12 @@ def _make_pair(x, kind, a, b, otherwise):
     step = forward and forward.step((0, 1, 2) if masked else (0, 1))
     if step is None:
         return None
-    like = _launch.layout(torch.empty_like(x, device="meta"))
+    like = layout(torch.empty_like(x, device="meta"))
     mask = (mask_bytes,), (1,), torch.uint8
     plans = ((like, mask) if masked else (like,), (step,)), ((like,), (backward,))
     kept = 2 if masked else 0  # the mask, or x
     back = functools.partial(otherwise, kind, a, b, like[1])
-    given = mask if masked else _launch.layout(x), like
+    given = mask if masked else layout(x), like
     return _native.module.make_pair(x.detach(), *plans, (1,), (kept,), given, (2,), lambda *tensors: (back(*tensors),))
 
 

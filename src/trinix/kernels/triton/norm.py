@@ -18,7 +18,14 @@ import triton.language as tl
 from trinix.kernels import _native
 from trinix.kernels.triton import activation
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, Repeated, by_plan, layout
+from trinix.kernels.triton._launch import (
+    INTERPRETED,
+    Launch,
+    Launcher,
+    Repeated,
+    by_table,  # noqa: F401  (the op's)
+    layout,
+)
 
 
 @triton.jit
@@ -1068,12 +1075,6 @@ def make_pair(forward: Forward, backward: Backward, x, weight, bias, otherwise):
         x.detach(), ((like, stats), (first,)), (tuple(made), tuple(launches)), (y,), (*range(len(inputs)), saved_stats),
         (*map(layout, inputs), stats, like), tuple(-1 if t is None else t for t in gradients), otherwise,
     )  # fmt: skip
-
-
-def native(pair, x, weight, bias):
-    """y by ``make_pair``'s plans; None where a launch has to go another way."""
-    given = [t for t in (x, weight, bias) if t is not None]
-    return by_plan(pair, x.get_device(), *given)
 
 
 def _partial(x: torch.Tensor, size: int) -> torch.Tensor:

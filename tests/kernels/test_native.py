@@ -559,6 +559,19 @@ def test_a_full_table_stays_as_it_is(interpreted):
         assert ("Trinix" in y.grad_fn.name()) == (n <= 128)
 
 
+def test_auto_takes_it_where_it_wins(monkeypatch):
+    def wins(kind, n):
+        return op._native_wins(torch.empty(n, device="meta"), kind)
+
+    monkeypatch.setattr(_native, "module", object())
+    assert [wins("relu", n) for n in ((1 << 22) - 1, 1 << 22, 1 << 23)] == [False, True, False]
+    assert [wins("silu", n) for n in ((1 << 22) - 1, 1 << 22, 1 << 25)] == [False, True, False]
+    assert not wins("sigmoid", 1 << 22)
+    monkeypatch.setattr(_native, "module", None)
+    monkeypatch.setattr(_native, "_asked", True)
+    assert not wins("relu", 1 << 22)
+
+
 # ---- on the card -----------------------------------------------------------------------------------------------------------
 
 

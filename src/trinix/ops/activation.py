@@ -68,12 +68,15 @@ _ALWAYS, _NEVER = 0, None
 # Where PyTorch has the kind as one kernel, ours costs 3 us more host time without gradient and 30 to 50 us more with: it
 # has to win on the device. At par with eager, so never: relu and leaky_relu without gradient, sigmoid, silu, tanh (X-*, K-*: 0 to 0.8%).
 # Faster: mish by a quarter from G-mi-1 on, softplus alike, gelu by 1%; relu's backward by its mask from X-relu-512 on, leaky_relu's alike.
-# Kinds that eager composes of several kernels: always. From X-relu-256 on where the node of autograd is a C++ one (kernels/_native).
+# Kinds that eager composes of several kernels: always.
 _TRITON_FROM = dict.fromkeys(KINDS, (_NEVER, _NEVER))
 _TRITON_FROM |= dict.fromkeys(("quick_gelu", "squared_relu"), (_ALWAYS, _ALWAYS))
 _TRITON_FROM |= dict.fromkeys(("mish", "softplus"), (1 << 21, 1 << 22))
 _TRITON_FROM |= dict.fromkeys(("relu", "leaky_relu"), (_NEVER, 1 << 23)) | {"gelu": (1 << 24, 1 << 26)}
-_NATIVE_FROM = dict.fromkeys(("relu", "leaky_relu"), 1 << 22)
+# The same with gradient where calls are kernels/_native's, and to below how many: relu's mask from X-relu-256 on (backward 12.0 us on
+# the card, torch.compile 13.2, eager 15.2). silu's device time is PyTorch's at X-silu-256 to -1024 (0.98 to 1.01), its host time less. sigmoid
+# reads x where PyTorch reads y, which lies in the cache still: both passes 1.07 and 1.12 at X-sigmoid-256 and -512.
+_NATIVE_RANGE = {"relu": (1 << 22, 1 << 23), "leaky_relu": (1 << 22, 1 << 23), "silu": (1 << 22, 1 << 25)}
 
 
 def activation(
@@ -204,18 +207,20 @@ def _activation(x, kind, a, b, backend):
     if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
     least = _TRITON_FROM[kind][1 if grad else 0]
-    if least is _NEVER or torch.compiler.is_compiling() or not x.is_cuda:
+    if torch.compiler.is_compiling() or not x.is_cuda:
         return reference.FORMULAS[kind](x, a, b)
-    if x.numel() < least and not _native_wins(x, kind, grad):
+    if (least is _NEVER or x.numel() < least) and not (grad and _native_wins(x, kind)):
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
     return _with_gradient(x, kind, a, b, backend) if grad else _triton().forward(x, kind, a, b)
 
 
-def _native_wins(x, kind, grad) -> bool:
-    least = _NATIVE_FROM.get(kind)
-    return grad and least is not None and x.numel() >= least and (_native.module or _native.loaded()) is not None
+def _native_wins(x, kind) -> bool:
+    if kind not in _NATIVE_RANGE:
+        return False
+    least, most = _NATIVE_RANGE[kind]
+    return least <= x.numel() < most and (_native.module or _native.loaded()) is not None
 
 
 def _refuse(x):
@@ -360,21 +365,22 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     rejected = {}
     against = _against_triton(x)
     least = _TRITON_FROM[kind][1 if grad else 0]
+    by_native = x.is_cuda and grad and _native_wins(x, kind)
     if not x.is_cuda:
         rejected["triton"] = f"needs a GPU tensor, got {x.device.type}"
     elif against:
         rejected["triton"] = against
     elif not dispatch.plain(x):
         rejected["triton"] = f"a raw launch does not see through {type(x).__name__} or an active mode"
+    elif by_native:
+        least = _NATIVE_RANGE[kind][0]
     elif least is _NEVER:
         rejected["triton"] = (
             "no faster than PyTorch's own kernel at any size measured, and a launch costs more host time"
         )
-    elif x.numel() < least and not _native_wins(x, kind, grad):
+    elif x.numel() < least:
         with_grad = "with" if grad else "without"
         rejected["triton"] = f"{x.numel()} elements {with_grad} gradient are bound by host time; faster from {least} on"
     if rejected:
         return Explanation(name, "torch", "the first backend that is right and fastest here", rejected=rejected)
-    if x.numel() < least:
-        least = _NATIVE_FROM[kind]
     return Explanation(name, "triton", f"fastest measured from {least} elements on", _triton().describe(x, kind, grad))

@@ -200,8 +200,10 @@ class Launch:
 def by_table(table, x: torch.Tensor, *others: torch.Tensor | None):
     """The results of a call with a gradient that is like one whose pair of plans is in a table of ``trinix.kernels._native``; None
     where there is none, or a launch has to go through Triton: see ``Launch.again``."""
+    module = _native.module
     if (
-        (type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter)
+        module is None
+        or (type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter)
         or forward_ad._current_level >= 0
         or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
         or _NO_ENTER_HOOK.calls
@@ -212,7 +214,7 @@ def by_table(table, x: torch.Tensor, *others: torch.Tensor | None):
     index = x.get_device()
     if _State.many_devices and torch._C._cuda_getDevice() != index:
         return None
-    return _native.module.again(table, _raw_stream(index), x, *others)
+    return module.again(table, _raw_stream(index), x, *others)
 
 
 def layout(t: torch.Tensor) -> tuple:

@@ -314,7 +314,7 @@ def test_switched_off_it_is_not_loaded(native, tmp_path, monkeypatch):
 
 
 def test_the_first_process_that_needs_it_builds_it_and_no_other(native, tmp_path, monkeypatch):
-    built, commands = _native.library(), []
+    built, commands, asked_all = _native.library(), [], threading.Event()
     monkeypatch.setenv("TRINIX_CACHE", str(tmp_path))
 
     class Process:
@@ -322,6 +322,7 @@ def test_the_first_process_that_needs_it_builds_it_and_no_other(native, tmp_path
             commands.append((command, options["start_new_session"]))
 
         def wait(self):
+            asked_all.wait()
             _native.library().write_bytes(b"")
             return 0
 
@@ -335,6 +336,7 @@ def test_the_first_process_that_needs_it_builds_it_and_no_other(native, tmp_path
         monkeypatch.setattr(_native, "module", None)
         monkeypatch.setattr(_native, "_asked", False)
         got = _native.loaded()
+        asked_all.set()
         [t.join() for t in threading.enumerate() if t.name == "trinix-native"]
         if asked == 0:
             assert got is None

@@ -198,7 +198,7 @@ def _activation(x, kind, a, b, backend):
     if not isinstance(x, Tensor) or not x.is_floating_point():
         _refuse(x)
     grad = x.requires_grad and torch.is_grad_enabled()
-    if grad and _tables.of and not torch.compiler.is_compiling() and type(backend) is str:
+    if grad and not torch.compiler.is_compiling() and _tables.of and type(backend) is str:
         table = _tables.of.get((kind, a, b, backend, dispatch.forced))
         if table is not None:
             y = _triton_module.by_table(table, x)

@@ -288,6 +288,21 @@ def test_many_threads_go_back_at_once(relu):
     assert not wrong
 
 
+def test_many_threads_go_back_through_one_graph(relu):
+    function, _ = relu
+    x, dy = torch.randn(N, requires_grad=True), torch.randn(N)
+    y, got = function(x), []
+
+    def work():
+        got.extend(torch.autograd.grad(y, x, dy, retain_graph=True)[0] for _ in range(50))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(got) == 200
+    assert all(torch.equal(dx, dy * (x > 0)) for dx in got)
+
+
 def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("TRINIX_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -119,7 +120,10 @@ struct PairNode : public torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     std::vector<at::Tensor> tensors;
     tensors.reserve(pair->given.size() + pair->backward.made.size());
-    for (auto& one : saved) tensors.push_back(one.unpack(getptr()));
+    {
+      std::lock_guard<std::mutex> lock(mutex_);  // as PyTorch's own nodes: another thread may be at the same graph
+      for (auto& one : saved) tensors.push_back(one.unpack(getptr()));
+    }
     bool any = false, planned = !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
     for (auto& grad : grads) {
       any |= grad.defined();
@@ -156,6 +160,7 @@ struct PairNode : public torch::autograd::Node {
   }
 
   void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
     for (auto& one : saved) one.reset_data();
   }
   std::string name() const override { return "TrinixBackward"; }

@@ -112,13 +112,12 @@ def _compile_ahead(cases: Sequence[Case], impls: Sequence[str], processes: int, 
 
 def _build_native(console: Console) -> None:
     """What a user's second process has, ahead of the clocks."""
-    reason = _native.missing()
     try:
-        if reason is None:
-            _native.build()
+        _native.build()
+        said = f"C++ launches {_native.describe()}"
     except RuntimeError as error:
-        reason = str(error)
-    console.print(Text("C++ launches " + (reason or _native.describe())))
+        said = str(error)
+    console.print(Text(said))
 
 
 def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None, chosen: dict) -> int:

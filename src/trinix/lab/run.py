@@ -49,9 +49,8 @@ def admit(case: Case, impl: str, oracle: gate.Oracle) -> Subject | None:
             return Subject(impl, reason=f"skipped: {prepared}")
         prepared = _layers(prepared, case.args.get("layers", 1))
         if impl.startswith("trinix") and oracle.inputs.tensors[0].is_cuda:
-            gate.derive(
-                prepared, oracle.inputs
-            )  # what is judged is what is timed: a later call of its kind goes by what the first kept
+            # what is judged is what is timed: a later call of its kind goes by what the first kept
+            gate.derive(prepared, oracle.inputs)
         reason, ratio = gate.gate(oracle, prepared, overwrites=overwrites)
     except Exception as error:
         return Subject(impl, reason=reason_of(impl, error))

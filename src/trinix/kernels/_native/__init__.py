@@ -53,30 +53,30 @@ def compiler() -> str | None:
 
 
 def missing() -> str | None:
-    """Why it cannot be used here, or None."""
+    """Why C++ launches cannot be used here, or None."""
     if os.environ.get("TRINIX_NATIVE") == "0":
-        return "is switched off by TRINIX_NATIVE=0"
+        return "are switched off by TRINIX_NATIVE=0"
     if not sys.platform.startswith("linux"):
-        return f"is built for Linux only, not for {sys.platform}"
+        return f"are built for Linux only, not for {sys.platform}"
     if library().exists():
         return None
     if compiler() is None:
-        return "needs a C++ compiler: $CXX, g++ or clang++"
+        return "need a C++ compiler: $CXX, g++ or clang++"
     if not (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "needs Python's headers (Python.h)"
+        return "need Python's headers (Python.h)"
     return None
 
 
 def describe() -> str:
     """For ``trinix doctor``."""
-    return missing() or ("is built" if library().exists() else "can be built")
+    return missing() or ("are built" if library().exists() else "can be built")
 
 
 def build() -> pathlib.Path:
     """Compile and check; the path of the module. RuntimeError with the compiler's words where that fails."""
     reason = missing()
     if reason:
-        raise RuntimeError(f"trinix native: {reason}")
+        raise RuntimeError(f"C++ launches {reason}")
     path = library()
     if path.exists():
         return path
@@ -96,12 +96,12 @@ def build() -> pathlib.Path:
             capture_output=True, text=True,
         )  # fmt: skip
         if run.returncode:
-            raise RuntimeError(f"trinix native: {compiler()} failed:\n{run.stderr[-4000:]}")
+            raise RuntimeError(f"C++ launches: {compiler()} failed:\n{run.stderr[-4000:]}")
         command = [sys.executable, "-m", "trinix.kernels._native", "--check", name]
         run = subprocess.run(command, capture_output=True, text=True, env=_environment())
         if run.returncode:
             raise RuntimeError(
-                f"trinix native: what {compiler()} built does not run (status {run.returncode}):\n{run.stderr[-4000:]}"
+                f"C++ launches: what {compiler()} built does not run (status {run.returncode}):\n{run.stderr[-4000:]}"
             )
         os.replace(name, path)
     finally:

@@ -1040,10 +1040,8 @@ def make_pair(forward: Forward, backward: Backward, x, weight, bias, otherwise):
     three that are there.
     """
     inputs = [t for t in (x, weight, bias) if t is not None]
-    of_weight, of_bias = (
-        0 if weight is None else 1,
-        0 if bias is None else len(inputs) - 1,
-    )  # x stands for what is not there
+    # x stands for what is not there
+    of_weight, of_bias = 0 if weight is None else 1, 0 if bias is None else len(inputs) - 1
     y, saved_stats = len(inputs), len(inputs) + 1
     like = layout(
         torch.empty_like(x, device="meta") if forward.dense else torch.empty(x.shape, dtype=x.dtype, device="meta")

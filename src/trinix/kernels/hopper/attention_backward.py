@@ -51,6 +51,8 @@ from trinix.kernels.hopper.attention_scores import (
     keep_columns,
     named_arrive,
     named_wait,
+    publish,
+    published,
     sequence,
     tanh_over_2,
 )
@@ -198,25 +200,6 @@ def _place(idx, key_blocks, out_heads, section, Hk, parts):
 
 
 @gluon.jit
-def _publish(idx, t, work_s, work_full, work_empty):
-    """Tell the others the item behind their t-th."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(work_empty.index(t % 2), ((t // 2) & 1) ^ 1)
-    work_s.index(t % 2).store(gl.full([1], idx, gl.int32, one))
-    mbarrier.arrive(work_full.index(t % 2), count=1)
-
-
-@gluon.jit
-def _published(t, work_s, work_full, work_empty):
-    """The item behind the t-th."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(work_full.index(t % 2), (t // 2) & 1)
-    idx = gl.max(work_s.index(t % 2).load(one), 0)
-    mbarrier.arrive(work_empty.index(t % 2), count=1)
-    return idx
-
-
-@gluon.jit
 def _query_tiles(
     n,
     sq,
@@ -353,7 +336,7 @@ def _producer(
                 STAGES, DQ_WAY, BLOCK, LEFT, RIGHT, TAIL, VARLEN, COPY_SUMS, KV_SLOTS, SINK,
             )  # fmt: skip
             idx = gl.atomic_add(work, 1) + gl.num_programs(0)
-            _publish(idx, t, work_s, work_full, work_empty)
+            publish(idx, t, work_s, work_full, work_empty)
             t += 1
     else:  # without a loop around it: the compiler's schedule of the products is another
         _load_item(
@@ -689,7 +672,7 @@ def _consumer(
                 slopes_batch, D_K, D_V, scale, cap, k_scale, d_sinks, M, N, D, STAGES, DQ_WAY, BLOCK, LEFT, RIGHT,
                 TAIL, SOFTCAP, ALIBI, VARLEN, DETERMINISTIC, COPY_SUMS, K_HELD, V_HELD, KV_SLOTS, SINK,
             )  # fmt: skip
-            idx = _published(t, work_s, work_full, work_empty)
+            idx = published(t, work_s, work_full, work_empty)
             t += 1
     else:  # without a loop around it: the compiler's schedule of the products is another
         _consume_item(
@@ -741,7 +724,7 @@ def attention_backward(
         kv_empty = gl.allocate_shared_memory(gl.int64, [KV_SLOTS, 1], bar)
         for i in gl.static_range(KV_SLOTS):
             mbarrier.init(kv_empty.index(i), count=2)
-        work_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        work_s = gl.allocate_shared_memory(gl.int64, [2, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         work_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
         work_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
         for i in gl.static_range(2):

@@ -38,6 +38,8 @@ from trinix.kernels.hopper.attention_scores import (
     named_arrive,
     named_wait,
     place,
+    publish,
+    published,
     sequence,
     transformed,
 )
@@ -60,16 +62,6 @@ def _pass_turn(ME: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 # ---- producer ----------------------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def _publish(idx, t, work_s, work_full, work_empty):
-    """Tell the consumers their t-th item."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    w = t % 2
-    mbarrier.wait(work_empty.index(w), ((t // 2) & 1) ^ 1)
-    work_s.index(w).store(gl.full([1], idx, gl.int32, one))
-    mbarrier.arrive(work_full.index(w), count=1)
 
 
 @gluon.jit
@@ -145,7 +137,7 @@ def _producer(
     kv = 0  # key tiles so far: slot kv % STAGES, phase (kv // STAGES) & 1
     idx = _next_item(gl.program_id(0), counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
     if VARLEN:
-        _publish(idx, 0, work_s, work_full, work_empty)
+        publish(idx, 0, work_s, work_full, work_empty)
     stop = items
     if SHARED:
         stop = NO_ITEM
@@ -186,7 +178,7 @@ def _producer(
             idx = gl.atomic_add(counter, 1) + gl.num_programs(0)
             idx = _next_item(idx, counter, cu_q, items, heads, H, row_blocks, section, BM, VARLEN)
         t += 1
-        _publish(idx, t if VARLEN else t - 1, work_s, work_full, work_empty)
+        publish(idx, t if VARLEN else t - 1, work_s, work_full, work_empty)
     # Every program has drawn its last item before it says so; the last to say so leaves the counters as it found them.
     if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
         gl.store(counter, 0)
@@ -413,16 +405,13 @@ def _consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)  # P stays in registers: same threads, no data moves
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_s.dtype
     zero = gl.zeros([M, N], gl.float32, s_layout)  # with use_acc=False it costs no registers
     t = 0
     kv = 0
     idx = gl.program_id(0)
     if VARLEN:
-        mbarrier.wait(work_full.index(0), 0)
-        idx = gl.max(work_s.index(0).load(one), 0)
-        mbarrier.arrive(work_empty.index(0), count=1)
+        idx = published(0, work_s, work_full, work_empty)
     if PINGPONG and ME == CONSUMERS - 1:
         _pass_turn(ME, CONSUMERS)  # warpgroup 0 goes first
     stop = items
@@ -589,10 +578,7 @@ def _consumer(
             mbarrier.arrive(q_empty.index(mine), count=1)
 
         t += 1
-        w = (t if VARLEN else t - 1) % 2
-        mbarrier.wait(work_full.index(w), ((t if VARLEN else t - 1) // 2) & 1)
-        idx = gl.max(work_s.index(w).load(one), 0)
-        mbarrier.arrive(work_empty.index(w), count=1)
+        idx = published(t if VARLEN else t - 1, work_s, work_full, work_empty)
     tma.store_wait(0)
 
 
@@ -614,7 +600,7 @@ def attention_forward(
     q_s = gl.allocate_shared_memory(q_desc.dtype, [Q_BUFFERS * CONSUMERS, 1, M, 1, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, N, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, N, 1, DV], v_desc.layout)
-    work_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    work_s = gl.allocate_shared_memory(gl.int64, [2, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * CONSUMERS, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * CONSUMERS, 1], bar)

@@ -1,8 +1,9 @@
 """What both attention kernels ask about an item of work and about scores: where it lies, which keys it sees, what they become.
-Hardware barriers between two warpgroups, and the wait for the kernel in front."""
+Hardware barriers between two warpgroups, how the producer tells the consumers an item, and the wait for the kernel in front."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 
 @gluon.jit
@@ -25,6 +26,30 @@ def follow():
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def publish(idx, t, work_s, work_full, work_empty):
+    """The producer's t-th word to the consumers: an item's number.
+
+    Every thread writes a word of its own, and the first thread's is read, which is also the one that arrives: no other thread's
+    write has to be seen, and compute-sanitizer's racecheck follows it. (Words of 64 bits: those of 32 go by ``stmatrix``.)"""
+    each: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    w = t % 2
+    mbarrier.wait(work_empty.index(w), ((t // 2) & 1) ^ 1)
+    work_s.index(w).store(gl.full([128], idx, gl.int32, each).to(gl.int64))
+    mbarrier.arrive(work_full.index(w), count=1)
+
+
+@gluon.jit
+def published(t, work_s, work_full, work_empty):
+    """The producer's t-th word."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    w = t % 2
+    mbarrier.wait(work_full.index(w), (t // 2) & 1)
+    idx = gl.max(work_s.index(w).slice(0, 1).load(one), 0).to(gl.int32)
+    mbarrier.arrive(work_empty.index(w), count=1)
+    return idx
 
 
 @gluon.jit

@@ -21,7 +21,8 @@ On Hopper, backward of plain calls beyond D = 128 goes by stages: one kernel wri
 products of PyTorch's make the gradients of them. That many channels leave no registers for sums that live through a walk.
 
 On Hopper, forward of plain calls from D = 128 on has its tiles fetched by the copy engine, through tensor descriptors: one thread asks
-for a whole tile. Where X comes halved, for an activation of z / 2, it is an operand in registers and leaves shared memory to W1 and W2.
+for a whole tile. Where X comes halved, for an activation of z / 2, it is an operand in registers and leaves shared memory to W1 and W2;
+beyond D = 128 half of its columns are.
 
 Floor: 4 H B D E FLOPs forward, 10 backward (14 as done here); one special-function instruction a hidden element and pass
 over it where the activation is a sigmoid, by tanh.approx (float16 and bfloat16 on NVIDIA).
@@ -363,24 +364,34 @@ def _forward(
 @triton.jit(do_not_specialize=["B", "E"])
 def _forward_boxed(
     x_desc, w1_desc, w2_desc, o_desc, B: "i32", E: "i32",
-    VALUE: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, HALVED: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr,
-    BE: tl.constexpr, DEPENDENT: tl.constexpr,
+    VALUE: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, PARTS: tl.constexpr, HALVED: tl.constexpr, REGISTERS: tl.constexpr,
+    BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    """PARTS: 1, or 2 parts of X's columns, of which the first is an operand in REGISTERS and the second in shared memory."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    PART: tl.constexpr = BD // PARTS
     tiles = tl.cdiv(B, BB)
     head = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BB
-    x = x_desc.load([head, row, 0]).reshape(BB, BD)
+    x = x_desc.load([head, row, 0]).reshape(BB, PART)
+    if PARTS == 2:
+        rest = x_desc.load([head, row, PART]).reshape(BB, PART)
     if HALVED:
         x = (x * 0.5).to(x_desc.dtype)
+    elif REGISTERS:
+        x = _in_registers(x)
     acc = tl.zeros([BB, BD], tl.float32)
     for start in range(0, E, BE):
-        up = w1_desc.load([head, 0, start]).reshape(BD, BE)
+        up = w1_desc.load([head, 0, start]).reshape(PART, BE)
+        if PARTS == 2:
+            z = tl.dot(rest, w1_desc.load([head, PART, start]).reshape(PART, BE))
+            z = tl.dot(x, up, z)
+        else:
+            z = tl.dot(x, up)
         down = w2_desc.load([head, start, 0]).reshape(BE, BD)
-        h = VALUE(tl.dot(x, up), A, B_)
-        acc = tl.dot(h.to(x_desc.dtype), down, acc)
+        acc = tl.dot(VALUE(z, A, B_).to(x_desc.dtype), down, acc)
     o_desc.store([head, row, 0], acc.to(x_desc.dtype).reshape(1, BB, BD))
 
 
@@ -702,11 +713,14 @@ def choose_forward(
     return Config(min(128, most), 32 if gated else 64, 8, 2)
 
 
-def choose_boxed(config: Config, d: int, itemsize: int, layout: "Layout") -> bool:
-    """Whether Hopper's copy engine fetches the tiles of a plain forward call: M-6 233.8 us for 269.8, M-7 256.4 for 263.8; at
-    D = 64 (M-4) it gains nothing, and of 80 columns it copies 128 (39.0 us for 33.2). Rows have to begin at multiples of 16 bytes,
-    and tensor cores want 64 of them."""
-    return itemsize == 2 and d >= 128 and config.rows >= 64 and layout.in_boxes
+def choose_boxed(config: Config, d: int, itemsize: int, layout: "Layout") -> Config | None:
+    """Tile of a plain forward program whose tiles Hopper's copy engine fetches, None for those that go by pointers, for which
+    ``config`` is chosen: M-6 233.8 us for 269.8, M-7 256.4 for 263.8; at D = 64 (M-4) it gains nothing, and of 80 columns it copies 128
+    (39.0 us for 33.2). Rows have to begin at multiples of 16 bytes, and tensor cores want 64 of them. Beyond D = 128 half of X stays
+    in registers, which leaves room for a third stage: M-7 246.3 us for 258.1, (8, 2048, 256, 1024) 32.0 for 39.4."""
+    if itemsize != 2 or d < 128 or config.rows < 64 or not layout.in_boxes:
+        return None
+    return config if _tile_of(d) == 128 else Config(config.rows, 64, 8, 3)
 
 
 def choose_backward(
@@ -882,17 +896,25 @@ def _takes_boxes(index: int) -> bool:
 
 def boxed_constants(kind: str, dtype: torch.dtype, d: int, config: Config, dependent: bool) -> dict:
     value, _, a, b = formula(kind, dtype, LANES)
-    halved = _tile_of(d) == 128 and kind in OF_HALF and not INTERPRETED  # at 256 the registers are full
+    parts = _parts(d)
+    halved = parts == 1 and kind in OF_HALF and not INTERPRETED  # all of X or nothing
     return {
-        "VALUE": OF_HALF[kind] if halved else value, "A": a, "B_": b, "HALVED": halved, "BD": _tile_of(d), "BB": config.rows,
-        "BE": config.hidden, "DEPENDENT": dependent,
+        "VALUE": OF_HALF[kind] if halved else value, "A": a, "B_": b, "PARTS": parts, "HALVED": halved,
+        "REGISTERS": parts == 2 and not INTERPRETED, "BD": _tile_of(d), "BB": config.rows, "BE": config.hidden,
+        "DEPENDENT": dependent,
     }  # fmt: skip
+
+
+def _parts(d: int) -> int:
+    """In how many parts of its columns X is multiplied: all of 256 would take too many registers."""
+    return 1 if _tile_of(d) == 128 else 2
 
 
 def boxed_blocks(d: int, config: Config) -> tuple:
     """What a program reads of x, W1 and W2 at a time, and writes of O."""
     rows, hidden, width = config.rows, config.hidden, _tile_of(d)
-    return (rows, width), (width, hidden), (hidden, width), (rows, width)
+    part = width // _parts(d)
+    return (rows, part), (part, hidden), (hidden, width), (rows, width)
 
 
 class _BoxedLaunch:
@@ -900,6 +922,7 @@ class _BoxedLaunch:
 
     def __init__(self, kernel, blocks, integers, constants, config):
         self.call = kernel, blocks, integers, constants
+        self.config = config
         self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if constants["DEPENDENT"]:
             self.options["launch_pdl"] = True
@@ -1000,11 +1023,12 @@ def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides,
     boxed = boxed and _none_repeated(x, w1, w2, o)
     layout, strides = layout_of(dtype.itemsize, e, strides)
     config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.wide, mean, index)
+    in_boxes = choose_boxed(config, d, dtype.itemsize, layout) if boxed and e else None
+    if in_boxes:
+        return _BoxedForward(kind, dtype, b, d, e, in_boxes, index), -(-b // in_boxes.rows) * h, ()
     precision = precision_of(dtype, _card(index)[2])
     even = e % config.hidden == 0
     blocks = -(-b // config.rows) * (1 if mean else h)
-    if boxed and e and choose_boxed(config, d, dtype.itemsize, layout):
-        return _BoxedForward(kind, dtype, b, d, e, config, index), blocks, ()
     launch = forward_launch(
         kind, dtype, gated, has_b1, has_b2, mean, even, layout, d, config, precision, LANES, _dependent(index)
     )
@@ -1127,10 +1151,12 @@ def describe(x, w1, w2, b1, b2, w_gate, kind: str, mean: bool) -> str:
     """The configuration of a forward call, for ``trinix.explain``."""
     h, d, e = w1.shape
     gated = w_gate is not None
-    config = _forward_config(h, x.shape[-2], d, e, x.dtype.itemsize, gated, True, mean, x.get_device())
-    text = f"tile {config.rows} rows x {config.hidden} hidden, {config.num_warps} warps, {config.num_stages} stages"
     like = torch.empty_like(x, device="meta")  # laid out as O is, where descriptors come in question
-    boxed = isinstance(_plan_of(x, w1, w2, b1, b2, w_gate, kind, mean, like)[0], _BoxedForward)
+    launch = _plan_of(x, w1, w2, b1, b2, w_gate, kind, mean, like)[0]
+    boxed = isinstance(launch, _BoxedForward)
+    config = _forward_config(h, x.shape[-2], d, e, x.dtype.itemsize, gated, True, mean, x.get_device())
+    config = launch.config if boxed else config
+    text = f"tile {config.rows} rows x {config.hidden} hidden, {config.num_warps} warps, {config.num_stages} stages"
     return f"{text}, by tensor descriptors" if boxed else text
 
 

@@ -18,7 +18,8 @@ from trinix.ops import attention
 CAUSAL = {"causal": True}
 OPTIONS = {
     "full": {}, "causal": CAUSAL, "window": {"window": (100, 20)}, "softcap": {"softcap": 20.0} | CAUSAL, "alibi": CAUSAL,
-    "varlen": CAUSAL, "deterministic": {"deterministic": True} | CAUSAL, "gqa": CAUSAL, "sink": {},
+    "varlen": CAUSAL, "deterministic": {"deterministic": True} | CAUSAL, "gqa": CAUSAL,
+    "sink": {}, "sink and softcap": {"softcap": 20.0},
 }  # fmt: skip
 # group -> (head dimensions of QK and V, options, queries, keys)
 GROUPS = {
@@ -54,7 +55,7 @@ def call(d: int, dv: int, option: str, queries: int, keys: int) -> None:
         more |= {"cu_seqlens_q": of_q, "cu_seqlens_k": of_k, "max_seqlen_q": queries, "max_seqlen_k": keys}
     elif option == "alibi":
         more["alibi_slopes"] = torch.rand(2, device="cuda")
-    elif option == "sink":
+    elif "sink" in option:
         more["sink"] = torch.randn(2, device="cuda")
     q, k, v = (tensor(queries, 2, d), *(tensor(keys, 1 if option == "gqa" else 2, width) for width in (d, dv)))
     out = attention(q, k, v, backend="hopper", **more)

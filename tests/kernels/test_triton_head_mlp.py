@@ -56,9 +56,10 @@ def double():
 
 def boxed():
     names = kernels._forward_boxed.arg_names
-    for kind, d, dtype in (("silu", 128, "bf16"), ("mish", 128, "fp16"), ("silu", 256, "bf16"), ("gelu", 256, "fp16")):
+    for kind, d, dtype, heads in (("silu", 128, "bf16", 8), ("mish", 128, "fp16", 8), ("silu", 256, "bf16", 8), ("mish", 256, "fp16", 2)):
         layout = kernels.Layout(True, 8, 8, False, False)
-        config = kernels.choose_boxed(kernels.choose_forward(2048, d, 2, False), d, 2, layout)
+        config = kernels.choose_boxed(kernels.choose_forward(2048, d, 2, False), heads, 2048, d, 2, layout, 132)
+        assert config.num_stages == (5 if heads == 2 else 3)
         constants = kernels.boxed_constants(kind, torch.bfloat16, d, config, True)
         signature = dict.fromkeys(names, "i32") | dict.fromkeys(constants, "constexpr")
         for name, block in zip(names, kernels.boxed_blocks(d, config)):
@@ -117,7 +118,9 @@ def test_forward_by_descriptors_leaves_room_for_two_programs_and_waits_for_no_pr
     for one in lines:
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"
         assert not one["spills"], one
-        assert one["kib"] <= (113 if one["d"] == 128 else 227), one
+        assert one["kib"] <= (227 if (one["name"], one["d"]) == ("mish", 256) else 113), (
+            one
+        )  # it has a multiprocessor for itself
         assert 0 < one["waits"] < one["reads"], one
 
 

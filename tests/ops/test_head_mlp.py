@@ -722,7 +722,8 @@ def test_hopper_wins_where_it_was_measured_to_be_faster():
     rows = {
         (8, 512, 64, 512): (False, False), (12, 1024, 64, 768): (False, False), (16, 2048, 64, 1024): (True, True),
         (32, 4096, 64, 512): (True, True), (12, 4096, 64, 768): (True, False), (16, 8192, 128, 2048): (True, True),
-        (8, 16384, 256, 1024): (True, True), (4, 1024, 256, 512): (False, False),
+        (8, 16384, 256, 1024): (True, True), (4, 1024, 256, 512): (False, False), (8, 2048, 256, 1024): (False, True),
+        (1, 8192, 256, 4096): (False, True), (1, 8192, 128, 2048): (False, False),
     }  # fmt: skip
     for (h, b, d, e), wanted in rows.items():
         assert tuple(op.hopper_wins(h, b, d, e, backward, 132) for backward in (False, True)) == wanted

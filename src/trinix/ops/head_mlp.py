@@ -328,15 +328,20 @@ def _against_hopper(inputs, kind, mean, backward) -> str | None:
 def hopper_wins(heads: int, rows: int, d: int, e: int, backward: bool, processors: int) -> bool:
     """Whether Hopper's kernels of a pass are the faster ones, by measurement: from M-3 on, not at M-1 and M-2.
 
-    In backward a program owns 128 columns of E, and there must be enough of them for the card (M-5 leaves half of it idle);
+    In forward its programs own 128 rows and more, the portable ones 64: where those do not fill the card, (1, 8192, 128, 2048) takes 22.2
+    us for 19.0, and (1, 8192, 256, 4096) 96.7 for 57.2. At D = 256 it takes many rounds to gain anything: M-7 234.1 for 236.6, (8, 2048,
+    256, 1024) 31.4 for 31.2. In backward a program owns 128 columns of E, and there must be enough of them for the card (M-5 leaves half of it idle);
     by stages, at D = 256, it owns rows, and few rows are shared.
     """
     if 4 * heads * rows * d * e < 1 << 32:
         return False
-    if backward and d == 256:
+    if not backward:
+        programs = heads * -(-rows // 64)
+        return d == 64 or programs > (processors if d == 128 else 4 * processors)
+    if d == 256:
         return True
     programs = heads * -(-e // 128)
-    return not backward or programs >= 0.8 * processors * -(-programs // processors)
+    return programs >= 0.8 * processors * -(-programs // processors)
 
 
 def _against_auto(inputs: tuple, mean: bool, grad: bool) -> str | None:

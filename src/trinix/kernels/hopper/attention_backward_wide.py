@@ -187,8 +187,9 @@ def _consumer(
                 else:
                     p_s.index(buf).store(operand)
                 if SINK:
-                    more = operand
-                    if not SOFTCAP:
+                    if SOFTCAP:
+                        more = _as_halves(p, dtype)
+                    else:
                         more = (p - operand.to(gl.float32)).to(dtype)
                     _more(p_s, ds_s, buf, LATE).store(more)
                 mbarrier.arrive(p_full.index(buf), count=1)
@@ -197,9 +198,11 @@ def _consumer(
                 mbarrier.wait(p_full.index(buf), use)
                 p = p_s.index(buf).load(s_layout)
                 if SINK:
-                    exact = _more(p_s, ds_s, buf, LATE).load(s_layout).to(gl.float32)
-                    if not SOFTCAP:
-                        exact = exact + p.to(gl.float32)
+                    more = _more(p_s, ds_s, buf, LATE).load(s_layout)
+                    if SOFTCAP:
+                        exact = _from_halves(more)
+                    else:
+                        exact = more.to(gl.float32) + p.to(gl.float32)
                     ds_pairs = pairs_of_rows(exact * (s - delta))
                 operand = (p.to(gl.float32) * (s - delta)).to(dtype)
                 ds_s.index(buf).store(operand)
@@ -271,6 +274,23 @@ def _consumer(
             fence_async_shared()
             tma_store(out_desc, [batch, key0 + key, out_head, 0], k_s.index(0))
     tma.store_wait(0)
+
+
+@gluon.jit
+def _as_halves(p, dtype: gl.constexpr):
+    """P, at most 1, in float16 with all its bits down to 2^-29, as numbers of ``dtype``: in bfloat16 its rounding alone took a
+    sink's gradient over its budget."""
+    halves = (p * 32768.0).to(gl.float16)
+    if dtype != gl.float16:
+        halves = halves.to(dtype, bitcast=True)
+    return halves
+
+
+@gluon.jit
+def _from_halves(halves):
+    if halves.dtype != gl.float16:
+        halves = halves.to(gl.float16, bitcast=True)
+    return halves.to(gl.float32) * (1 / 32768)
 
 
 @gluon.jit

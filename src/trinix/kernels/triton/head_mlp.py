@@ -21,8 +21,8 @@ On Hopper, backward of plain calls beyond D = 128 goes by stages: one kernel wri
 products of PyTorch's make the gradients of them. That many channels leave no registers for sums that live through a walk.
 
 On Hopper, forward of plain calls from D = 128 on has its tiles fetched by the copy engine, through tensor descriptors: one thread asks
-for a whole tile. Where X comes halved, for an activation of z / 2, it is an operand in registers and leaves shared memory to W1 and W2;
-beyond D = 128 half of its columns are.
+for a whole tile. Where X comes halved, for an activation of z / 2, and beyond D = 128 always, it is an operand in registers and
+leaves shared memory to W1 and W2.
 
 Floor: 4 H B D E FLOPs forward, 10 backward (14 as done here); one special-function instruction a hidden element and pass
 over it where the activation is a sigmoid, by tanh.approx (float16 and bfloat16 on NVIDIA).
@@ -364,34 +364,26 @@ def _forward(
 @triton.jit(do_not_specialize=["B", "E"])
 def _forward_boxed(
     x_desc, w1_desc, w2_desc, o_desc, B: "i32", E: "i32",
-    VALUE: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, PARTS: tl.constexpr, HALVED: tl.constexpr, REGISTERS: tl.constexpr,
-    BD: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, DEPENDENT: tl.constexpr,
+    VALUE: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, HALVED: tl.constexpr, REGISTERS: tl.constexpr, BD: tl.constexpr,
+    BB: tl.constexpr, BE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """PARTS: 1, or 2 parts of X's columns, of which the first is an operand in REGISTERS and the second in shared memory."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    PART: tl.constexpr = BD // PARTS
     tiles = tl.cdiv(B, BB)
     head = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BB
-    x = x_desc.load([head, row, 0]).reshape(BB, PART)
-    if PARTS == 2:
-        rest = x_desc.load([head, row, PART]).reshape(BB, PART)
+    x = x_desc.load([head, row, 0]).reshape(BB, BD)
     if HALVED:
         x = (x * 0.5).to(x_desc.dtype)
     elif REGISTERS:
         x = _in_registers(x)
     acc = tl.zeros([BB, BD], tl.float32)
     for start in range(0, E, BE):
-        up = w1_desc.load([head, 0, start]).reshape(PART, BE)
-        if PARTS == 2:
-            z = tl.dot(rest, w1_desc.load([head, PART, start]).reshape(PART, BE))
-            z = tl.dot(x, up, z)
-        else:
-            z = tl.dot(x, up)
+        up = w1_desc.load([head, 0, start]).reshape(BD, BE)
         down = w2_desc.load([head, start, 0]).reshape(BE, BD)
-        acc = tl.dot(VALUE(z, A, B_).to(x_desc.dtype), down, acc)
+        h = VALUE(tl.dot(x, up), A, B_)
+        acc = tl.dot(h.to(x_desc.dtype), down, acc)
     o_desc.store([head, row, 0], acc.to(x_desc.dtype).reshape(1, BB, BD))
 
 
@@ -713,14 +705,21 @@ def choose_forward(
     return Config(min(128, most), 32 if gated else 64, 8, 2)
 
 
-def choose_boxed(config: Config, d: int, itemsize: int, layout: "Layout") -> Config | None:
+def choose_boxed(
+    config: Config, heads: int, rows: int, d: int, itemsize: int, layout: "Layout", processors: int
+) -> Config | None:
     """Tile of a plain forward program whose tiles Hopper's copy engine fetches, None for those that go by pointers, for which
-    ``config`` is chosen: M-6 233.8 us for 269.8, M-7 256.4 for 263.8; at D = 64 (M-4) it gains nothing, and of 80 columns it copies 128
-    (39.0 us for 33.2). Rows have to begin at multiples of 16 bytes, and tensor cores want 64 of them. Beyond D = 128 half of X stays
-    in registers, which leaves room for a third stage: M-7 246.3 us for 258.1, (8, 2048, 256, 1024) 32.0 for 39.4."""
+    ``config`` is chosen: M-6 233.8 us for 269.8; at D = 64 (M-4) it gains nothing, and of 80 columns it copies 128 (39.0 us for 33.2).
+    Rows have to begin at multiples of 16 bytes, and tensor cores want 64 of them.
+
+    Beyond D = 128 X stays in registers, in tiles so small that there is room for it. Two such programs fill a multiprocessor (M-7
+    236.6 us; of 128 x 64, by one, 255.9; by pointers 264), one that has it for itself fetches further ahead ((4, 1024, 256, 512) 11.0
+    us, as those of two 13.5)."""
     if itemsize != 2 or d < 128 or config.rows < 64 or not layout.in_boxes:
         return None
-    return config if _tile_of(d) == 128 else Config(config.rows, 64, 8, 3)
+    if _tile_of(d) == 128:
+        return config
+    return Config(64, 32, 4, 5 if -(-rows // 64) * heads <= processors else 3)
 
 
 def choose_backward(
@@ -896,25 +895,18 @@ def _takes_boxes(index: int) -> bool:
 
 def boxed_constants(kind: str, dtype: torch.dtype, d: int, config: Config, dependent: bool) -> dict:
     value, _, a, b = formula(kind, dtype, LANES)
-    parts = _parts(d)
-    halved = parts == 1 and kind in OF_HALF and not INTERPRETED  # all of X or nothing
+    halved = kind in OF_HALF and not INTERPRETED
     return {
-        "VALUE": OF_HALF[kind] if halved else value, "A": a, "B_": b, "PARTS": parts, "HALVED": halved,
-        "REGISTERS": parts == 2 and not INTERPRETED, "BD": _tile_of(d), "BB": config.rows, "BE": config.hidden,
+        "VALUE": OF_HALF[kind] if halved else value, "A": a, "B_": b, "HALVED": halved,
+        "REGISTERS": _tile_of(d) == 256 and not INTERPRETED, "BD": _tile_of(d), "BB": config.rows, "BE": config.hidden,
         "DEPENDENT": dependent,
     }  # fmt: skip
-
-
-def _parts(d: int) -> int:
-    """In how many parts of its columns X is multiplied: all of 256 would take too many registers."""
-    return 1 if _tile_of(d) == 128 else 2
 
 
 def boxed_blocks(d: int, config: Config) -> tuple:
     """What a program reads of x, W1 and W2 at a time, and writes of O."""
     rows, hidden, width = config.rows, config.hidden, _tile_of(d)
-    part = width // _parts(d)
-    return (rows, part), (part, hidden), (hidden, width), (rows, width)
+    return (rows, width), (width, hidden), (hidden, width), (rows, width)
 
 
 class _BoxedLaunch:
@@ -1023,7 +1015,7 @@ def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides,
     boxed = boxed and _none_repeated(x, w1, w2, o)
     layout, strides = layout_of(dtype.itemsize, e, strides)
     config = _forward_config(h, b, d, e, dtype.itemsize, gated, layout.wide, mean, index)
-    in_boxes = choose_boxed(config, d, dtype.itemsize, layout) if boxed and e else None
+    in_boxes = choose_boxed(config, h, b, d, dtype.itemsize, layout, _card(index)[0]) if boxed and e else None
     if in_boxes:
         return _BoxedForward(kind, dtype, b, d, e, in_boxes, index), -(-b // in_boxes.rows) * h, ()
     precision = precision_of(dtype, _card(index)[2])

@@ -826,6 +826,18 @@ def test_a_sink_and_its_gradient(d, options):
 
 
 @on_card
+def test_a_sinks_gradient_that_float16_would_round_is_not_made_here():
+    for dtype, d, softcap, refused in (
+        (torch.float16, 192, 20.0, True), (torch.bfloat16, 192, 20.0, False), (torch.float16, 128, 20.0, False),
+        (torch.float16, 192, 0.0, False),
+    ):  # fmt: skip
+        q, k, v = made([(1, 30, 4, d), (1, 30, 2, d), (1, 30, 2, d)], dtype)
+        options = Options(scale=d**-0.5, softcap=softcap, sink=torch.zeros(4, device="cuda"))
+        assert (hopper.unsupported(q, k, v, options, True) is not None) == refused
+        assert hopper.unsupported(q, k, v, options, False) is None
+
+
+@on_card
 @pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
 @pytest.mark.parametrize(("d", "key_heads"), [(64, 32), (128, 32), (64, 4), (128, 8)])
 def test_a_shared_last_round_has_the_same_bits_beside_another_stream(monkeypatch, d, key_heads, sink):

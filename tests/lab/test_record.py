@@ -47,15 +47,17 @@ def test_a_line_refuses_fields_that_it_does_not_know():
 
 @pytest.mark.parametrize(("status", "wanted"), [("", "abc1234"), (" M src/trinix/cli.py", "abc1234+")])
 def test_the_commit_says_whether_the_sources_differ_from_it(status, wanted, monkeypatch):
+    monkeypatch.delenv("TRINIX_COMMIT", raising=False)
     answers = {"rev-parse": "abc1234", "status": status}
     monkeypatch.setattr(record, "_run", lambda *command: answers[next(w for w in command if w in answers)])
     assert record._commit() == wanted
 
 
-def test_without_git_history_the_commit_comes_from_the_environment_or_is_null(monkeypatch):
+def test_the_environment_says_the_commit_of_a_copy_and_else_it_may_be_null(monkeypatch):
     monkeypatch.setattr(record, "_run", lambda *command: "")
     monkeypatch.delenv("TRINIX_COMMIT", raising=False)
     assert record._commit() is None
+    monkeypatch.setattr(record, "_run", lambda *command: "1234567")  # of the folder that the copy lies in, say
     monkeypatch.setenv("TRINIX_COMMIT", "abc1234")
     assert record._commit() == "abc1234"
 

@@ -341,7 +341,7 @@ class Clock:
     l2_bytes = 0
 
     def __init__(self, **ms):
-        self.ms, self.asked, self.graphs, self.metered = ms, [], 0, 0
+        self.ms, self.asked, self.replayed, self.graphs, self.metered = ms, [], [], 0, 0
 
     def device_ms(self, calls):
         self.asked.append(list(calls))
@@ -356,10 +356,14 @@ class Clock:
     def host_us(self, calls):
         return dict.fromkeys(calls, 12.346)
 
-    def graph_ms(self, calls):
+    def captured(self, calls):
         self.graphs += 1
-        self.captured = calls
-        return 0.375
+        self.in_graph = calls
+        return calls[0]
+
+    def graph_ms(self, replays, calls):
+        self.replayed.append(list(replays))
+        return dict.fromkeys(replays, 3.0 / calls)
 
     def peak_mib(self, call, *, before=None):
         self.metered += 1
@@ -426,6 +430,7 @@ def test_a_timed_line_has_all_four_clocks_memory_share_and_error(gpu):
         assert 0 < one["error_ratio"] <= 3
     assert clock.asked == [["trinix", "eager", "copy", "add"]] * 4, "interleaved, with the ceiling's probes"
     assert clock.graphs == 4
+    assert clock.replayed == [["trinix", "eager"]] * 2, "in turn, too"
     assert clock.metered == 8
 
 
@@ -658,10 +663,10 @@ class Once(torch.autograd.Function):
 class Fake(Clock):
     """Raises for a call that raises, as a clock would, without naming it."""
 
-    def graph_ms(self, calls):
+    def captured(self, calls):
         for call in calls:
             call()
-        return super().graph_ms(calls)
+        return super().captured(calls)
 
 
 def failing_from(at, error):
@@ -720,20 +725,44 @@ def test_a_graph_holds_calls_on_inputs_of_their_own_where_these_are_small(gpu, m
         clock = Clock()
         run.run_gpu(case_of("silu", passes=("fwd",)), ["liger"], clock)
         seen.clear()
-        for call in clock.captured:
+        for call in clock.in_graph:
             call()
-        assert len(clock.captured) == len(set(seen)) == count
+        assert len(clock.in_graph) == len(set(seen)) == count
 
 
 def test_what_cannot_be_captured_has_no_graph_time_and_keeps_the_rest(gpu):
     class NoGraphs(Clock):
-        def graph_ms(self, calls):
-            raise RuntimeError("operation not permitted when stream is capturing")
+        def captured(self, calls):
+            if not self.graphs:
+                self.graphs += 1
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().captured(calls)
 
-    (one,) = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix"], NoGraphs())
+    one, other = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "eager"], NoGraphs())
     assert one["ok"]
     assert one["graph_ms"] is None
     assert one["wall_ms"] == 0.625
+    assert other["graph_ms"] == 0.375
+
+
+def test_graphs_that_do_not_fit_beside_each_other_are_timed_in_several_goes(gpu):
+    class Small(Clock):
+        held = 0
+
+        def captured(self, calls):
+            if self.held == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            self.held += 1
+            return super().captured(calls)
+
+        def graph_ms(self, replays, calls):
+            self.held = 0
+            return super().graph_ms(replays, calls)
+
+    clock = Small()
+    lines = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "eager", "seed_formula"], clock)
+    assert clock.replayed == [["trinix", "eager"], ["seed_formula"]]
+    assert [one["graph_ms"] for one in lines] == [0.375] * 3
 
 
 @pytest.mark.parametrize("impl", ["trinix", "trinix:triton", "compile", "liger", "quack"])

@@ -60,11 +60,13 @@ def version_of(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, "+" when its tracked files differ; TRINIX_COMMIT where there is no git history."""
+    """The checkout's commit, "+" when its tracked files differ. TRINIX_COMMIT says it of a copy, whose history may be another's."""
+    if said := os.environ.get("TRINIX_COMMIT"):
+        return said
     root = Path(__file__).parents[3]
     commit = _run("git", "-C", str(root), "rev-parse", "--short", "HEAD")
     if not commit:
-        return os.environ.get("TRINIX_COMMIT")
+        return None
     return commit + (
         "+" if _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "src") else ""
     )

@@ -159,6 +159,8 @@ def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
     failed |= fell
     reached = {name: times.device_ms[name].p50 * scale for name in probes if name in times.device_ms}
     copy_ms, ceiling_ms = next(iter(reached.values()), None), min(reached.values(), default=None)
+    timed = [s for s in subjects if s.call and s.impl not in failed]
+    graphs = _graphs_ms(clock, pass_, timed, inputs, inputs_mib) if pass_ in ("fwd", "fwd_bwd") else {}
     lines = []
     for subject in subjects:
         known = {
@@ -189,7 +191,7 @@ def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
                 device_ms=asdict(spread),
                 host_us=round(times.host_us[subject.impl], 2),
                 wall_ms=round(times.wall_ms[subject.impl], 6),
-                graph_ms=_graph_ms(clock, pass_, subject, inputs, inputs_mib) if pass_ in ("fwd", "fwd_bwd") else None,
+                graph_ms=graphs.get(subject.impl),
                 peak_mib=round(peaks[subject.impl], 4),
                 inputs_mib=round(inputs_mib, 4),
                 ceiling_share=round(copy_ms / spread.p50, 4) if copy_ms and spread.p50 else None,
@@ -228,15 +230,37 @@ def _fault(impl: str, call: Callable) -> str | None:
 _GRAPH_CALLS = 8
 
 
-def _graph_ms(clock, pass_: str, subject: Subject, inputs: Inputs, inputs_mib: float) -> float | None:
-    """None for a call that cannot be captured: one that waits for the GPU, or whose copy of its memory does not fit."""
+def _graphs_ms(clock, pass_: str, subjects, inputs: Inputs, inputs_mib: float) -> dict[str, float]:
+    """Without those whose calls cannot be captured: that wait for the GPU, or whose copies of their memory do not fit. Where memory
+    does not do for all graphs, those so far are timed before the next is captured."""
+    count = _GRAPH_CALLS if inputs_mib <= 64 else 1
+    times, replays = {}, {}
+
+    def time_them():
+        try:
+            times.update({impl: round(ms, 6) for impl, ms in clock.graph_ms(replays, count).items()})
+        except Exception as error:
+            reason_of(next(iter(replays)), error)
+        replays.clear()
+        torch.cuda.empty_cache()
+
     try:
-        count = _GRAPH_CALLS if inputs_mib <= 64 else 1
-        sets = [subject.own(inputs), *(inputs.copy() for _ in range(count - 1))]
-        return round(clock.graph_ms([pass_call(pass_, subject.call, one) for one in sets]), 6)
-    except Exception as error:
-        reason_of(subject.impl, error)
-        return None
+        sets = [inputs, *(inputs.copy() for _ in range(count - 1))]
+    except torch.OutOfMemoryError:
+        return times
+    for subject in subjects:
+        for _ in range(2):
+            try:
+                replays[subject.impl] = clock.captured([pass_call(pass_, subject.call, subject.own(s)) for s in sets])
+                break
+            except Exception as error:
+                reason_of(subject.impl, error)
+                if not replays or not isinstance(error, torch.OutOfMemoryError):
+                    break
+                time_them()
+    if replays:
+        time_them()
+    return times
 
 
 def check_totals(lines: list[dict]) -> None:

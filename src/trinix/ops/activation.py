@@ -75,8 +75,11 @@ _TRITON_FROM |= dict.fromkeys(("mish", "softplus"), (1 << 21, 1 << 22))
 _TRITON_FROM |= dict.fromkeys(("relu", "leaky_relu"), (_NEVER, 1 << 23)) | {"gelu": (1 << 24, 1 << 26)}
 # The same with gradient where calls are kernels/_native's, and to below how many: relu's mask from X-relu-256 on (backward 12.0 us on
 # the card, torch.compile 13.2, eager 15.2). silu's device time is PyTorch's at X-silu-256 to -1024 (0.98 to 1.01), its host time less. sigmoid
-# reads x where PyTorch reads y, which lies in the cache still: both passes 1.07 and 1.12 at X-sigmoid-256 and -512.
-_NATIVE_RANGE = {"relu": (1 << 22, 1 << 23), "leaky_relu": (1 << 22, 1 << 23), "silu": (1 << 22, 1 << 25)}
+# reads x where PyTorch reads y, which lies in the cache still: both passes 1.04 and 1.10 of it at X-sigmoid-256 and -512, and back to back,
+# where the host is what takes time, 112.9 us for 113.2 at -256 (120.2 as PyTorch's own behind our checks).
+_NATIVE_RANGE = {
+    "relu": (1 << 22, 1 << 23), "leaky_relu": (1 << 22, 1 << 23), "silu": (1 << 22, 1 << 25), "sigmoid": (1 << 22, 1 << 23),
+}  # fmt: skip
 
 
 def activation(
@@ -197,6 +200,8 @@ def _activation(x, kind, a, b, backend):
     # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first, few calls.
     if not isinstance(x, Tensor) or not x.is_floating_point():
         _refuse(x)
+    if kind == "none" and backend == "auto" and dispatch.forced is None:
+        return x
     grad = x.requires_grad and torch.is_grad_enabled()
     if grad and not torch.compiler.is_compiling() and _tables.of and type(backend) is str:
         table = _tables.of.get((kind, a, b, backend, dispatch.forced))

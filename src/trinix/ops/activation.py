@@ -203,7 +203,8 @@ def _activation(x, kind, a, b, backend):
     if kind == "none" and backend == "auto" and dispatch.forced is None:
         return x
     grad = x.requires_grad and torch.is_grad_enabled()
-    if grad and not torch.compiler.is_compiling() and _tables.of and type(backend) is str:
+    compiling = torch.compiler.is_compiling()
+    if grad and not compiling and _tables.of and type(backend) is str:
         table = _tables.of.get((kind, a, b, backend, dispatch.forced))
         if table is not None:
             y = _triton_module.by_table(table, x)
@@ -212,7 +213,7 @@ def _activation(x, kind, a, b, backend):
     if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
     least = _TRITON_FROM[kind][1 if grad else 0]
-    if torch.compiler.is_compiling() or not x.is_cuda:
+    if compiling or not x.is_cuda:
         return reference.FORMULAS[kind](x, a, b)
     if (least is _NEVER or x.numel() < least) and not (grad and _native_wins(x, kind)):
         return reference.FORMULAS[kind](x, a, b)

@@ -144,6 +144,18 @@ def test_both_passes_are_relus(relu):
     same([x.grad], [8 * x * (x > 0)])
 
 
+def test_a_tangent_of_a_gradient_goes_the_other_way(relu):
+    function, others = relu
+    x = torch.randn(N, requires_grad=True)
+    y = function(x)
+    with forward_ad.dual_level():
+        dy = forward_ad.make_dual(torch.ones(N), torch.full((N,), 3.0))
+        (dx,) = torch.autograd.grad(y, x, dy)
+        tangent = forward_ad.unpack_dual(dx).tangent
+    assert len(others) == 1
+    same([tangent], [3.0 * (x > 0)])
+
+
 def test_nothing_is_recorded_without_need(relu):
     function, _ = relu
     x = torch.randn(N)
@@ -319,11 +331,47 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["native.cpp"]
 
 
+def with_a_card(monkeypatch, there=True):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+
+
+def test_without_a_card_it_is_neither_built_nor_loaded(native, tmp_path, monkeypatch):
+    """Though PyTorch is built for CUDA: its driver is not there."""
+    monkeypatch.setenv("TRINIX_CACHE", str(tmp_path))
+    monkeypatch.setattr(threading, "Thread", None)
+    monkeypatch.setattr(_native, "module", None)
+
+    def no_driver():
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(_native, "_load", no_driver)
+    for there, built in ((False, False), (False, True), (True, True)):
+        with_a_card(monkeypatch, there)
+        monkeypatch.setattr(_native, "_asked", False)
+        if built:
+            _native.library().write_bytes(b"")
+        assert _native.loaded() is None
+        assert _native._asked
+
+
+def test_who_only_asks_does_not_build(native, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRINIX_CACHE", str(tmp_path))
+    with_a_card(monkeypatch)
+    monkeypatch.setattr(threading, "Thread", None)
+    monkeypatch.setattr(_native, "module", None)
+    monkeypatch.setattr(_native, "_asked", False)
+    monkeypatch.setattr(_native, "_load", lambda: native)
+    assert _native.loaded(build=False) is None
+    _native.library().write_bytes(b"")
+    assert _native.loaded(build=False) is native
+
+
 def test_switched_off_it_is_not_loaded(native, tmp_path, monkeypatch):
     monkeypatch.setenv("TRINIX_NATIVE", "0")
     monkeypatch.setattr(_native, "module", None)
     monkeypatch.setattr(_native, "_asked", False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with_a_card(monkeypatch)
     assert "switched off" in _native.missing()
     assert _native.loaded() is None
 
@@ -342,7 +390,7 @@ def test_the_first_process_that_needs_it_builds_it_and_no_other(native, tmp_path
             return 0
 
     monkeypatch.setattr(subprocess, "Popen", Process)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with_a_card(monkeypatch)
     monkeypatch.setattr(_native, "module", None)
     monkeypatch.setattr(_native, "_load", lambda: native)
     for asked in range(3):

@@ -90,6 +90,8 @@ def _launcher() -> str:
     except ModuleNotFoundError as error:
         return f"no  fast launches: {error.name} is not installed"
     text = _launch.status()
+    if text.startswith("on") and not torch.cuda.is_available():
+        text = "off: there is no GPU"
     return f"{'no' if text.startswith('off') else 'ok'}  fast launches: {text}"
 
 
@@ -97,6 +99,8 @@ def _native_launches() -> str:
     cure = "; python -m trinix.kernels._native builds it now, else the first call that would use it, in the background"
     if not torch.version.cuda:
         return "no  C++ launches: for builds of torch with CUDA"
+    if not torch.cuda.is_available():
+        return "no  C++ launches: there is no CUDA card"
     said = _native.describe()
     if said == "can be built":
         return f"no  C++ launches: not built yet{cure}"

@@ -18,9 +18,13 @@ PASSES = ("fwd", "bwd", "fwd_bwd")
 
 
 def benchmark_activation(argv: list[str] | None = None) -> int:
-    """Document 002: its four configurations, or the one that the flags name."""
+    """Document 002: its four configurations, or the activations at the one that the flags name."""
     parser = _parser("activation", "Activations of seed document 002 against PyTorch and torch.compile.")
-    _add_sizes(parser, "--hidden_size", "last dimension; without it the document's four configurations run")
+    _add_sizes(
+        parser,
+        "--hidden_size",
+        "last dimension; without it the document's four configurations run, its gated units too",
+    )
     _add_choice(parser, "--kind", f"an activation (may be repeated; default: {KINDS})")
     flags = _parse(parser, argv)
     from trinix.ops import KINDS as ALL_KINDS
@@ -32,7 +36,7 @@ def benchmark_activation(argv: list[str] | None = None) -> int:
             parser.error(f"--kind {sorted(unknown)[0]} needs --hidden_size: the document's own table has {list(KINDS)}")
         _refuse_ignored(parser, flags, "hidden_size", ("seq_len", "batch_size", "dtype"))
         cases = [c for c in load_cases("seeds", ("activation", "glu")) if c.document == "002"]
-        cases = [c for c in cases if c.op == "glu" or c.args["kind"] in (flags.kind or KINDS)]
+        cases = [c for c in cases if (not flags.kind if c.op == "glu" else c.args["kind"] in (flags.kind or KINDS))]
     else:
         sizes = _sizes(parser, flags, ("batch_size", "seq_len", "hidden_size"))
         cases = [

@@ -222,11 +222,11 @@ def _activation(x, kind, a, b, backend):
     return _with_gradient(x, kind, a, b, backend) if grad else _triton().forward(x, kind, a, b)
 
 
-def _native_wins(x, kind) -> bool:
+def _native_wins(x, kind, build=True) -> bool:
     if kind not in _NATIVE_RANGE:
         return False
     least, most = _NATIVE_RANGE[kind]
-    return least <= x.numel() < most and (_native.module or _native.loaded()) is not None
+    return least <= x.numel() < most and (_native.module or _native.loaded(build)) is not None
 
 
 def _refuse(x):
@@ -371,7 +371,8 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     rejected = {}
     against = _against_triton(x)
     least = _TRITON_FROM[kind][1 if grad else 0]
-    by_native = x.is_cuda and grad and _native_wins(x, kind)
+    why = f"fastest measured from {least} elements on"
+    by_native = x.is_cuda and grad and _native_wins(x, kind, build=False)
     if not x.is_cuda:
         rejected["triton"] = f"needs a GPU tensor, got {x.device.type}"
     elif against:
@@ -379,7 +380,8 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     elif not dispatch.plain(x):
         rejected["triton"] = f"a raw launch does not see through {type(x).__name__} or an active mode"
     elif by_native:
-        least = _NATIVE_RANGE[kind][0]
+        least, most = _NATIVE_RANGE[kind]
+        why = f"launched from C++, with gradient the least time back to back from {least} to below {most} elements"
     elif least is _NEVER:
         rejected["triton"] = (
             "no faster than PyTorch's own kernel at any size measured, and a launch costs more host time"
@@ -389,4 +391,4 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
         rejected["triton"] = f"{x.numel()} elements {with_grad} gradient are bound by host time; faster from {least} on"
     if rejected:
         return Explanation(name, "torch", "the first backend that is right and fastest here", rejected=rejected)
-    return Explanation(name, "triton", f"fastest measured from {least} elements on", _triton().describe(x, kind, grad))
+    return Explanation(name, "triton", why, _triton().describe(x, kind, grad))

@@ -183,16 +183,19 @@ class Tables:
         return table
 
 
-def loaded():
-    """The module, or None: cannot be built here, or is not yet, which a process of its own begins then."""
+def loaded(build: bool = True):
+    """The module, or None: cannot be built here, or is not yet, which a process of its own begins then, if ``build``."""
     global _asked, module
     if module is None and not _asked:
-        _asked = True
-        if torch.version.cuda and missing() is None:
-            if library().exists():
+        # a PyTorch with CUDA is on machines without a card, too: without its driver nothing can be loaded
+        usable = torch.version.cuda is not None and torch.cuda.is_available() and missing() is None
+        there = usable and library().exists()
+        _asked = build or there or not usable
+        if there:
+            with contextlib.suppress(OSError):
                 module = _load()
-            else:
-                threading.Thread(target=_build_and_load, name="trinix-native", daemon=True).start()
+        elif usable and build:
+            threading.Thread(target=_build_and_load, name="trinix-native", daemon=True).start()
     return module
 
 

@@ -130,9 +130,10 @@ struct PairNode : public torch::autograd::Node {
       tensors.push_back(std::move(grad));
     }
     if (!any) return variable_list(pair->gradients.size());
-    // hooks on saved tensors may give others back
+    // hooks on saved tensors may give others back; a tangent needs the formula
     for (size_t i = 0; planned && i < tensors.size(); i++)
-      planned = tensors[i].defined() && below_autograd(tensors[i]) == pair->plain && lies_as(pair->given[i], tensors[i]);
+      planned = tensors[i].defined() && below_autograd(tensors[i]) == pair->plain && lies_as(pair->given[i], tensors[i]) &&
+                !tensors[i]._fw_grad(0).defined();
     if (!planned) return otherwise(tensors);
     run(*pair, pair->backward, tensors, stream);
     variable_list out;

@@ -199,7 +199,10 @@ class Launch:
 
 def by_table(table, x: torch.Tensor, *others: torch.Tensor | None):
     """The results of a call with a gradient that is like one whose pair of plans is in a table of ``trinix.kernels._native``; None
-    where there is none, or a launch has to go through Triton: see ``Launch.again``."""
+    where there is none, or a launch has to go through Triton: see ``Launch.again``.
+
+    What is looked at when forward is called holds for its backward: a hook on launches that comes in between does not see that. Hooks
+    on a single kernel (``pre_run_hooks``) see neither."""
     module = _native.module
     if (
         module is None

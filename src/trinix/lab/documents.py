@@ -124,9 +124,11 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def _add_sizes(parser: argparse.ArgumentParser, flag: str, text: str, seq_len: int = 8192) -> None:
     parser.add_argument(flag, type=int, help=text)
-    parser.add_argument("--seq_len", type=int, default=seq_len)
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    # no defaults: who gives one without the flag that it needs is told so
+    parser.add_argument("--seq_len", type=int, help=f"with {flag} (default: {seq_len})")
+    parser.add_argument("--batch_size", type=int, help=f"with {flag} (default: 1)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"with {flag} (default: float16)")
+    parser.set_defaults(sized={"seq_len": seq_len, "batch_size": 1, "dtype": "float16"})
 
 
 def _add_choice(parser: argparse.ArgumentParser, flag: str, text: str, choices: Sequence[str] | None = None) -> None:
@@ -146,6 +148,10 @@ def _refuse_ignored(parser, flags, needed: str, names: Sequence[str]) -> None:
 
 
 def _sizes(parser, flags, names: Sequence[str]) -> tuple[int, ...]:
+    """Sizes in this order; in ``flags`` what was not given is filled in."""
+    for name, default in flags.sized.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, default)
     sizes = tuple(getattr(flags, n) for n in names)
     if min(sizes) < 1:
         parser.error(f"{', '.join(f'--{n}' for n in names)} must be positive, got {sizes}")

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from trinix import ops
+from trinix import dispatch, ops
 from trinix.layers.arguments import check_use_triton, refuse_unknown
 from trinix.ops.activation import triton_can_run
 
@@ -19,6 +19,7 @@ class _FastActivation(nn.Module):
     """
 
     kind: ClassVar[str]
+    own: ClassVar[tuple[str, ...]] = ()  # arguments of this kind alone
 
     def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None, **unknown):
         super().__init__()
@@ -37,7 +38,7 @@ class _FastActivation(nn.Module):
         return ops.activation(x, self.kind, backend=backend)
 
     def extra_repr(self) -> str:
-        shown = {"hidden_size": self.hidden_size, "use_triton": self.use_triton}
+        shown = {name: getattr(self, name) for name in ("hidden_size", "use_triton", *self.own)}
         return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
 
 
@@ -65,8 +66,12 @@ class FastSiLU(_FastActivation):
 class FastGELU(_FastActivation):
     """GELU with erf, or with ``approximate="tanh"`` its tanh approximation; arguments as in ``trinix.FastReLU``."""
 
-    def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None, *, approximate: str = "none"):
-        super().__init__(hidden_size, use_triton)
+    own = ("approximate",)
+
+    def __init__(
+        self, hidden_size: int | None = None, use_triton: bool | None = None, *, approximate: str = "none", **unknown
+    ):
+        super().__init__(hidden_size, use_triton, **unknown)
         if approximate not in ("none", "tanh"):
             raise ValueError(f"FastGELU: approximate must be 'none' or 'tanh', got {approximate!r}")
         self.approximate = approximate
@@ -90,9 +95,18 @@ class FastMish(_FastActivation):
 class FastLeakyReLU(_FastActivation):
     """x where x > 0, else ``negative_slope`` x; other arguments as in ``trinix.FastReLU``."""
 
-    def __init__(self, hidden_size: int | None = None, use_triton: bool | None = None, *, negative_slope: float = 0.01):
-        super().__init__(hidden_size, use_triton)
-        self.negative_slope = negative_slope
+    own = ("negative_slope",)
+
+    def __init__(
+        self,
+        hidden_size: int | None = None,
+        use_triton: bool | None = None,
+        *,
+        negative_slope: float = 0.01,
+        **unknown,
+    ):
+        super().__init__(hidden_size, use_triton, **unknown)
+        self.negative_slope = dispatch.number("FastLeakyReLU", "negative_slope", negative_slope)
 
     def _apply_kind(self, x: Tensor, backend: str) -> Tensor:
         return ops.leaky_relu(x, self.negative_slope, backend=backend)
@@ -105,6 +119,8 @@ class FastTanh(_FastActivation):
 class FastSoftplus(_FastActivation):
     """log(1 + exp(beta x)) / beta, x where beta x > threshold; other arguments as in ``trinix.FastReLU``."""
 
+    own = ("beta", "threshold")
+
     def __init__(
         self,
         hidden_size: int | None = None,
@@ -112,10 +128,13 @@ class FastSoftplus(_FastActivation):
         *,
         beta: float = 1.0,
         threshold: float = 20.0,
+        **unknown,
     ):
-        super().__init__(hidden_size, use_triton)
-        self.beta = beta
-        self.threshold = threshold
+        super().__init__(hidden_size, use_triton, **unknown)
+        self.beta = dispatch.number("FastSoftplus", "beta", beta)
+        self.threshold = dispatch.number("FastSoftplus", "threshold", threshold)
+        if self.beta == 0:
+            raise ValueError("FastSoftplus: beta must not be 0, got 0")
 
     def _apply_kind(self, x: Tensor, backend: str) -> Tensor:
         return ops.softplus(x, self.beta, self.threshold, backend=backend)

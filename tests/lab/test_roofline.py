@@ -745,6 +745,23 @@ def test_what_cannot_be_captured_has_no_graph_time_and_keeps_the_rest(gpu):
     assert other["graph_ms"] == 0.375
 
 
+def test_a_graph_that_fails_when_it_is_replayed_costs_only_its_own_time(gpu):
+    class Fails(Clock):
+        def captured(self, calls):
+            first = not self.graphs
+            call = super().captured(calls)
+
+            def replay():
+                if first:
+                    raise RuntimeError("CUDA error")
+                call()
+
+            return replay
+
+    one, other = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix", "eager"], Fails())
+    assert (one["graph_ms"], other["graph_ms"]) == (None, 0.375)
+
+
 def test_graphs_that_do_not_fit_beside_each_other_are_timed_in_several_goes(gpu):
     class Small(Clock):
         held = 0

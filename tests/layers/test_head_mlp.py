@@ -62,8 +62,18 @@ def test_an_unknown_activation_is_refused(activation):
 
 
 def test_sizes_below_one_are_refused():
+    for use_triton in (None, True):
+        with pytest.raises(TypeError, match="head_mlp: x must be a floating-point tensor, got list"):
+            trinix.FlashMLP(2, 4, 4, use_triton=use_triton)([1.0])
+        with pytest.raises(ValueError, match=r"head_mlp: x must be .* got shape \[\]"):
+            trinix.FlashMLP(2, 4, 4, use_triton=use_triton)(torch.tensor(1.0))
     with pytest.raises(TypeError, match="head_mlp: x must be a floating-point tensor, got list"):
-        trinix.FlashMLP(2, 4, 4)([1.0])
+        trinix.flashmlp_fwd([1.0], 1, 2)
+    x, w1, w2 = torch.ones(1, 2, 3), torch.ones(1, 3, 4), torch.ones(1, 4, 3)
+    with pytest.raises(TypeError, match="flashmlp_bwd: do must be a floating-point tensor, got torch.int64"):
+        trinix.flashmlp_bwd(x, w1, w2, torch.ones(1, 2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"flashmlp_bwd: do must be of the output's shape \[1, 2, 3\], got \[2\]"):
+        trinix.flashmlp_bwd(x, w1, w2, torch.ones(2))
     with pytest.raises(TypeError, match="FlashMLP: use_triton must be None, True or False, got 'no'"):
         trinix.FlashMLP(2, 4, 4, use_triton="no")
     with pytest.raises(ValueError, match="num_heads must be an int from 1 on, got 0"):

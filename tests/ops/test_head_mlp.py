@@ -682,7 +682,9 @@ def test_one_tensor_may_be_two_inputs(backend, device):
         ({"x": torch.ones(4)}, ValueError, r"x must be \[H, B, D\]"),
         ({"x": torch.ones(2, 3, 5)}, ValueError, r"x must be \[2, B, 4\] or \[B, 4\] .* got \[2, 3, 5\]"),
         ({"x": torch.ones(3, 3, 4)}, ValueError, r"got \[3, 3, 4\]"),
-        ({"w1": torch.ones(4, 6)}, ValueError, r"w1 must be \[H, D, E\], got \[4, 6\]"),
+        ({"w1": torch.ones(4, 6)}, ValueError, r"w1 must be \[H, D, E\], got \[4, 6\]; .*unsqueeze"),
+        ({"w1": torch.ones(1, 2, 4, 6)}, ValueError, r"w1 must be \[H, D, E\], got \[1, 2, 4, 6\]; reshape it"),
+        ({"w1": None}, TypeError, r"w1 must be a tensor \[H, D, E\], got NoneType"),
         ({"w2": torch.ones(2, 4, 6)}, ValueError, r"w2 must be \[2, 6, 4\] .* got \[2, 4, 6\]"),
         (
             {"w2": torch.ones(2, 6, 4).half()},
@@ -729,6 +731,12 @@ def test_hopper_wins_where_it_was_measured_to_be_faster():
         assert tuple(op.hopper_wins(h, b, d, e, backward, 132) for backward in (False, True)) == wanted
 
 
+def test_the_mean_of_no_heads_has_gradients_of_zero():
+    x = torch.ones(3, 4, requires_grad=True)
+    head_mlp(x, torch.ones(0, 4, 6), torch.ones(0, 6, 4), reduce="mean", backend="triton").sum().backward()
+    assert not x.grad.any()
+
+
 def test_explain_says_which_backend_and_why():
     x, w1, w2 = torch.ones(1, 2, 16), torch.ones(1, 16, 4), torch.ones(1, 4, 16)
     text = str(trinix.explain("head_mlp", x, w1, w2))
@@ -740,6 +748,8 @@ def test_explain_says_which_backend_and_why():
     wide[1] = wide[1].mT  # few programs have a wide tile, a mean over heads has not
     assert "x 128 hidden" in trinix.explain("head_mlp", x, *wide, backend="triton").config
     assert "x 64 hidden" in trinix.explain("head_mlp", x, *wide, reduce="mean", backend="triton").config
+    x, w1, w2 = (torch.ones(s, dtype=torch.bfloat16) for s in ((5, 103, 80), (5, 80, 333), (5, 333, 80)))
+    assert "8 warps" in trinix.explain("head_mlp", x, w1, w2, backend="triton").config  # accesses of one element
 
 
 # ---- a citizen of PyTorch ------------------------------------------------------------------------------------------------

@@ -237,10 +237,10 @@ def _graphs_ms(clock, pass_: str, subjects, inputs: Inputs, inputs_mib: float) -
     times, replays = {}, {}
 
     def time_them():
-        try:
-            times.update({impl: round(ms, 6) for impl, ms in clock.graph_ms(replays, count).items()})
-        except Exception as error:
-            reason_of(next(iter(replays)), error)
+        broken = [impl for impl, replay in replays.items() if _fault(impl, replay)]
+        live = {impl: replay for impl, replay in replays.items() if impl not in broken}
+        if live:
+            times.update({impl: round(ms, 6) for impl, ms in clock.graph_ms(live, count).items()})
         replays.clear()
         torch.cuda.empty_cache()
 

@@ -48,6 +48,8 @@ def choose_backend(use_triton: bool | None, can_run: Callable[..., bool], *tenso
         return "auto"
     if not use_triton:
         return "torch"
+    if not all(t is None or isinstance(t, Tensor) for t in tensors):  # "auto" says of which argument it is
+        return "auto"
     return "triton" if can_run(*tensors) else "auto"
 
 

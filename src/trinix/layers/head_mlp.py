@@ -96,7 +96,8 @@ class FlashMLPFunction:
 
     @staticmethod
     def apply(x: Tensor, w1: Tensor, w2: Tensor, activation: str = "") -> Tensor:
-        return ops.head_mlp(x, w1, w2, activation or "none", reduce="mean" if x.dim() == 2 else None)
+        mean = isinstance(x, Tensor) and x.dim() == 2
+        return ops.head_mlp(x, w1, w2, activation or "none", reduce="mean" if mean else None)
 
 
 def flashmlp_fwd(x: Tensor, w1: Tensor, w2: Tensor, activation: str = "") -> Tensor:
@@ -107,6 +108,18 @@ def flashmlp_fwd(x: Tensor, w1: Tensor, w2: Tensor, activation: str = "") -> Ten
 
 def flashmlp_bwd(x: Tensor, w1: Tensor, w2: Tensor, do: Tensor, activation: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dw1, dw2) of ``flashmlp_fwd`` for the incoming gradient ``do``."""
+    for name, t in (("x", x), ("w1", w1), ("w2", w2), ("do", do)):
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = str(t.dtype) if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(
+                f"flashmlp_bwd: {name} must be a floating-point tensor, got {got}; convert it with .float()"
+            )
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (x, w1, w2)]
-        return torch.autograd.grad(FlashMLPFunction.apply(*leaves, activation), leaves, do)
+        out = FlashMLPFunction.apply(*leaves, activation)
+        if do.shape != out.shape:
+            wanted = list(out.shape)
+            raise ValueError(
+                f"flashmlp_bwd: do must be of the output's shape {wanted}, got {list(do.shape)}; reshape it"
+            )
+        return torch.autograd.grad(out, leaves, do)

@@ -16,8 +16,8 @@ w_gate also by the gated units' names of ``ops.glu``: "swiglu" (silu), "geglu" (
 "quick_geglu", "bilinear" (none), "glu" (sigmoid).
 
 The hidden values, [H, B, E], are computed a tile at a time and not stored. Backward saves the inputs only and computes
-them again; beyond D = 128, in plain calls on Hopper, it stores those of some heads at a time, and their gradients. It
-writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
+them again; beyond D = 128, in plain calls on Hopper, it stores those of as many heads at a time as fill the card (often all),
+and their gradients. It writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
 Kernels: D up to 256; float16, bfloat16 and float32; any H, B, E (0 too) and strides, so that [B, H, D] data is passed as
 ``x.transpose(0, 1)`` without a copy. Sums are float32, and hidden values are rounded to the dtype between the two products, as
 PyTorch's are. float32 is never tf32: float64 inside where tensor cores take it (sm_80, sm_90), else float32 with sums over
@@ -264,16 +264,23 @@ def _cast(*tensors):
 
 def _check(x, w1, w2, b1, b2, w_gate):
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"head_mlp: x must be a floating-point tensor, got {_name(x)}; convert it with x.float()")
+        cure = "x.float()" if isinstance(x, Tensor) else "torch.as_tensor(x)"
+        raise TypeError(f"head_mlp: x must be a floating-point tensor, got {_name(x)}; convert it with {cure}")
     if x.dim() not in (2, 3):
-        raise ValueError(f"head_mlp: x must be [H, B, D], or [B, D] for all heads, got shape {list(x.shape)}")
-    if not isinstance(w1, Tensor) or w1.dim() != 3:
-        got = list(w1.shape) if isinstance(w1, Tensor) else type(w1).__name__
-        raise ValueError(f"head_mlp: w1 must be [H, D, E], got {got}; add the missing dimension with w1.unsqueeze(0)")
+        raise ValueError(
+            f"head_mlp: x must be [H, B, D], or [B, D] for all heads, got shape {list(x.shape)}; reshape it"
+        )
+    if not isinstance(w1, Tensor):
+        raise TypeError(f"head_mlp: w1 must be a tensor [H, D, E], got {_name(w1)}; make it one")
+    if w1.dim() != 3:
+        cure = "add the missing dimension with w1.unsqueeze(0)" if w1.dim() == 2 else "reshape it"
+        raise ValueError(f"head_mlp: w1 must be [H, D, E], got {list(w1.shape)}; {cure}")
     h, d, e = w1.shape
     if x.shape[-1] != d or (x.dim() == 3 and x.shape[0] != h):
         wanted = f"[{h}, B, {d}] or [B, {d}]"
-        raise ValueError(f"head_mlp: x must be {wanted} for w1 of shape {[h, d, e]}, got {list(x.shape)}")
+        raise ValueError(
+            f"head_mlp: x must be {wanted} for w1 of shape {[h, d, e]}, got {list(x.shape)}; x's last dimension is w1's second"
+        )
     dtype, device = x.dtype, x.device
     for name, t, shape in (
         ("w1", w1, (h, d, e)), ("w2", w2, (h, e, d)), ("b1", b1, (h, e)), ("b2", b2, (h, d)), ("w_gate", w_gate, (h, d, e)),
@@ -301,7 +308,7 @@ def _name(value) -> str:
 
 def triton_can_run(x: Tensor, w1: Tensor) -> bool:
     """Whether ``backend="triton"`` takes these tensors."""
-    return (_triton_missing() or _triton().unsupported(x, w1)) is None
+    return x.dim() > 0 and (_triton_missing() or _triton().unsupported(x, w1)) is None
 
 
 @functools.cache

@@ -1128,7 +1128,7 @@ def backward(
                 into.append(partials[at:] if count else None)
                 at += count
         if blocks and d:
-            arguments = (*scalars, total, 1.0 / h if mean else 1.0)
+            arguments = (*scalars, total, 1.0 / h if mean and h else 1.0)
             launch(blocks, _pointers(x, e, w1, w_gate, w2, b1, dy, dx, *into), arguments)
         if splits > 1 and total:
             outputs = tuple([x if t is None else t for t in outputs])
@@ -1146,7 +1146,9 @@ def describe(x, w1, w2, b1, b2, w_gate, kind: str, mean: bool) -> str:
     like = torch.empty_like(x, device="meta")  # laid out as O is, where descriptors come in question
     launch = _plan_of(x, w1, w2, b1, b2, w_gate, kind, mean, like)[0]
     boxed = isinstance(launch, _BoxedForward)
-    config = _forward_config(h, x.shape[-2], d, e, x.dtype.itemsize, gated, True, mean, x.get_device())
+    strides = _strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), _strides(like)
+    wide = layout_of(x.dtype.itemsize, e, strides)[0].wide
+    config = _forward_config(h, x.shape[-2], d, e, x.dtype.itemsize, gated, wide, mean, x.get_device())
     config = launch.config if boxed else config
     text = f"tile {config.rows} rows x {config.hidden} hidden, {config.num_warps} warps, {config.num_stages} stages"
     return f"{text}, by tensor descriptors" if boxed else text

@@ -70,7 +70,7 @@ def test_sizes_below_one_are_refused():
     with pytest.raises(TypeError, match="head_mlp: x must be a floating-point tensor, got list"):
         trinix.flashmlp_fwd([1.0], 1, 2)
     x, w1, w2 = torch.ones(1, 2, 3), torch.ones(1, 3, 4), torch.ones(1, 4, 3)
-    with pytest.raises(TypeError, match="flashmlp_bwd: do must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"flashmlp_bwd: do must be a floating-point tensor, got torch.int64"):
         trinix.flashmlp_bwd(x, w1, w2, torch.ones(1, 2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"flashmlp_bwd: do must be of the output's shape \[1, 2, 3\], got \[2\]"):
         trinix.flashmlp_bwd(x, w1, w2, torch.ones(2))

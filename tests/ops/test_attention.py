@@ -605,6 +605,8 @@ def test_wrong_ends_are_refused():
             attention(q, q, q, cu_seqlens_q=torch.tensor(wrong, dtype=torch.int32))
     with pytest.raises(TypeError, match="max_seqlen_q must be an int"):
         attention(q, q, q, cu_seqlens_q=ends(0, 6), max_seqlen_q=torch.tensor(6), max_seqlen_k=6)
+    with pytest.raises(ValueError, match="max_seqlen_k must be the greatest length, got -1"):
+        attention(q, q, q, cu_seqlens_q=ends(0, 6), max_seqlen_q=6, max_seqlen_k=-1)
     with pytest.raises(ValueError, match="bias does not go with cu_seqlens_q"):
         attention(q, q, q, cu_seqlens_q=ends(0, 6), bias=torch.zeros(6, 6))
 
@@ -892,7 +894,7 @@ def test_every_gradient_has_its_memory_before_kernels_overlap(monkeypatch):
 
 def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     def first(*call, fa4=False):
-        return contract.order((9, 0), *call, fa4 and contract.fa4_is_faster(*call))[0]
+        return contract.order((9, 0), *call[:4], call[5], fa4 and contract.fa4_is_faster(*call))[0]
 
     assert first(64, 64, True, False, 16 * 1024 * 32, 1024) == "hopper"
     assert first(64, 64, True, False, 8 * 1024, 1024) == "hopper"
@@ -908,7 +910,11 @@ def test_the_backend_measured_fastest_on_hopper_is_asked_first():
     assert first(*short, fa4=True) == "hopper"
     assert not contract.fa4_is_faster(*long, 4)
     for call in ((128, 128, True, False, 16 * 16 * 1024, 1024), (128, 128, True, True, 16 * 16 * 1024, 1024)):
-        assert first(*call) == ("hopper" if call[3] else "cudnn")
+        assert first(*call) == "hopper"
+    for keys, batch, full, causal in ((4096, 4, False, False), (8192, 2, True, False), (16384, 1, True, True)):
+        rows = batch * 32 * keys
+        assert (first(64, 64, False, True, rows, keys, fa4=True) == "flash_attn") == full
+        assert (first(64, 64, True, True, rows, keys, fa4=True) == "flash_attn") == causal
     rows, keys = 16 * 16384, 16384
     assert first(128, 128, True, True, rows, keys, fa4=True) == "flash_attn"
     assert first(128, 128, True, True, rows, keys) == "hopper"
@@ -922,7 +928,7 @@ def test_the_backend_measured_fastest_on_hopper_is_asked_first():
         (2 * 16 * 8192, 8192),
     ):
         assert first(128, 128, True, True, rows, keys, fa4=True) == "hopper"
-    assert contract.order((8, 0), 64, 64, True, True, 8, 8) == ("flash_attn", "cudnn", "triton")
+    assert contract.order((8, 0), 64, 64, True, True, 8) == ("flash_attn", "cudnn", "triton")
 
 
 # ---- on the card -------------------------------------------------------------------------------------------------------

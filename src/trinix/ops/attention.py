@@ -126,11 +126,11 @@ BACKENDS = {
 
 
 def order(
-    capability: tuple[int, int], d: int, dv: int, causal: bool, backward: bool, rows: int, keys: int, fa4: bool = False
+    capability: tuple[int, int], d: int, dv: int, causal: bool, backward: bool, keys: int, fa4: bool = False
 ) -> tuple[str, ...]:
     """Which backends "auto" asks on a card, the fastest first; readings: docs/perf/attention.md.
 
-    ``rows``: queries of all heads; ``keys``: of one sequence; ``fa4``: whether FlashAttention 4 can run the call and is faster.
+    ``keys``: of one sequence; ``fa4``: whether FlashAttention 4 can run the call and is faster.
     """
     if capability[0] != 9:
         return "flash_attn", "cudnn", "triton"
@@ -138,10 +138,8 @@ def order(
         return "flash_attn", "hopper", "cudnn", "triton"
     if backward:  # 0.63 against 0.85 ms at (1, 4096, 16, 192 and 128)
         cudnn_first = causal and 128 < d < 256
-    else:  # 0.63 against 0.67 ms at (2, 2048, 128, 192 and 128); AS-128-1024-causal 0.164 and 0.169
-        cudnn_first = causal and (
-            (128 < d <= 192 and dv <= 128 and keys <= 2048) or (64 < d <= 128 and keys <= 1024 and rows >= 1 << 18)
-        )
+    else:  # 0.63 against 0.67 ms at (2, 2048, 128, 192 and 128)
+        cudnn_first = causal and 128 < d <= 192 and dv <= 128 and keys <= 2048
     if cudnn_first:
         return "cudnn", "hopper", "flash_attn", "triton"
     return "hopper", "cudnn", "flash_attn", "triton"
@@ -159,7 +157,8 @@ def fa4_is_faster(d: int, dv: int, causal: bool, backward: bool, rows: int, keys
         # full and D of 256 0.99 to 1.16; causal AS-128-16384 0.97 on two cards, 1.01 on two before, 4096 and 8192 1.00 to 1.04,
         # AS-128-1024 0.543 against 0.545 and AS-128-2048 0.769 against 0.761, of different runs
         return causal and d <= 128 and group == 1 and scores >= 1 << 28 and keys >= 16384
-    return scores >= 1 << 28 and group == 1  # AS-64-*: 0.85 to 0.97; AC-gqa-1-full 1.08
+    # AS-64-*: 8192 full 0.985, causal 1.005, 16384 0.978 and 0.959, 1024 to 4096 1.00 to 1.04; AC-gqa-1-full 1.11
+    return scores >= 1 << 28 and group == 1 and keys >= (16384 if causal else 8192)
 
 
 def attention(
@@ -201,7 +200,8 @@ def attention(
         dropout_p: probability that a softmax weight is dropped; the others are divided by 1 - dropout_p. 0 in evaluation.
         cu_seqlens_q, cu_seqlens_k: int32 ``[sequences + 1]``, from 0 on, not falling, on q's device; cu_seqlens_k is
             cu_seqlens_q if None. Not with bias or mask.
-        max_seqlen_q, max_seqlen_k: the greatest lengths; if None they are read from the device, which waits for it.
+        max_seqlen_q, max_seqlen_k: the greatest lengths, or more; if None they are read from the device, which waits for it. They are
+            not compared with cu_seqlens: queries behind a number that is too small are left out.
         return_lse: return (out, lse).
         deterministic: the same bits on every run, in backward too; also after ``torch.use_deterministic_algorithms(True)``.
         backend: "auto", "hopper", "cudnn", "flash_attn", "triton" or "torch". A named backend never falls back.
@@ -519,6 +519,10 @@ def _longest(name, given, ends) -> int:
     if given is not None:
         if not isinstance(given, (int, torch.SymInt)):
             raise TypeError(f"attention: {name} must be an int, got {_name(given)}; convert it with int()")
+        if isinstance(given, int) and given < 0:
+            raise ValueError(
+                f"attention: {name} must be the greatest length, got {given}; leave it out to have it read"
+            )
         return given
     if torch.compiler.is_compiling():
         raise ValueError(f"attention: pass {name} under torch.compile, which cannot read it from cu_seqlens")
@@ -564,7 +568,7 @@ def _first(q, k, v, options, backward, rejected) -> str | None:
         card[0] == 9 and timed and fa4_is_faster(*call, q.shape[-2] // k.shape[-2]) and _missing("flash_attn") is None
         and _flash_attn().fa4_can_run(q, k, v, options, backward)
     )  # fmt: skip
-    for name in order(card, *call, fa4):
+    for name in order(card, *call[:4], k.shape[-3], fa4):
         reason = _missing(name) or BACKENDS[name]().unsupported(q, k, v, options, backward)
         if reason is None:
             return name

@@ -77,6 +77,10 @@ def check_name(op: str, backends: Mapping, backend: str) -> None:
 
 def number(op: str, name: str, value) -> float:
     """``value`` as a float. What is none is refused by the argument's name; Python's own message would not have it."""
+    if getattr(value, "requires_grad", False):
+        raise TypeError(
+            f"{op}: {name} is a number and gets no gradient, got a tensor that requires one; pass {name}.item()"
+        )
     if not isinstance(value, str):
         try:
             return float(value)

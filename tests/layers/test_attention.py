@@ -791,7 +791,7 @@ def test_arguments_that_do_not_fit_are_named(case):
         make()
 
 
-@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("name", LAYERS)
 def test_an_argument_that_does_not_exist_is_named_with_those_that_do(name):
     called = type(LAYERS[name]()).__name__
     with pytest.raises(

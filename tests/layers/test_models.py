@@ -252,6 +252,28 @@ def test_the_caches_of_a_model_are_cut_and_reordered_as_one(shape, kind, device)
         torch.testing.assert_close(got[b], model(alone)[0, -2:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("broken", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_step_that_fails_midway_can_be_taken_again(shape, kind, broken, device):
+    """Out of memory, or Ctrl-C: blocks in front have kept the token, those behind have not."""
+    model, tokens = made(shape, device, layers=3), tokens_of(device, 2, 7)
+    caches = model.caches(2, 7, kind)
+    model(tokens[:, :5], caches)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    hook = model.blocks[broken].register_forward_hook(fail)  # behind its own cache
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens[:, 5:6], caches)
+    hook.remove()
+    got = torch.cat([model(tokens[:, at : at + 1], caches) for at in (5, 6)], 1)
+    torch.testing.assert_close(got, model(tokens)[:, -2:], atol=1e-4, rtol=1e-4)
+    assert [cache.longest for cache in caches] == [7] * 3
+
+
 @pytest.mark.parametrize(
     "what", [("reorder", "truncate"), ("rewind", "truncate"), ("truncate", "reorder"), ("rewind", "reorder")]
 )

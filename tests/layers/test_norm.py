@@ -288,6 +288,16 @@ def replaced(module):
     return module
 
 
+def more(norm, what):
+    if what == "buffer":
+        norm.register_buffer("extra", torch.ones(1))
+    elif what == "module":
+        norm.extra = nn.Linear(2, 2)
+    else:
+        norm.register_load_state_dict_post_hook(lambda *_: None)
+    return norm
+
+
 REFUSED = {
     "nothing": ((), r"no fused form for \(\)"),
     "no norm": ((nn.SiLU(),), r"no fused form for \(SiLU\)"),
@@ -300,6 +310,9 @@ REFUSED = {
     "a fused one": ((trinix.FastFusedResidualRMSNorm(6), nn.SiLU()), "FastFusedResidualRMSNorm, SiLU"),
     "a hook": ((hooked(nn.RMSNorm(6)), nn.SiLU()), "RMSNorm has hooks"),
     "a hook behind": ((nn.RMSNorm(6), hooked(nn.SiLU())), "SiLU has hooks"),
+    "a buffer": ((more(nn.RMSNorm(6), "buffer"),), "RMSNorm has more than its own parameters \\('extra'\\)"),
+    "a child": ((more(nn.RMSNorm(6), "module"),), "RMSNorm has more than its own parameters \\('extra'\\)"),
+    "a hook on loading": ((more(nn.RMSNorm(6), "hook"),), "RMSNorm has hooks"),
     "a forward of its own": ((replaced(nn.RMSNorm(6)),), "RMSNorm has a forward of its own"),
     "a function": ((nn.RMSNorm(6), F.silu), "modules must be torch.nn modules, got function"),
 }

@@ -1517,6 +1517,11 @@ def test_gradients_in_another_layout_behind_a_call_like_it(form, monkeypatch):
         (ValueError, "weight must have the shape", {"weight": torch.ones(16)}),
         (TypeError, "x must be a floating-point tensor", {"x": torch.ones(2, 32).int()}),
         (TypeError, "eps must be a number", {"eps": "1e-5"}),
+        (
+            TypeError,
+            "weight_offset is a number and gets no gradient",
+            {"weight_offset": torch.ones((), requires_grad=True)},
+        ),
         (ValueError, "backend must be one of", {"backend": "cudnn"}),
     ],
 )

@@ -680,6 +680,25 @@ def test_inplace_changes_nothing_beside_a_view(device):
     assert not torch.equal(qkv[:, :, :2, :, :4], before[:, :, :2, :, :4])
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_inplace_wants_q_and_k_of_their_own(backend, device):
+    cos, sin = rope_table(9, 8, device=device)
+    buffer = torch.randn(2, 5, 3, 6, 8, device=device)  # q, k and v of a token are packed in one way or another
+    for q, k in (
+        (buffer[:, :, 0], buffer[:, :, 0]), (buffer[:, :, 0, :4], buffer[:, :, 0, 3:]), (buffer[:, :4, 0], buffer[:, 1:, 0]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"q and k that share no memory.*k\.clone\(\)"):
+            rope(q, k, cos, sin, inplace=True, backend=backend)
+    heads = buffer.transpose(2, 3)  # a head's q, k and v side by side
+    for q, k in (
+        (buffer[:, :, 0], buffer[:, :, 1]), (buffer[:, :, 0, :4], buffer[:, :, 0, 4:]), (heads[..., 0, :], heads[..., 1, :]),
+        (buffer[0:1, :, 0], buffer[1:2, :, 0]),
+    ):  # fmt: skip
+        wanted = rope(q, k, cos, sin, backend="torch")
+        got = rope(q, k, cos, sin, inplace=True, backend=backend)
+        torch.testing.assert_close(got, wanted)
+
+
 def test_inplace_is_refused_where_a_gradient_or_memory_would_break(device):
     q, k, _, cos, sin = make("usual", torch.float32, device)
     for backend in ("auto", "triton", "torch"):

@@ -224,9 +224,10 @@ class FastGeGLU(_FastGLU):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown,
     ):
         super().__init__(
-            input_dim, hidden_dim, output_dim, bias, use_triton, backend=backend, device=device, dtype=dtype
+            input_dim, hidden_dim, output_dim, bias, use_triton, backend=backend, device=device, dtype=dtype, **unknown
         )
         if approximate not in ("none", "tanh"):
             raise ValueError(f"FastGeGLU: approximate must be 'none' or 'tanh', got {approximate!r}")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trinix import dispatch, ops
-from trinix.layers.arguments import check_dropout, check_scores, check_sizes
+from trinix.layers.arguments import check_dropout, check_scores, check_sizes, refuse_unknown
 from trinix.layers.attention import (
     check_cached_call,
     check_heads,
@@ -99,9 +99,11 @@ class FastMultiHeadLatentAttention(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown,
     ):
         super().__init__()
         name = type(self).__name__
+        refuse_unknown(type(self), unknown)
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, max_seq_len=max_seq_len)
         check_heads(name, embed_dim, num_heads, head_dim)
         check_dropout(name, dropout)

@@ -244,6 +244,11 @@ def fuse(*modules: nn.Module) -> nn.Module:
             raise TypeError(f"fuse: modules must be torch.nn modules, got {type(module).__name__}")
         if hooks := [name for name in _HOOKS if getattr(module, name)]:
             raise TypeError(f"fuse: {type(module).__name__} has hooks ({hooks[0]}), which a fused module would not run")
+        if more := [*module._buffers, *module._modules]:
+            raise TypeError(
+                f"fuse: {type(module).__name__} has more than its own parameters ({more[0]!r}), which a fused module would not "
+                "keep; take it out first"
+            )
         if "forward" in module.__dict__:
             raise TypeError(
                 f"fuse: {type(module).__name__} has a forward of its own, which a fused module would not run; delete it first"
@@ -265,7 +270,10 @@ def fuse(*modules: nn.Module) -> nn.Module:
     )
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 def _kind_of(module: nn.Module) -> str | None:

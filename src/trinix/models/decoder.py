@@ -164,10 +164,26 @@ class Decoder(nn.Module):
             if caches is not None and caches[0].lengths is not None:
                 at = caches[0].lengths[:, None] + at
             h = h + self.positions(at)
-        for i, block in enumerate(self.blocks):
-            x, h = block(x, h, None if caches is None else caches[i])
+        if caches is None:
+            for block in self.blocks:
+                x, h = block(x, h)
+        else:
+            x, h = self._cached_blocks(x, h, caches)
         y, _ = self.norm(x, h)
         return self.output(y[:, -1:] if last else y)
+
+    def _cached_blocks(self, x, h, caches):
+        held = [cache.longest for cache in caches]
+        try:
+            for block, cache in zip(self.blocks, caches, strict=True):
+                x, h = block(x, h, cache)
+        except (
+            BaseException
+        ):  # out of memory, say, or Ctrl-C: blocks in front have kept these tokens, those behind have not
+            for cache, before in zip(caches, held, strict=True):
+                cache.rewind(cache.longest - before)
+            raise
+        return x, h
 
     def _check_positions(self, end: int) -> None:
         if self.positions is not None and end > self.config.length:

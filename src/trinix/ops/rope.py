@@ -353,6 +353,39 @@ def _check_inplace(q, k, grad):
             raise ValueError(
                 f"rope: inplace=True needs a {name} without expanded dimensions; call {name}.contiguous() first"
             )
+    if k is not None and _overlap(q, k):
+        raise ValueError(
+            "rope: inplace=True needs q and k that share no memory, got views of one another; pass k.clone()"
+        )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of one is an element of the other, neither having expanded dimensions. Of tensors with other strides and
+    memory between each other's: True."""
+    if not a.numel() or not b.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    ends = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
+    distance = b.storage_offset() - a.storage_offset()
+    if distance > ends[0] or -distance > ends[1]:
+        return False
+    if a.dtype != b.dtype or any(
+        s != r and n * m > 1 for n, m, s, r in zip(a.shape, b.shape, a.stride(), b.stride(), strict=True)
+    ):
+        return True
+    steps = [(s, n - 1, m - 1) for n, m, s in zip(a.shape, b.shape, a.stride(), strict=True) if n > 1 or m > 1]
+    return _reaches(distance, sorted(steps, reverse=True))
+
+
+def _reaches(distance: int, steps: list) -> bool:
+    """Whether ``distance`` is a sum of strides, each taken at most so many times forward (in a) and backward (in b)."""
+    if not steps:
+        return distance == 0
+    (stride, forward, backward), *rest = steps
+    most = sum(s * f for s, f, _ in rest)
+    least = -sum(s * b for s, _, b in rest)
+    first = max(-backward, -((most - distance) // stride))
+    last = min(forward, (distance - least) // stride)
+    return any(_reaches(distance - n * stride, rest) for n in range(first, last + 1))
 
 
 def _positions(op, q, cos, position_ids, offset, cu_seqlens) -> tuple[Tensor | None, str, int]:

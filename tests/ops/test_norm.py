@@ -385,6 +385,18 @@ def test_every_activation_behind_rms_norm(kind, dtype, device):
     compare(of_backend, [new(50, 70), new(70)], [new(50, 70)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["mish", "gelu_tanh", "gelu", "silu"])
+def test_large_values_behind_rms_norm_do_not_overflow(kind, dtype, device):
+    new = Numbers(dtype, device)
+    weight = torch.full((70,), 500.0, dtype=dtype, device=device)  # e^x overflows from 88 on, its square from 44
+
+    def of_backend(backend):
+        return lambda x, w: ops.rms_norm_activation(x, 70, w, kind, EPS, backend=backend)
+
+    compare(of_backend, [new(50, 70), weight], [new(50, 70)])
+
+
 def test_the_activation_none_is_rms_norm_itself(device):
     new = Numbers(torch.bfloat16, device)
     x, w = new(5, 70), new(70)

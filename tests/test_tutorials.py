@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 FILES = sorted(path.name for path in FOLDER.glob("*.py"))
+KERNELS = [name for name in FILES if name != "small_model.py"]  # which has none of its own
 
 
 def run(path, name="__main__"):
@@ -20,8 +21,26 @@ def run(path, name="__main__"):
     return runpy.run_path(str(path), run_name=name)
 
 
-def test_all_four_are_there():
-    assert FILES == ["flash_attention_lite.py", "layer_norm.py", "memory_analysis.py", "simple_fusion.py"]
+def test_all_five_are_there():
+    assert FILES == [
+        "flash_attention_lite.py", "layer_norm.py", "memory_analysis.py", "simple_fusion.py", "small_model.py",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("a * cos - b * sin", "a * cos + b * sin"),
+        ("is_causal=True", "is_causal=False"),
+        ("F.silu(gate) * up", "F.silu(up) * gate"),
+    ],
+)
+def test_the_models_check_finds_a_defect(right, wrong, tmp_path):
+    text = (FOLDER / "small_model.py").read_text(encoding="utf-8")
+    assert right in text
+    (tmp_path / "small_model.py").write_text(text.replace(right, wrong), encoding="utf-8")
+    with pytest.raises(AssertionError, match="not close"):
+        run(tmp_path / "small_model.py", "tutorial")["check"]()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -79,7 +98,7 @@ def test_its_check_finds_a_defect(file, right, wrong, tmp_path):
         run(tmp_path / file)
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", KERNELS)
 def test_a_wrong_shape_is_refused(file):
     space = run(FOLDER / file, "tutorial")
     function = {
@@ -132,7 +151,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", KERNELS)
 def test_what_it_says_is_what_the_clock_said(file, monkeypatch, capsys):
     monkeypatch.setattr(measure, "Gpu", Clock)
     monkeypatch.setattr(torch, "compile", lambda function: function)
@@ -142,7 +161,7 @@ def test_what_it_says_is_what_the_clock_said(file, monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", KERNELS)
 def test_it_measures_on_a_gpu(file, capsys, fresh_dynamo):
     run(FOLDER / file)
     said = capsys.readouterr().out.splitlines()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from trinix import device, ops
 from trinix.lab import aot, bench, interpret, measure, record, run
-from trinix.lab.case import Case, Row
+from trinix.lab.case import Case, Row, load_cases
 from trinix.lab.peers import PREPARE
 
 H100 = device.Card("NVIDIA H100 80GB HBM3", "sm_90", 132, 79.6)
@@ -304,9 +304,24 @@ def three_parts(monkeypatch, *, kernel_ok=True, binary_ok=True):
     bad = check | {"ok": kernel_ok, "reason": None if kernel_ok else "y: error 3"}
     fine = aot.Report("relu/bfloat16", "sm_90", None, 32, 0, 0, 128, 128, 128, 4.0, 0.1)
     spilling = aot.Report("relu/bfloat16", "sm_80", None, 255, 0 if binary_ok else 64, 0, 128, 128, 128, 4.0, 0.1)
-    monkeypatch.setattr(interpret, "check", lambda: iter([good, bad]))
+    asked = []
+    monkeypatch.setattr(interpret, "check", lambda names: iter([asked.append(names), good, bad][1:]))
     monkeypatch.setattr(aot, "first_cases", lambda: ("relu/bfloat16",))
     monkeypatch.setattr(aot, "report", lambda cases, progress: [progress(1, 2), progress(2, 2), fine, spilling][2:])
+    return asked
+
+
+def test_kernels_are_those_of_the_cases_that_were_asked_for(screen, tmp_path, monkeypatch):
+    asked = three_parts(monkeypatch)
+    monkeypatch.setattr(bench, "_collect", lambda *call, **options: ([], False))
+    for more in ({"ops": ("softmax",)}, {"ids": ("A-MHSA-1",), "suite": "full"}, {}):
+        bench.bench(**{"suite": "quick", "impls": ("eager",), "out": tmp_path, "console": screen} | more)
+    assert asked == [["softmax"], ["rope", "attention", "linear"], list(interpret.CHECKS)]
+    kernels = {name.partition("/")[0] for name in aot.case_names()}
+    assert kernels == set(bench._FILES_OF)
+    assert set(interpret.CHECKS) <= kernels
+    files = {c.file or c.op for c in load_cases("full", ())}
+    assert {file for mine in bench._FILES_OF.values() for file in mine} == files
 
 
 @pytest.mark.parametrize(("kernel_ok", "binary_ok"), [(True, True), (False, True), (True, False), (False, False)])

@@ -51,7 +51,8 @@ def bench(
             raise ValueError(
                 f"bench: case {pattern!r} matches none of the {len(cases)} cases that --suite and --op leave"
             )
-    return bench_cases(cases, impls or tuple(PREPARE), out, console, ids=ids, resume=resume, warm=warm)
+    kernels = frozenset(_files(_chosen(cases, ids))) if ops or ids else True
+    return bench_cases(cases, impls or tuple(PREPARE), out, console, kernels=kernels, ids=ids, resume=resume, warm=warm)
 
 
 def bench_cases(
@@ -60,14 +61,15 @@ def bench_cases(
     out: Path,
     console: Console,
     *,
-    kernels: bool = True,
+    kernels: bool | frozenset[str] = True,
     cpu_elements: int = CPU_ELEMENTS,
     runs: int | None = None,
     ids: Sequence[str] = (),
     resume: bool = False,
     warm: int = 0,
 ) -> int:
-    """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels=False`` leaves only the CPU times there.
+    """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels``: whose are checked there, of which
+    files, or all; False leaves only the CPU times.
 
     ``runs`` is ``measure.Gpu``'s, ``ids`` and ``resume`` are ``_collect``'s, ``warm`` is ``bench``'s.
     """
@@ -219,7 +221,7 @@ def _missing(case: Case, impls: Sequence[str], there: set[str]) -> bool:
 def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cpu_elements: int, chosen: dict) -> int:
     failed = 0
     if kernels:
-        failed += _interpret(console)
+        failed += _interpret(console, _kernels_of(kernels))
         console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
     small = [c for c in cases if gate.elements(c) <= cpu_elements]
     lines, interrupted = _collect(small, impls, folder, console, lambda *call: run.run_cpu(*call), **chosen)
@@ -230,7 +232,7 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cp
     if skipped := sum(trinix.is_built(c) for c in cases) - sum(trinix.is_built(c) for c in small):
         console.print(f"Skipped: {skipped} built cases above {cpu_elements:,} elements are timed on a GPU only.")
     if kernels:
-        failed += _compile(console)
+        failed += _compile(console, _kernels_of(kernels))
     _show_not_built(cases, console)
     checked = (kernels and importlib.util.find_spec("triton")) or any(one["ok"] for one in lines)
     passed = "All checks passed. The speed of a kernel needs a GPU." if checked else "Nothing was checked."
@@ -238,28 +240,44 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cp
     return int(failed > 0)
 
 
-def _interpret(console: Console) -> int:
-    console.rule("1 of 3: every portable kernel in Triton's interpreter, against float64")
+# Kernels by the names of the interpreter's checks and of the compiler's cases -> the result files of what they are in.
+_FILES_OF = {
+    "activation": ("activation",), "norm": ("norm",), "glu": ("glu", "glu_layers"), "softmax": ("softmax",), "log_softmax": ("softmax",),
+    "rope": ("rope", "attention_layers"), "alibi": ("rope",), "attention": ("attention", "attention_layers"),
+    "attention_decode": ("attention",), "head_mlp": ("head_mlp",), "linear": ("glu_layers", "attention_layers"),
+    "latent_keys": ("attention_layers",),
+}  # fmt: skip
+
+
+def _kernels_of(files: bool | frozenset[str]) -> list[str]:
+    """Of these files, or all."""
+    return [kernel for kernel, mine in _FILES_OF.items() if files is True or files.intersection(mine)]
+
+
+def _interpret(console: Console, kernels: Sequence[str]) -> int:
+    whose = "every portable kernel" if len(kernels) == len(_FILES_OF) else "these cases' portable kernels"
+    console.rule(f"1 of 3: {whose} in Triton's interpreter, against float64")
     if _triton_missing(console):
         return 0
     checks = []
     with _progress(console) as progress:
         task = progress.add_task("", total=None)
-        for one in interpret.check():
+        for one in interpret.check([name for name in interpret.CHECKS if name in kernels]):
             checks.append(one)
             progress.update(task, description=one["kernel"], completed=len(checks))
     console.print(_interpreter_table(checks))
     return sum(not one["ok"] for one in checks)
 
 
-def _compile(console: Console) -> int:
+def _compile(console: Console, kernels: Sequence[str]) -> int:
     console.rule("3 of 3: compiled ahead of time (the last column is an estimate: least bytes over listed bandwidth)")
     if _triton_missing(console):
         return 0
     with _progress(console) as progress:
         task = progress.add_task("compiling", total=None)
         reports = aot.report(
-            aot.first_cases(), progress=lambda done, total: progress.update(task, completed=done, total=total)
+            [case for case in aot.first_cases() if case.partition("/")[0] in kernels],
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(_compiler_table(reports))
     console.print(

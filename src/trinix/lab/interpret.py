@@ -9,17 +9,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 LAYOUTS = ("contiguous", "every second column", "transposed", "broadcast row")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check() -> Iterator[dict]:
-    """Yield {"kernel", "dtype", "layout", "error_ratio", "ok", "reason"} for every check, as they finish."""
+def check(names: Iterable[str] = ()) -> Iterator[dict]:
+    """Yield {"kernel", "dtype", "layout", "error_ratio", "ok", "reason"} for every check, or those of ``CHECKS`` that are named, as
+    they finish."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "trinix.lab.interpret"]
+    command = [sys.executable, "-W", "ignore", "-m", "trinix.lab.interpret", *names]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for text in process.stdout:
             yield json.loads(text)
@@ -290,15 +291,18 @@ def _layer_kernels() -> Iterator[dict]:
         yield _result("latent", name, LAYOUTS[0], ("k and v", "dboth", "drope"), got, low, true)
 
 
-CHECKS = (_activations, _norms, _glus, _softmaxes, _embeddings, _attention, _decoding, _head_mlps, _layer_kernels)
+CHECKS = {
+    "activation": _activations, "norm": _norms, "glu": _glus, "softmax": _softmaxes, "rope": _embeddings,
+    "attention": _attention, "attention_decode": _decoding, "head_mlp": _head_mlps, "linear": _layer_kernels,
+}  # fmt: skip
 
 
-def main() -> int:
-    for one in CHECKS:
-        for result in one():
+def main(names: Sequence[str] = ()) -> int:
+    for name in names or CHECKS:
+        for result in CHECKS[name]():
             print(json.dumps(result), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

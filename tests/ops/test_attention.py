@@ -84,7 +84,21 @@ class Case:
         return list(zip(self.names(), *runs, strict=True))
 
     def faults(self, backend):
-        return [str(v) for v in (judge(*four) for four in self.results(backend)) if not v.ok]
+        results = self.results(backend)
+        bad = [(four, verdict) for four in results if not (verdict := judge(*four)).ok]
+        few = {name for (name, got, *_), _ in bad if got.numel() < 16}  # a sink's gradient, a head's number
+        faults = [str(verdict) for (name, *_), verdict in bad if name not in few]
+        if few:  # over the budget or not is chance: those of other numbers are judged with them
+            more = [four for seed in range(1, 9) for four in self.like(seed).results(backend)]
+            faults += [str(v) for v in pooled([four for four in (*results, *more) if four[0] in few]) if not v.ok]
+        return faults
+
+    def like(self, seed):
+        """The same call of other numbers."""
+        inputs = [
+            normal(t.shape, t.dtype, seed=1000 * seed + i, device=t.device.type) for i, t in enumerate(self.inputs)
+        ]
+        return Case(*inputs, self.seed + 10 * seed, **self.options)
 
 
 def make(b, sq, sk, h, hk, d, dv=None, dtype=torch.float32, device="cpu", seed=3, **options):

@@ -277,7 +277,7 @@ def test_stream_and_split_kernels_hold_the_budget(layout, kind, request):
 UNEVEN = {
     "dense": lambda new, n: new(8 if n < 16 else 4, n),  # eight rows begin at every place of a vector
     "offset by one element": lambda new, n: new(4 * n + 1)[1:].view(4, n),
-    "padded": lambda new, n: new(4, n + 7)[:, 3:-4],
+    "padded": lambda new, n: new(12 if n < 16 else 4, n + 7)[:, 3:-4],  # the largest error of 52 numbers is chance
     "of two dimensions": lambda new, n: new(2, 3, n)[:, :2],
     "sliced": lambda new, n: new(4, 2 * n)[:, ::2],
 }

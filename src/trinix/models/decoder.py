@@ -166,7 +166,7 @@ class Decoder(nn.Module):
             h = h + self.positions(at)
         if caches is None:
             for block in self.blocks:
-                x, h = block(x, h)
+                x, h = block(x, h, None)
         else:
             x, h = self._cached_blocks(x, h, caches)
         y, _ = self.norm(x, h)

@@ -86,7 +86,8 @@ class Case:
     def faults(self, backend):
         results = self.results(backend)
         bad = [(four, verdict) for four in results if not (verdict := judge(*four)).ok]
-        few = {name for (name, got, *_), _ in bad if got.numel() < 16}  # a sink's gradient, a head's number
+        chance = self.inputs[0].dtype == torch.float32  # in half types an error stands out
+        few = {name for (name, got, *_), _ in bad if chance and got.numel() < 16}  # a sink's gradient, a head's number
         faults = [str(verdict) for (name, *_), verdict in bad if name not in few]
         if few:  # over the budget or not is chance: those of other numbers are judged with them
             more = [four for seed in range(1, 9) for four in self.like(seed).results(backend)]

@@ -699,6 +699,18 @@ def test_inplace_wants_q_and_k_of_their_own(backend, device):
         torch.testing.assert_close(got, wanted)
 
 
+def test_inplace_knows_q_from_k_where_they_have_no_memory(fresh_dynamo):
+    cos, sin = rope_table(9, 8)
+    q, k = torch.randn(2, 1, 5, 2, 8).unbind()
+    compiled = torch.compile(lambda q, k: rope(q, k, cos, sin, inplace=True), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q.clone(), k.clone()), rope(q, k, cos, sin))
+    on_meta = [t.to("meta") for t in (q.clone(), k.clone(), cos, sin)]
+    assert rope(*on_meta, inplace=True)[1].shape == k.shape
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (q.clone(), k.clone(), cos, sin)]
+        assert rope(*fakes, inplace=True)[1].shape == k.shape
+
+
 def test_inplace_is_refused_where_a_gradient_or_memory_would_break(device):
     q, k, _, cos, sin = make("usual", torch.float32, device)
     for backend in ("auto", "triton", "torch"):

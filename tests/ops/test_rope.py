@@ -706,8 +706,9 @@ def test_inplace_knows_q_from_k_where_they_have_no_memory(fresh_dynamo):
     torch.testing.assert_close(compiled(q.clone(), k.clone()), rope(q, k, cos, sin))
     on_meta = [t.to("meta") for t in (q.clone(), k.clone(), cos, sin)]
     assert rope(*on_meta, inplace=True)[1].shape == k.shape
+    own = q.clone(), k.clone(), cos, sin
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(t) for t in (q.clone(), k.clone(), cos, sin)]
+        fakes = [mode.from_tensor(t) for t in own]
         assert rope(*fakes, inplace=True)[1].shape == k.shape
 
 

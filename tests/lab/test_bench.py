@@ -104,10 +104,16 @@ def test_a_run_that_checked_nothing_does_not_say_that_all_checks_passed(tmp_path
 
 def test_large_cases_are_left_to_a_gpu_and_counted(tmp_path, screen):
     cases = [*CASES[:2], tiny("large", shape=(1 << 12, 1 << 12))]
-    code, said = bench_cases(cases, tmp_path, screen, cpu_elements=1000)
+    code, said = bench_cases(cases, tmp_path, screen, cpu_limits=(1000, 1e12))
     assert code == 0
-    assert "Skipped: 1 built cases above 1,000 elements are timed on a GPU only." in said
+    assert "Skipped: 1 built cases above 1,000 elements or 1000 GFLOP are timed on a GPU only." in said
     assert {one["case"] for one in record.read(tmp_path / "cpu" / "activation.jsonl")} == {"relu-tiny", "mish-tiny"}
+
+
+def test_many_operations_on_few_elements_are_left_to_a_gpu_too(tmp_path, screen):
+    few = next(c for c in load_cases("seeds", ("head_mlp",)) if c.id == "M-1")
+    _, said = bench_cases([*CASES[:1], few], tmp_path, screen, cpu_limits=(1 << 23, 1e9))
+    assert "Skipped: 1 built cases above 8,388,608 elements or 1 GFLOP are timed on a GPU only." in said
 
 
 def test_chosen_implementations_only(tmp_path, screen):

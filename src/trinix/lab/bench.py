@@ -17,12 +17,14 @@ from rich.text import Text
 
 from trinix import device
 from trinix.kernels import _native
-from trinix.lab import aot, gate, interpret, measure, record, report, run
+from trinix.lab import aot, gate, interpret, measure, record, report, roofline, run
 from trinix.lab import warm as ahead
 from trinix.lab.case import Case, load_cases
 from trinix.lab.peers import PREPARE, trinix
 
-CPU_ELEMENTS = 1 << 23  # larger cases are not timed on a CPU: their times are most of a run without a GPU
+# Elements, and operations of a forward and a backward pass: larger cases are not timed on a CPU, since their times would be most
+# of a run without a GPU. Two cores without bfloat16 instructions need a minute for 10 GFLOP in it.
+CPU_LIMITS = (1 << 23, 4e9)
 
 
 def bench(
@@ -62,7 +64,7 @@ def bench_cases(
     console: Console,
     *,
     kernels: bool | frozenset[str] = True,
-    cpu_elements: int = CPU_ELEMENTS,
+    cpu_limits: tuple[float, float] = CPU_LIMITS,
     runs: int | None = None,
     ids: Sequence[str] = (),
     resume: bool = False,
@@ -94,7 +96,7 @@ def bench_cases(
         )
     else:
         console.print("No GPU here: PyTorch's CPU times only. They say nothing about a GPU kernel.")
-    return _without_gpu(cases, impls, out / "cpu", console, kernels, cpu_elements, chosen)
+    return _without_gpu(cases, impls, out / "cpu", console, kernels, cpu_limits, chosen)
 
 
 def _chosen(cases: Sequence[Case], ids: Sequence[str]) -> list[Case]:
@@ -218,19 +220,22 @@ def _missing(case: Case, impls: Sequence[str], there: set[str]) -> bool:
     return False
 
 
-def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cpu_elements: int, chosen: dict) -> int:
+def _without_gpu(cases, impls, folder: Path, console: Console, kernels, cpu_limits, chosen: dict) -> int:
     failed = 0
     if kernels:
         failed += _interpret(console, _kernels_of(kernels))
         console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
-    small = [c for c in cases if gate.elements(c) <= cpu_elements]
+    small = [c for c in cases if _fits_cpu(c, *cpu_limits)]
     lines, interrupted = _collect(small, impls, folder, console, lambda *call: run.run_cpu(*call), **chosen)
     console.print(_cpu_table(lines))
     if interrupted:
         return 130
     failed += sum(not one["ok"] and _is_ours(one) and not record.is_skip(one) for one in lines)
     if skipped := sum(trinix.is_built(c) for c in cases) - sum(trinix.is_built(c) for c in small):
-        console.print(f"Skipped: {skipped} built cases above {cpu_elements:,} elements are timed on a GPU only.")
+        elements, flops = cpu_limits
+        console.print(
+            f"Skipped: {skipped} built cases above {elements:,} elements or {flops / 1e9:g} GFLOP are timed on a GPU only."
+        )
     if kernels:
         failed += _compile(console, _kernels_of(kernels))
     _show_not_built(cases, console)
@@ -238,6 +243,11 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels: bool, cp
     passed = "All checks passed. The speed of a kernel needs a GPU." if checked else "Nothing was checked."
     console.print(f"{failed} failed." if failed else passed)
     return int(failed > 0)
+
+
+def _fits_cpu(case: Case, elements: float, flops: float) -> bool:
+    least = roofline.work(case, "fwd_bwd")
+    return gate.elements(case) <= elements and (least is None or least.flops <= flops)
 
 
 # Kernels by the names of the interpreter's checks and of the compiler's cases -> the result files of what they are in.

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import torch
@@ -111,9 +112,9 @@ def benchmark_attention(argv: list[str] | None = None) -> int:
         cases = [replace(c, args=c.args | {"causal": True}) for c in cases]
     if flags.dtype:
         cases = [replace(c, dtype=DTYPES[flags.dtype]) for c in cases]
-    from trinix.lab.bench import CPU_ELEMENTS
+    from trinix.lab.bench import CPU_LIMITS
 
-    return _run(parser, flags, cases, runs=flags.num_runs, cpu_elements=CPU_ELEMENTS)
+    return _run(parser, flags, cases, runs=flags.num_runs, cpu_limits=CPU_LIMITS)
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -186,7 +187,7 @@ def _times(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
 
 
-def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequence[Case], **more: int | None) -> int:
+def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequence[Case], **more) -> int:
     from rich.console import Console
 
     from trinix.lab import bench
@@ -195,7 +196,7 @@ def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequ
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
         return bench.bench_cases(
-            cases, tuple(PREPARE), flags.out, console, kernels=False, **{"cpu_elements": 1 << 62} | more
+            cases, tuple(PREPARE), flags.out, console, kernels=False, **{"cpu_limits": (inf, inf)} | more
         )
     except OSError as error:
         parser.error(f"--out {flags.out}: {error}")

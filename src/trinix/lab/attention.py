@@ -99,6 +99,15 @@ def _page_table(batch: int, pages: int, device: torch.device) -> Tensor:
     return order.view(batch, -1).to(device, torch.int32)
 
 
+def decoding(case: Case, core: Callable) -> Callable | str:
+    """``core(q, k, v)`` on [B, heads, S, D] over a whole cache as a function of the case's tensors, or why there is none."""
+    if "page" in case.args:
+        return "it has no page table"
+    if "latent" in case.args:
+        return "it has no head dimension of its own for values, nor one beyond 256"
+    return lambda queries, *caches: core(*(t.transpose(1, 2) for t in (queries, *caches))).transpose(1, 2)
+
+
 def values(case: Case, caches: tuple[Tensor, ...]) -> Tensor:
     return caches[0][..., : case.args["latent"]] if "latent" in case.args else caches[1]
 
@@ -110,6 +119,8 @@ def sdpa_decode(case: Case) -> Callable:
     and the formula would write the keys out for every head, more than a card holds.
     """
     count, heads, key_heads = *case.shape["queries"][1:3], case.shape["k_cache"][2]
+    # not in the call: torch.compile would trace how the table is made
+    table = page_table(case, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     fold, gqa = "latent" in case.args and count == 1, heads != key_heads
     seen = None
     if count > 1:
@@ -119,9 +130,8 @@ def sdpa_decode(case: Case) -> Callable:
 
     def call(queries, *caches):
         k, v = caches[0], values(case, caches)
-        table = page_table(case, queries.device)
         if table is not None:
-            k, v = (t[table].flatten(1, 2) for t in (k, v))
+            k, v = (t[table.to(t.device)].flatten(1, 2) for t in (k, v))
         k, v = (t.transpose(1, 2) for t in (k, v))
         if fold:
             q = queries.view(-1, key_heads, heads // key_heads, queries.shape[-1])

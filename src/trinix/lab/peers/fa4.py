@@ -35,15 +35,32 @@ def lacking() -> str | None:
 
 
 def prepare(case: Case) -> Callable | str | None:
-    if case.op not in ("attention", "attention_layers"):
+    if case.op not in ("attention", "attention_layers", "attention_decode"):
         return None
     if reason := lacking():
         return reason
     if not torch.cuda.is_available():
         return "timed on a GPU only"
+    if case.op == "attention_decode":
+        return _decode(case)
     from flash_attn.cute import flash_attn_func
 
     causal = case.args["causal"]
     if case.op == "attention_layers":
         return layers.of(case, lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)[0])
     return attention.of(case, lambda q, k, v: flash_attn_func(q, k, v, causal=causal)[0])
+
+
+def _decode(case: Case) -> Callable | str:
+    if "latent" in case.args:
+        return "its kernels for latents are Blackwell's"
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    causal = case.shape["queries"][1] > 1
+    # 0: as many parts of the keys as it finds best; its kernels for Hopper have no parts
+    splits = 0 if torch.cuda.get_device_capability()[0] >= 10 else 1
+    if "page" not in case.args:
+        return lambda q, k, v: flash_attn_func(q, k, v, causal=causal, num_splits=splits)[0]
+    here = torch.device("cuda")
+    paged = {"page_table": attention.page_table(case, here), "seqused_k": attention.lengths(case, here)}
+    return lambda q, k, v: flash_attn_varlen_func(q, k, v, causal=causal, num_splits=splits, **paged)[0]

@@ -1,5 +1,6 @@
 """flashmlp as a rival: called on the lab's own tensors where it can be imported and is right, refused in words elsewhere."""
 
+import dataclasses
 import importlib.machinery
 import sys
 import types
@@ -90,6 +91,26 @@ def test_it_does_every_case_of_the_document_and_none_of_the_odd_ones(installed):
     refused = {name for name, case in CASES.items() if flashmlp.refuses(case)}
     assert refused == {"M-odd", "M-gelu", "M-gated"}
     assert PREPARE["flashmlp"](next(iter(load_cases("full", ["softmax"])))) is None
+
+
+def mib_after_forward(function, tensors):
+    """Of a call's result and of what autograd keeps beside the inputs."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t):
+        made = [function(*tensors), *kept.values()]
+    return sum(t.nbytes for t in made if all(t is not one for one in tensors)) / 2**20
+
+
+def test_what_the_document_timed_as_pytorch_has_a_line_at_each_of_its_cases_and_needs_the_memory_that_it_says():
+    timed = {name: case for name, case in CASES.items() if PREPARE["seed_formula"](case)}
+    assert set(timed) == {f"M-{n}" for n in range(1, 6)} == {n for n, case in CASES.items() if case.document == "000"}
+    for case in timed.values():
+        tensors = [torch.empty(s, dtype=case.dtype, device="meta", requires_grad=True) for s in case.shape.values()]
+        (published,) = [row.published["torch"] for row in case.rows if row.note == "after forward"]
+        assert round(mib_after_forward(PREPARE["seed_formula"](case), tensors), 1) == published
+    case = dataclasses.replace(case_of(), document="000")
+    tensors = gate.inputs_of(case, "cpu").tensors
+    assert torch.equal(PREPARE["seed_formula"](case)(*tensors), PREPARE["eager"](case)(*tensors))
 
 
 def test_where_it_is_not_there_it_says_so(monkeypatch, installed):

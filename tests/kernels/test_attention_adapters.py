@@ -14,7 +14,7 @@ from trinix.kernels.flash_attn import attention as flash
 from trinix.kernels.torch import attention as reference
 from trinix.ops import attention
 from trinix.ops.attention import Options
-from trinix.testing import judge, normal
+from trinix.testing import assert_within_budget, judge, normal
 
 BACKENDS = ("cudnn", "flash_attn")
 contract = importlib.import_module("trinix.ops.attention")
@@ -43,12 +43,14 @@ def _two_and_three(kind, calls):
         out, lse = _formula(q, k, v, softmax_scale, left, 0 if causal else right, softcap, slopes, ends_q, ends_k)
         return out, lse.masked_fill(lse == float("-inf"), float("inf"))
 
-    def grads_of(dout, q, k, v, lse, dq, dk, dv, *call):
+    def grads_of(dout, q, k, v, out, lse, dq, dk, dv, *call):
         assert not (lse == float("-inf")).any()
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         with torch.enable_grad():
-            out, _ = run(*leaves, *call)
-        for into, grad in zip((dq, dk, dv), torch.autograd.grad(out, leaves, dout), strict=True):
+            results = run(*leaves, *call)
+        # delta is made of the out that is given: p (dout v^T - delta) differs by p times this from what autograd makes
+        more = ((results[0].detach() - out).to(lse.dtype) * dout).sum(-1).transpose(-1, -2)
+        for into, grad in zip((dq, dk, dv), torch.autograd.grad(results, leaves, (dout, more)), strict=True):
             into.copy_(grad)
 
     module = types.ModuleType(kind)
@@ -70,7 +72,7 @@ def _two_and_three(kind, calls):
             calls.append("backward")
             sides = window_size_left, window_size_right
             call = softmax_scale, is_causal, *sides, softcap, None, cu_seqlens_q, cu_seqlens_k
-            grads_of(dout, q, k, v, softmax_lse, dq, dk, dv, *call)
+            grads_of(dout, q, k, v, out, softmax_lse, dq, dk, dv, *call)
 
     else:
 
@@ -88,9 +90,8 @@ def _two_and_three(kind, calls):
         ):  # fmt: skip
             calls.append("backward")
             sides = window_size_left, window_size_right
-            grads_of(
-                dout, q, k, v, softmax_lse, dq, dk, dv, softmax_scale, causal, *sides, softcap, alibi_slopes, *ends
-            )
+            call = softmax_scale, causal, *sides, softcap, alibi_slopes, *ends
+            grads_of(dout, q, k, v, out, softmax_lse, dq, dk, dv, *call)
 
         def _flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest, **named):
             return _flash_attn_forward(q, k, v, *rest, **named, ends=(cu_seqlens_q, cu_seqlens_k))
@@ -202,7 +203,7 @@ def test_each_package_is_called_as_it_wants(shape, package):
         assert torch.equal(flash.output(q, k, v, options), got[0])
     torch.testing.assert_close(got, tuple(t.detach() for t in wanted))
     dout, dlse = (normal(t.shape, torch.float32, seed=9) for t in wanted)
-    for with_lse in (False, True) if not options.softcap or "4" in name else (False,):
+    for with_lse in (False, True):
         given = [dout, dlse][: 1 + with_lse]
         true = torch.autograd.grad(wanted[: 1 + with_lse], leaves, given, retain_graph=True)
         with torch.no_grad():
@@ -265,14 +266,37 @@ def test_cudnn_is_asked_on_its_tensors_card(takes, monkeypatch):
     assert reason is None if takes else reason.startswith("is refused by PyTorch: ")
 
 
-def test_a_gradient_of_lse_with_softcap_is_refused_in_words(package):
-    name, _ = package
-    if "4" in name:
-        pytest.skip("it has one")
-    q = torch.zeros(1, 4, 1, 8)
-    options = Options(scale=1.0, softcap=3.0)
-    with pytest.raises(RuntimeError, match="no gradient through lse with softcap"):
-        flash.backward(q, torch.zeros(1, 1, 4), q, q, q, q, torch.zeros(1, 1, 4), options, (True,) * 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_has_a_gradient_through_lse_with_softcap(dtype, package, monkeypatch):
+    for module in ("hopper", "cudnn"):
+        monkeypatch.setattr(contract.BACKENDS[module](), "unsupported", lambda *call: "is not here")
+    monkeypatch.setattr(flash, "unsupported", lambda *call: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(contract, "_picked", {})
+    tensors = [normal((2, 24, heads, 16), dtype, seed=heads + i) for i, heads in enumerate((4, 2, 2))]
+    dout, dlse = normal((2, 24, 4, 16), dtype, seed=9), normal((2, 4, 24), torch.float32, seed=10)
+
+    def run(wide, backend):
+        leaves = [t.to(wide).requires_grad_() for t in tensors]
+        out, lse = attention(*leaves, causal=True, softcap=2.0, return_lse=True, backend=backend)
+        return out.detach(), *torch.autograd.grad((out, lse), leaves, (dout.to(wide), dlse.to(lse.dtype)))
+
+    got = run(dtype, "auto")
+    assert set(package[1]) == {"forward", "backward"}
+    assert_within_budget(got, run(dtype, "torch"), run(torch.float64, "torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_of_lse_s_gradient_nothing_is_rounded_away(dtype, package, monkeypatch):
+    if "4" in package[0]:
+        pytest.skip("it takes one")
+    given = {}
+    monkeypatch.setattr(flash, "_backward", lambda _, dout, q, k, v, *more: given.update(dout=dout, v=v) or (dout,) * 3)
+    q = torch.zeros(1, 300, 1, 8, dtype=dtype)
+    dlse = normal((1, 1, 300), torch.float32, seed=1) * torch.logspace(-6, 6, 300)  # float16 ends at 65504
+    flash.backward(q, dlse, q, q, q, q, dlse, Options(scale=1.0, softcap=3.0), (True,) * 3)
+    made = (given["dout"].float() * given["v"].float()).sum(-1)
+    torch.testing.assert_close(made, dlse.mT, rtol=2**-16, atol=2**-28)
 
 
 def test_rows_of_a_gradient_that_lie_askew_are_copied(package, monkeypatch):

@@ -234,6 +234,20 @@ def output(q: Tensor, k: Tensor, v: Tensor, options) -> Tensor:
     return out if options.cu_seqlens_q is None else _without_tail(out, options.cu_seqlens_q)
 
 
+def _through_lse(name, dlse, q, k, v, out, lse, options) -> tuple[Tensor, Tensor]:
+    """What lse's gradient adds to those of q and k, by a kernel that takes none.
+
+    It makes dz = p (dout v^T - delta) times the softcap's slope, delta = rowsum(dout out): that is p dlse, if out is 0 and
+    dout v^T dlse. In two channels: the second has what the first rounds away, at weights that float16's range is wide enough for.
+    """
+    weight = dlse.transpose(-1, -2)
+    dout, ones = torch.zeros_like(out), torch.zeros_like(v)
+    dout[..., 0] = weight / 64
+    dout[..., 1] = (weight - dout[..., 0].float() * 64) * 16
+    ones[..., 0], ones[..., 1] = 64, 1 / 16
+    return _backward(name, dout, q, k, ones, torch.zeros_like(out), lse, options)[:2]
+
+
 @_on_its_card
 def backward(dout, dlse, q, k, v, out, lse, options, needs):
     name = _names(q, k, v, options, True)[0]
@@ -242,22 +256,12 @@ def backward(dout, dlse, q, k, v, out, lse, options, needs):
     if not _rows_are_aligned(dout) or 0 in dout.stride():  # the copy engine takes no stride of 0
         dout = dout.clone(memory_format=torch.contiguous_format)  # a dense tensor at an odd address is contiguous
     takes_dlse = name == "FlashAttention 4"
-    if dlse is not None and not takes_dlse and options.softcap:
-        raise RuntimeError(
-            f"attention: {name} has no gradient through lse with softcap; use backend='triton' for this call, "
-            "or leave return_lse out"
-        )
     dq, dk, dv = _backward(
         name, dout, q, k, v, out, lse, options, dlse.contiguous() if dlse is not None and takes_dlse else None
     )
-    if dlse is not None and not takes_dlse:
-        # lse's gradient adds p dlse to that of the scores: dq gets scale dlse (p k), dk the gradient that p has for values
-        # whose outputs' gradient is scale dlse q
-        weight = (dlse * options.scale).transpose(-1, -2).unsqueeze(-1)
-        mixed, _ = forward(q, k, k, options)
-        dq = torch.addcmul(dq.float(), weight, mixed.float()).to(q.dtype)
-        if needs[1]:
-            dk = dk + _backward(name, (weight * q).to(q.dtype).contiguous(), q, k, k, mixed, lse, options)[2]
+    if dlse is not None and not takes_dlse and (needs[0] or needs[1]):
+        more = _through_lse(name, dlse, q, k, v, out, lse, options)
+        dq, dk = dq + more[0], dk + more[1]
     if options.cu_seqlens_q is not None:
         dq = _without_tail(dq, options.cu_seqlens_q)
         dk, dv = (_without_tail(g, options.cu_seqlens_k) for g in (dk, dv))

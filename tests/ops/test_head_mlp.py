@@ -39,6 +39,8 @@ class Numbers:
         layout="contiguous", seed=1,
     ):  # fmt: skip
         def new(shape, at, scale=1.0):
+            if device == "meta":  # which has no numbers to draw
+                return torch.empty(shape, dtype=dtype, device=device)
             return normal(shape, dtype, seed=10 * seed + at, device=device, scale=scale)
 
         def weight(at):
@@ -50,7 +52,7 @@ class Numbers:
 
         if shared:
             x = new((b, 2 * d), 1)[:, ::2] if layout == "packed" else new((b, d), 1)
-        elif layout == "transposed":
+        elif layout in ("transposed", "heads inside"):
             x = new((b, h, d), 1).transpose(0, 1)
         elif layout == "packed":
             x = new((h, b, 3 * d), 1)[..., d : 2 * d]
@@ -974,15 +976,16 @@ def _gradient_without_its_second_term(x, dy, a, b):
     return dy / (1.0 + tl.exp(-x))
 
 
+def forget_plans():
+    for name in ("forward_launch", "backward_launch", "_forward_plan", "_backward_plan", "_hidden_plan"):
+        getattr(kernels, name).cache_clear()
+
+
 @pytest.fixture
 def no_kept_plans():
-    def clear():
-        for one in (kernels.forward_launch, kernels.backward_launch, kernels._forward_plan, kernels._backward_plan):
-            one.cache_clear()
-
-    clear()
+    forget_plans()
     yield
-    clear()
+    forget_plans()
 
 
 @pytest.mark.usefixtures("no_kept_plans")
@@ -1002,33 +1005,162 @@ def test_a_program_that_does_not_run_fails_the_oracle(device, monkeypatch):
         Numbers(2, 100, 16, 40, device=device).oracle("silu")
 
 
+# ---- random problems -----------------------------------------------------------------------------------------------------
+
+SEEDS = range(200)
+
+
+def random_problem(seed, device):
+    """(kind, problem): of five in a row one gated and two of any form, with sizes of 1, primes and one past each block, and two
+    that tensor descriptors take, of which the second is as large as those that "auto" gives to Hopper's kernels."""
+    draw = random.Random(seed)
+    form = seed % 5
+    kinds = op.KINDS if form == 0 else PLAIN_KINDS
+    kind = kinds[seed // 5 % len(kinds)]
+    b = draw.choice([1, 2, 3, 7, 16, 17, 31, 64, 65, 97, 128, 129, 200, 257])
+    if form < 3:
+        e = draw.choice([1, 5, 16, 17, 32, 33, 61, 64, 65, 96, 127, 128, 129, 200])
+        d = draw.choice([1, 3, 8, 16, 17, 24, 31, 32, 40, 64, 65, 80, 96, 127, 128, 129, 192, 256])
+        return kind, Numbers(
+            draw.choice([1, 2, 3, 5]), b, d, e, dtype=draw.choice([*DTYPES, torch.bfloat16]), device=device,
+            bias=draw.random() < 0.4, gated=form == 0, shared=draw.random() < 0.25, mean=draw.random() < 0.2,
+            layout=draw.choice(["contiguous", "contiguous", "transposed", "packed"]), seed=seed,
+        )  # fmt: skip
+    d = draw.choice([64, 64, 64, 128, 128, 128, 136, 192, 256, 256])
+    layouts = ["contiguous", "heads inside"]
+    if form == 3:
+        h, e = draw.choice([1, 2, 3, 5]), draw.choice([8, 64, 72, 136, 200, 520])
+    else:
+        h, e = draw.choice([(1, 72), (3, 1032), (8, 72), (16, 1000), (16, 1000), (40, 1024)])
+        b = -(-(1 << 30) // (h * d * e)) + draw.choice([0, 1, 37])
+        layouts = [*layouts, *layouts, "transposed"]
+    dtype = draw.choice([torch.bfloat16, torch.float16])
+    return kind, Numbers(h, b, d, e, dtype=dtype, device=device, layout=draw.choice(layouts), seed=seed)
+
+
+PASSES = (False, True)
+
+
+def judged(kind, problem):
+    """The backends that a problem is for: besides the portable kernels Hopper's where they can run, and "auto" where it takes them."""
+    inputs, mean = problem.slots, problem.mean
+    call = *inputs, op._activation(kind, inputs[5] is not None), mean
+    can = op._hopper_missing() is None and not any(op._hopper().unsupported(*call, backward) for backward in PASSES)
+    by_auto = op._against_auto(inputs, mean, True) is None
+    wins = by_auto and any(op._against_hopper(inputs, *call[6:], backward) is None for backward in PASSES)
+    return ["triton", *["hopper"] * can, *["auto"] * wins]
+
+
+def choose_as_on_an_h100(patch):
+    """Every choice of the library's is that of an H100, wherever the tensors are."""
+    hopper = op._hopper()
+    for module, name, there in (
+        (kernels, "_takes_boxes", lambda index: True), (kernels, "_card", lambda index: (132, 227, True)),
+        (_launch._State, "off", None), (hopper, "_capability", lambda index: (9, 0)),
+        (hopper, "processors", lambda index: 132), (hopper, "_plans", {}),
+    ):  # fmt: skip
+        patch.setattr(module, name, there)
+
+
+PATHS = {
+    # portable: by pointers, of 128 columns where programs are few, by descriptors; backward in one launch, with parts to add, in a
+    # launch each, by stages, with E shared among programs
+    "_forward", "_forward of 128", "_forward_boxed 128", "_forward_boxed 256, 3 stages", "_forward_boxed 256, 5 stages",
+    "_backward", "_add_partials", "_backward apart", "_hidden_boxed", "_hidden_boxed shared",
+    *[f"{of} {kernel}" for of in ("hopper", "auto") for kernel in (
+        "_forward 64 by 2", "_forward 64 by 3", "_forward 128 by 2", "_forward 256 by 2", "_backward_rows 64",
+        "_backward_rows 128", "_backward_weights 64", "_backward_weights 128", "_backward_hidden 256",
+    )],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """path -> [(size, seed)] of the problems that take it on an H100: launches of tensors without numbers, which are noted."""
+    seen, paths = [], {}
+
+    def portable(launch, blocks, tensors, scalars):
+        wide = launch.kernel is kernels._forward and launch.constants["BE"] == 128
+        seen.append(launch.kernel.__name__ + (" of 128" if wide else ""))
+
+    def boxed(plan, programs, *tensors):
+        kernel, _, integers, constants = plan.call
+        more = " shared" if kernel is kernels._hidden_boxed and integers[-1] > 1 else ""
+        if kernel is kernels._forward_boxed:
+            more = f" {constants['BD']}" + (f", {plan.config.num_stages} stages" if constants["BD"] == 256 else "")
+        seen.append(kernel.__name__ + more)
+
+    class Plan:
+        def __init__(self, kernel, tensors, blocks, items, integers, constants):
+            self.name = f"{kernel.__name__} {constants['D']}"
+            if kernel.__name__ == "_forward":
+                self.name += f" by {constants['CONSUMERS']}"
+
+        def __call__(self, *tensors):
+            seen.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        choose_as_on_an_h100(patch)
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        patch.setattr(_launch.Launch, "__call__", portable)
+        patch.setattr(kernels._BoxedLaunch, "launch", boxed)
+        patch.setattr(op._hopper(), "_Plan", Plan)
+        forget_plans()
+        for seed in SEEDS:
+            kind, problem = random_problem(seed, "meta")
+            activation = op._activation(kind, problem.slots[5] is not None)
+            wanted = tuple(t is not None for t in problem.slots)
+            size = problem.slots[0].shape[-2] * problem.slots[1].numel()
+            for backend in judged(kind, problem):
+                seen.clear()
+                op._run_forward(*problem.slots, activation, problem.mean, backend)
+                op._run_backward(*problem.slots, problem.dy, activation, problem.mean, backend, wanted)
+                if seen.count("_backward") > 1:
+                    seen.append("_backward apart")
+                for one in {one if isinstance(one, str) else f"{backend} {one.name}" for one in seen}:
+                    paths.setdefault(one, []).append((size, seed))
+        forget_plans()
+    return paths
+
+
+def test_the_random_problems_take_every_path_of_an_h100_and_have_every_kind_and_size(drawn):
+    assert set(drawn) == PATHS
+    problems = [random_problem(seed, "meta") for seed in SEEDS]
+    assert {kind for kind, _ in problems} == set(op.KINDS)
+    shapes = [(p.slots[0].shape[-2], *p.slots[1].shape[1:]) for _, p in problems]
+    for sizes, prime in zip(zip(*shapes, strict=True), (31, 31, 61), strict=True):
+        assert {1, 17, prime, 65, 129} <= set(sizes)  # one past each block
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "_forward", "_forward_boxed 128", "_forward_boxed 256, 5 stages", "_backward", "_add_partials", "_hidden_boxed",
+        "_hidden_boxed shared",
+    ],
+)  # fmt: skip
+def test_random_problems_of_a_path_hold_the_budget(path, drawn, boxed, monkeypatch):
+    """The largest that are soon done; of the other paths all are larger."""
+    choose_as_on_an_h100(monkeypatch)
+    for _, seed in sorted(one for one in drawn[path] if one[0] < 1 << 22)[-3:]:
+        before = Boxed.launched
+        kind, problem = random_problem(seed, "cpu")
+        problem.oracle(kind)
+        assert (Boxed.launched > before) >= ("boxed" in path)
+
+
 # ---- on the card -------------------------------------------------------------------------------------------------------
 
 gpu = pytest.mark.gpu
 
 
-def random_problem(seed, device="cuda"):
-    """(kind, problem): sizes of 1, primes and one past each block, any form."""
-    draw = random.Random(seed)
-    b = draw.choice([1, 2, 3, 7, 16, 17, 31, 64, 65, 97, 128, 129, 200, 257])
-    e = draw.choice([1, 5, 16, 17, 32, 33, 61, 64, 65, 96, 127, 128, 129, 200])
-    d = draw.choice([1, 3, 8, 16, 17, 24, 31, 32, 40, 64, 65, 80, 96, 127, 128, 129, 192, 256])
-    gated = draw.random() < 0.3
-    kind = draw.choice(op.KINDS if gated else PLAIN_KINDS)
-    problem = Numbers(
-        draw.choice([1, 2, 3, 5]), b, d, e, dtype=draw.choice([*DTYPES, torch.bfloat16]), device=device,
-        bias=draw.random() < 0.4, gated=gated, shared=draw.random() < 0.25, mean=draw.random() < 0.2,
-        layout=draw.choice(["contiguous", "contiguous", "transposed", "packed"]), seed=seed,
-    )  # fmt: skip
-    return kind, problem
-
-
 @gpu
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_on_the_card_random_problems_hold_the_float64_budget(seed):
-    kind, problem = random_problem(seed)
-    for _ in range(2):  # Triton's own path, then the fast launch
-        problem.oracle(kind)
+    kind, problem = random_problem(seed, "cuda")
+    for backend in judged(kind, problem):
+        for _ in range(2):  # Triton's own path, then the fast launch
+            problem.oracle(kind, backend)
 
 
 ON_HOPPER = (
@@ -1046,9 +1178,7 @@ def test_what_only_hopper_runs_holds_the_float64_budget_with_the_same_bits(backe
         pytest.skip("needs compute capability 9.0")
     for kind in PLAIN_KINDS:
         for layout in ("contiguous", "heads inside"):
-            problem = Numbers(*sizes, dtype=dtype, device="cuda")
-            if layout == "heads inside":
-                problem.slots = (problem.slots[0].transpose(0, 1).contiguous().transpose(0, 1), *problem.slots[1:])
+            problem = Numbers(*sizes, dtype=dtype, device="cuda", layout=layout)
             explanation = trinix.explain(head_mlp, *problem.slots[:3], kind, backend=backend)
             assert backend == "hopper" or "descriptors" in str(explanation)
             first = problem.oracle(kind, backend)

@@ -384,7 +384,15 @@ def test_queries_and_keys_of_different_lengths_count_their_positions_from_0(devi
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"batch_first": True}, {"bias": False}, {"kdim": 6, "vdim": 7}, {"add_zero_attn": True}]
+    "options",
+    [
+        {},
+        {"batch_first": True},
+        {"bias": False},
+        {"kdim": 6, "vdim": 7},
+        {"add_zero_attn": True},
+        {"add_bias_kv": True},
+    ],
 )
 def test_it_takes_over_torchs_module_and_all_its_arguments(options, device):
     theirs = filled(nn.MultiheadAttention(12, 3, **options, device=device))
@@ -415,8 +423,91 @@ def test_it_takes_over_torchs_module_and_all_its_arguments(options, device):
     alike([ours.o_proj.weight.grad], [theirs.out_proj.weight.grad])
 
 
+def our_names(theirs):
+    """Gradients of torch's module under the names of ours."""
+    found = {name: p.grad for name, p in theirs.named_parameters()}
+    for kind in ("weight", "bias"):
+        if (whole := found.pop(f"in_proj_{kind}", None)) is not None:
+            found |= {f"{p}_proj.{kind}": t for p, t in zip("qkv", whole.chunk(3), strict=True)}
+    return {n.replace("_proj_weight", "_proj.weight").replace("out_", "o_"): g for n, g in found.items()}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"kdim": 6, "vdim": 7}, {"add_zero_attn": True}, {"add_zero_attn": True, "kdim": 6}],
+)
+def test_a_bias_of_keys_and_values_is_torchs_with_every_gradient(options, need_weights, batch_first, device):
+    options = options | {"add_bias_kv": True, "batch_first": batch_first, "device": device}
+    theirs = filled(nn.MultiheadAttention(12, 3, **options))
+    ours = trinix.FastMultiHeadAttention(12, 3, **options)
+    ours.load_state_dict(theirs.state_dict())
+    assert "add_bias_kv=True" in repr(ours)
+    widths = 12, options.get("kdim", 12), options.get("vdim", 12)
+    xs = [normal((2, n, w), torch.float32, seed=n, device=device) for n, w in zip((5, 4, 4), widths, strict=True)]
+    xs = [(x if batch_first else x.transpose(0, 1).contiguous()).requires_grad_() for x in xs]
+    padding = torch.tensor([[False] * 4, [False, True, True, True]], device=device)
+    hidden = torch.ones(5, 4, dtype=torch.bool, device=device).triu(1)
+    added = normal((6, 5, 4), torch.float32, seed=5, device=device).requires_grad_()
+    calls = [
+        {}, {"key_padding_mask": padding}, {"attn_mask": hidden}, {"attn_mask": hidden, "key_padding_mask": padding},
+        {"attn_mask": added}, {"key_padding_mask": padding.float() * -3, "attn_mask": added},
+    ]  # fmt: skip
+    for call in calls:
+        leaves = [*xs, *([added] if call.get("attn_mask") is added else [])]
+        results = []
+        for layer in (ours, theirs):
+            for leaf in (*leaves, *layer.parameters()):
+                leaf.grad = None
+            out, weights = layer(*xs, **call, need_weights=need_weights, average_attn_weights=False)
+            dy = normal(out.shape, torch.float32, seed=3, device=device)
+            (out * dy).sum().backward()
+            grads = {n: p.grad for n, p in layer.named_parameters()} if layer is ours else our_names(layer)
+            results.append((out, weights, [x.grad for x in leaves], grads))
+        (out, weights, dxs, grads), (their_out, their_weights, their_dxs, their_grads) = results
+        torch.testing.assert_close((out, weights), (their_out, their_weights))
+        assert grads.keys() == their_grads.keys()
+        names = sorted(grads)
+        alike([*dxs, *(grads[n] for n in names)], [*their_dxs, *(their_grads[n] for n in names)])
+        alike([grads["bias_k"], grads["bias_v"]], [their_grads["bias_k"], their_grads["bias_v"]])
+
+
+@pytest.mark.parametrize("need_weights", [None, True])
+@pytest.mark.parametrize("queries", [2, 4, 7])
+def test_every_query_of_a_causal_layer_sees_the_bias_of_keys(queries, need_weights, device):
+    layer = filled(trinix.FastMultiHeadAttention(12, 3, causal=True, add_bias_kv=True, device=device))
+    x, y = (normal((2, n, 12), torch.float32, seed=n, device=device) for n in (queries, 4))
+    later = torch.ones(queries, 4, dtype=torch.bool, device=device).triu(4 - queries + 1)
+    theirs = nn.MultiheadAttention(12, 3, add_bias_kv=True, batch_first=True, device=device)
+    parts = layer.state_dict()
+    state = {k: parts[k] for k in ("bias_k", "bias_v")} | {
+        f"out_proj.{k}": parts[f"o_proj.{k}"] for k in ("weight", "bias")
+    }
+    state |= {f"in_proj_{k}": torch.cat([parts[f"{p}_proj.{k}"] for p in "qkv"]) for k in ("weight", "bias")}
+    theirs.load_state_dict(state)
+    wanted = theirs(x, y, y, attn_mask=later)
+    got = layer(x, y, y, need_weights=need_weights)
+    torch.testing.assert_close(got, wanted if need_weights else wanted[0])
+    narrow = torch.zeros(
+        2, 1, 1, 1, dtype=torch.bool, device=device
+    )  # a mask of one column hides every key but that one
+    torch.testing.assert_close(layer(x, y, y, attention_mask=narrow), layer(x, y[:, :0], y[:, :0]))
+
+
+def test_a_bias_of_keys_begins_as_torchs_and_is_refused_with_a_cache():
+    layer = trinix.FastMultiHeadAttention(64, 4, causal=True, add_bias_kv=True)
+    for extra in (layer.bias_k, layer.bias_v):
+        assert extra.shape == (1, 1, 64)
+        assert 0.5 < float(extra.detach().std()) * 64**0.5 < 2
+    with pytest.raises(ValueError, match="FastMultiHeadAttention: a cache knows no bias_k; make the layer without"):
+        layer(torch.ones(1, 1, 64), cache=trinix.DynamicCache())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(1, 2, 64)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}, {"add_bias_kv": True}])
 def test_a_state_of_torchs_module_is_loaded(options, assign):
     theirs = nn.ModuleDict({"attn": filled(nn.MultiheadAttention(12, 3, batch_first=True, **options))})
     with torch.device("meta" if assign else "cpu"):
@@ -432,12 +523,12 @@ def test_a_state_of_torchs_module_is_loaded(options, assign):
     torch.testing.assert_close(same(*xs), ours["attn"](*xs), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight", "bias_v"])
 def test_torchs_module_is_not_taken_over_without_its_weights(name):
-    theirs = nn.MultiheadAttention(12, 3)
+    theirs = nn.MultiheadAttention(12, 3, add_bias_kv=name == "bias_v")
     owner, _, weight = name.rpartition(".")
     parametrize.register_parametrization(theirs.get_submodule(owner), weight, nn.Identity())
-    with pytest.raises(ValueError, match=r"from_torch found no \['.*weight'\] in the module's state"):
+    with pytest.raises(ValueError, match=r"from_torch found no \['.*(weight|bias_v)'\] in the module's state"):
         trinix.FastMultiHeadAttention.from_torch(theirs)
 
 
@@ -507,8 +598,6 @@ def test_masks_of_torch_and_ours_are_not_given_together():
     mask = torch.zeros(5, 4)
     with pytest.raises(ValueError, match="attn_mask and attention_mask are one thing"):
         layer(*xs, attn_mask=mask, attention_mask=mask)
-    with pytest.raises(ValueError, match="from_torch knows no add_bias_kv"):
-        trinix.FastMultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, add_bias_kv=True))
     with pytest.raises(TypeError, match=r"from_torch wants a torch\.nn\.MultiheadAttention, got Linear"):
         trinix.FastMultiHeadAttention.from_torch(nn.Linear(12, 3))
 
@@ -764,7 +853,14 @@ REFUSED = {
         r"FastMultiHeadLatentAttention: backend must be one of \['auto', .*got 'cuda'",
     ),
     "dropout as text": (lambda: trinix.FastMultiHeadAttention(12, 3, "0.1"), "dropout must be .*, got '0.1'"),
-    "biases for k and v": (lambda: trinix.FastMultiHeadAttention(12, 3, add_bias_kv=True), "add_bias_kv must be False"),
+    "a bias for k and positions": (
+        lambda: trinix.FastMultiHeadAttention(12, 3, add_bias_kv=True, position_method="rope"),
+        "FastMultiHeadAttention: add_bias_kv needs position_method 'none', .*, got 'rope'; leave one",
+    ),
+    "a bias for k and a window": (
+        lambda: trinix.FastMultiHeadAttention(12, 3, add_bias_kv=True, sliding_window_size=2),
+        "FastMultiHeadAttention: add_bias_kv needs sliding_window_size None, .*, got 2; leave one",
+    ),
     "position of a latent": (
         lambda: trinix.FastMultiHeadLatentAttention(12, 3, position_method=None),
         "position_method must be 'none', 'rope' or 'alibi', got None",

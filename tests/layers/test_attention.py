@@ -4,6 +4,7 @@ for torch.nn.MultiheadAttention, and what modules must survive. Caches: test_cac
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -907,6 +908,46 @@ def test_inputs_that_do_not_fit_are_named(name):
     for wrong in (x[..., :-1], x[None], *([] if name == "separate" else [x[0]])):
         with pytest.raises(ValueError, match=rf"must be \[B, S, {layer.embed_dim}\] .*, got \[{wrong.shape[0]}, "):
             layer(wrong)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4, 5), (2, 5), (3, 5, 5), (2, 4, 5), (2, 2, 5, 5), (1, 1, 1, 1, 5), (0, 5)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_mask_of_a_wrong_shape_is_named_as_it_was_given(name, shape):
+    layer, x, _ = made(name, {})
+    called, full = type(layer).__name__, [2, layer.num_heads, 5, 5]
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    text = rf"^{called}: attention_mask must be \[Sq, Sk\], .* = {re.escape(str(full))}, got {re.escape(str([*shape]))}; padding"
+    for mask in (torch.ones(shape, dtype=torch.bool), torch.zeros(shape)):
+        for more in ({}, {"key_padding_mask": padding}):  # with which it is joined
+            with pytest.raises(ValueError, match=text):
+                layer(x, attention_mask=mask, **more)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_mask_elsewhere_is_named(name):
+    layer, x, _ = made(name, {})
+    called, seen = type(layer).__name__, torch.ones(5, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"^{called}: attention_mask must be on cpu, where q is, got meta; move it"):
+        layer(x, attention_mask=seen.to("meta"))
+    with pytest.raises(ValueError, match=f"^{called}: key_padding_mask must be on cpu, where q is, got meta; move it"):
+        layer(x, attention_mask=seen, key_padding_mask=torch.zeros(2, 5, device="meta"))
+
+
+def test_what_torchs_arguments_do_not_fit_is_named():
+    layer, x, _ = made("separate", {})
+    for shape in ((4, 5), (2, 5), (3, 5, 5), (6, 5, 4), (2, 2, 5, 5)):
+        text = rf"attn_mask must be \[Sq, Sk\] = \[5, 5\] or .* = \[6, 5, 5\], got {re.escape(str([*shape]))}; padding"
+        for weights in (None, True):
+            with pytest.raises(ValueError, match=text):
+                layer(x, attn_mask=torch.zeros(shape), need_weights=weights)
+    for shapes in ([(3, 5), (3, 5)], [(1, 5), (1, 5)], [(2, 5), (2, 4)]):
+        text = rf"have the query's batch, .* got \[batch, length\] {re.escape(str([[2, 5], *map(list, shapes)]))}"
+        with pytest.raises(ValueError, match=text):
+            layer(x, *(torch.zeros(*shape, 12) for shape in shapes))
+    alone = layer(x[0], key_padding_mask=torch.tensor([False] * 4 + [True]))
+    torch.testing.assert_close(alone, layer(x[0], key_padding_mask=torch.tensor([[False] * 4 + [True]])))
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\] = \[1, 5\], got \[2, 5\]"):
+        layer(x[0], key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", LAYERS)

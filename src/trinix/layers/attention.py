@@ -127,7 +127,7 @@ class _FastAttention(nn.Module):
 
     def _seen(self, q, k, v, attention_mask, key_padding_mask, causal) -> tuple:
         """(k, v, bias, mask, causal) of ``trinix.ops.attention``."""
-        return k, v, *merged(type(self).__name__, k, attention_mask, key_padding_mask), causal
+        return k, v, *merged(type(self).__name__, q, k, attention_mask, key_padding_mask), causal
 
     def _options(self, q: Tensor) -> dict:
         """What attention over new keys and over a cache have in common."""
@@ -435,14 +435,18 @@ class FastMultiHeadAttention(_FastAttention):
             check_input("FastMultiHeadAttention", argument, x, width, unbatched)
         if unbatched:
             query, key, value = query[None], key[None], value[None]
-            if key_padding_mask is not None:
-                _check_mask("FastMultiHeadAttention", "key_padding_mask", key_padding_mask)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+            if isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() == 1:
+                key_padding_mask = key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        if key.shape[0] != query.shape[0] or value.shape[:2] != key.shape[:2]:
+            raise ValueError(
+                "FastMultiHeadAttention: key and value must have the query's batch, and value the key's length, got [batch, length] "
+                f"{[list(t.shape[:2]) for t in (query, key, value)]}; expand or pad them"
+            )
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self._projected(query, key, value, *shared))
         if attn_mask is not None:
-            attention_mask = self._as_seen(attn_mask, attention_mask, q)
+            attention_mask = self._as_seen(attn_mask, attention_mask, q, k)
         # torch's masks are aligned at the top left
         causal = self.causal or (is_causal and (attn_mask is None or query.shape[1] == key.shape[1]))
         weights = None
@@ -465,13 +469,19 @@ class FastMultiHeadAttention(_FastAttention):
             return [self.q_proj(query), *projected(key, self.k_proj, self.v_proj)]
         return [self.q_proj(query), self.k_proj(key), self.v_proj(value)]
 
-    def _as_seen(self, attn_mask, attention_mask, q) -> Tensor:
+    def _as_seen(self, attn_mask, attention_mask, q, k) -> Tensor:
         """torch's mask as one of ours."""
         if attention_mask is not None:
             raise ValueError("FastMultiHeadAttention: attn_mask and attention_mask are one thing; give one of them")
-        _check_mask("FastMultiHeadAttention", "attn_mask", attn_mask)
-        if attn_mask.dim() == 3 and attn_mask.shape[0] == q.shape[0] * self.num_heads:
-            attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
+        _check_mask("FastMultiHeadAttention", "attn_mask", attn_mask, q)
+        shape, (batch, queries), keys = list(attn_mask.shape), q.shape[:2], k.shape[1]
+        if attn_mask.dim() == 3 and shape[0] == batch * self.num_heads:
+            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        if not _broadcasts(attn_mask, q, k):
+            raise ValueError(
+                f"FastMultiHeadAttention: attn_mask must be [Sq, Sk] = {[queries, keys]} or [B * H, Sq, Sk] = "
+                f"{[batch * self.num_heads, queries, keys]}, got {shape}; padding [B, Sk] goes into key_padding_mask"
+            )
         return ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
 
     def _seen(self, q, k, v, attention_mask, key_padding_mask, causal) -> tuple:
@@ -658,13 +668,13 @@ def reach(cache, tokens: int) -> int:
     return cache.longest + tokens if cache.capacity is None else cache.capacity
 
 
-def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask: Tensor | None):
-    """(bias, mask) of ``trinix.ops.attention``; k is ``[B, Sk, ...]``."""
+def merged(name: str, q: Tensor, k: Tensor, attention_mask: Tensor | None, key_padding_mask: Tensor | None):
+    """(bias, mask) of ``trinix.ops.attention``; q is ``[B, Sq, H, ...]``, k ``[B, Sk, ...]``."""
     bias = mask = None
     for argument, given in (("attention_mask", attention_mask), ("key_padding_mask", key_padding_mask)):
         if given is None:
             continue
-        _check_mask(name, argument, given)
+        _check_mask(name, argument, given, q)
         if argument == "key_padding_mask":
             if given.shape != k.shape[:2]:
                 raise ValueError(
@@ -672,6 +682,12 @@ def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask
                     "sequence a row, every key a column"
                 )
             given = (~given if given.dtype == torch.bool else given)[:, None, None]
+        elif not _broadcasts(given, q, k):
+            raise ValueError(
+                f"{name}: attention_mask must be [Sq, Sk], [B, Sq, Sk] or [B, H, Sq, Sk], or 1 in their places, with [B, H, Sq, Sk] = "
+                f"{[q.shape[0], q.shape[2], q.shape[1], k.shape[1]]}, got {list(given.shape)}; padding [B, Sk] goes into "
+                "key_padding_mask"
+            )
         elif given.dim() == 3:
             given = given[:, None]
         if given.dtype == torch.bool:
@@ -681,11 +697,22 @@ def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask
     return bias, mask
 
 
-def _check_mask(name: str, argument: str, given) -> None:
+def _broadcasts(mask: Tensor, q: Tensor, k: Tensor) -> bool:
+    """Whether a mask, ``[B, Sq, Sk]`` if of three dimensions, is broadcastable to ``[B, H, Sq, Sk]``."""
+    shape = (mask.shape[0], 1, *mask.shape[1:]) if mask.dim() == 3 else mask.shape
+    full = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    return len(shape) <= 4 and all(n in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False))
+
+
+def _check_mask(name: str, argument: str, given, q: Tensor) -> None:
     if not isinstance(given, Tensor) or (given.dtype != torch.bool and not given.is_floating_point()):
         got = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(
             f"{name}: {argument} must be bool or floating point, got {got}; convert numbers 0 and 1 with .bool()"
+        )
+    if given.device != q.device:
+        raise ValueError(
+            f"{name}: {argument} must be on {q.device}, where q is, got {given.device}; move it there with .to()"
         )
 
 

@@ -203,7 +203,7 @@ class FastMultiHeadLatentAttention(nn.Module):
             "sink": q.new_zeros(self.num_heads, dtype=torch.float32) if self.add_zero_attn else None,
         }
         if cache is None:
-            bias, mask = merged(type(self).__name__, latent, attention_mask, key_padding_mask)
+            bias, mask = merged(type(self).__name__, q, latent, attention_mask, key_padding_mask)
             dropout_p = self.dropout if self.training else 0.0
             more = {"causal": self.causal, "bias": bias, "mask": mask, "dropout_p": dropout_p, "backend": self.backend}
             out = ops.attention(q, *self._keys_and_values(latent, k_rope), **more, **options)

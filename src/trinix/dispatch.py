@@ -115,6 +115,11 @@ def plain(*tensors: Tensor) -> bool:
     return True
 
 
+def readable(t: Tensor) -> bool:
+    """Whether the host may look at ``t``'s values: no wait for a device, nobody who traces the look."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and plain(t)
+
+
 def pulled_back_plainly(*gradients: Tensor) -> bool:
     """Whether backward may launch kernels on these: no create_graph=True, no batch of gradients, nothing unusual."""
     if torch.is_grad_enabled() or not plain(*gradients):

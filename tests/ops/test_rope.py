@@ -1102,6 +1102,11 @@ def test_the_module_shows_its_arguments_and_refuses_the_documents_old_call():
         f"scaling={scaling}, use_triton=False)"
     )
     same(module.table(16), rope_table(16, 8, base=500.0, scaling=scaling))
+    for wrong in (-1, 3.0, "3"):
+        with pytest.raises(
+            ValueError, match=f"FastRoPEPositionEmbedding: length must be an int from 0 on, got {wrong!r}"
+        ):
+            module.table(wrong)
     with pytest.raises(TypeError, match=r"k must be a tensor or None, got 512; \.table\(length\) returns cos and sin"):
         module(torch.ones(1, 3, 1, 8), 512)
 

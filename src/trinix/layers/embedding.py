@@ -97,6 +97,7 @@ class FastRoPEPositionEmbedding(nn.Module):
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), ``[length, R/2]`` each."""
+        check_sizes(type(self).__name__, 0, length=length)
         self.grow(length)
         return self.cos[:length], self.sin[:length]
 
@@ -179,6 +180,10 @@ class FastALiBiPositionEmbedding(nn.Module):
 
         With a cache ``seq_len`` counts the new queries and ``seq_k`` all keys.
         """
+        if not isinstance(batch_size, (int, torch.SymInt)) or batch_size < 0:
+            raise ValueError(
+                f"{type(self).__name__}: batch_size must be an int from 0 on, got {batch_size!r}; pass x.shape[0]"
+            )
         backend = "auto"
         if self.use_triton is not None:
             wanted = self.use_triton and triton_can_bias(self.slopes, dtype)

@@ -318,10 +318,13 @@ def test_a_length_that_cannot_be_is_nan_and_nothing_outside_is_touched(options, 
 
 
 @pytest.mark.parametrize("page", [0, 16])
-def test_the_formula_appends_at_no_length_that_cannot_be(page):
-    for lengths in ((-1, 3), (3, 96)):
-        with pytest.raises(IndexError):
-            Case(capacity=96, lengths=lengths, new=1, page=page).run("torch")
+def test_the_formula_takes_no_length_that_cannot_be(page):
+    for lengths, new in (((-1, 3), 1), ((3, 96), 1), ((-1, 3), 0), ((97, 3), 0)):
+        text = (
+            rf"cache_seqlens must be from 0 to {96 - new}, .*, got some from {min(lengths)} to {max(lengths)}; make a"
+        )
+        with pytest.raises(ValueError, match=text):
+            Case(capacity=96, lengths=lengths, new=new, page=page).run("torch")
 
 
 def test_views_of_a_cache_are_taken_as_they_are(device):

@@ -13,8 +13,9 @@ class FastRoPEPositionEmbedding(nn.Module):
     """Rotates q and k: ``q, k = embedding(q, k)`` with q ``[B, S, H, D]``, k ``[B, S, Hk, D]``; see ``trinix.ops.rope``.
 
     The table (cos, sin) is float32 whatever the model's dtype, lies where the module lies, and is no part of the state_dict.
-    It grows when ``offset + S`` asks for it. Positions given as a tensor are on the device, where nobody looks: they have to
-    be below ``max_position_embeddings``, or call ``grow(length)`` first. A CUDA graph goes on reading the table of its capture:
+    It grows when ``offset + S`` asks for it, not for positions given as a tensor: these have to be below
+    ``max_position_embeddings``, or call ``grow(length)`` first. On a CPU others are a ValueError; on a GPU, where nobody looks,
+    their results are NaN. A CUDA graph goes on reading the table of its capture:
     let it be long enough then for all that will run beside the graph, since a longer one takes its place and frees it.
 
     Args:

@@ -91,6 +91,13 @@ def number(op: str, name: str, value) -> float:
     raise TypeError(f"{op}: {name} must be a number, got {value!r}; convert it with float()")
 
 
+def flags(op: str, **values: bool) -> None:
+    """Refuse what is no bool: a text is true whatever it says."""
+    for name, value in values.items():
+        if not isinstance(value, (bool, torch.SymBool)):
+            raise TypeError(f"{op}: {name} must be True or False, got {value!r}; convert it with bool()")
+
+
 def load_named(op: str, backends: Mapping[str, Callable[[], ModuleType]], backend: str, *call) -> ModuleType:
     """The module of a named backend, or ``Unsupported`` with its reason."""
     check_name(op, backends, backend)

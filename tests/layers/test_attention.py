@@ -910,6 +910,25 @@ def test_inputs_that_do_not_fit_are_named(name):
             layer(wrong)
 
 
+@pytest.mark.parametrize("wrong", ["no", 1, None])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_must_be_true_or_false_is_named(name, wrong):
+    called = type(LAYERS[name]()).__name__
+    own = {"latent": ["latent_norm"], "separate": ["qk_norm", "add_bias_kv"]}.get(name, ["qk_norm"])
+    for argument in ("bias", "causal", "rope_interleaved", "add_zero_attn", "batch_first", *own):
+        with pytest.raises(TypeError, match=f"^{called}: {argument} must be True or False, got {wrong!r}; convert it"):
+            LAYERS[name](**{argument: wrong})
+
+
+def test_what_a_call_says_must_be_true_or_false():
+    layer, x, _ = made("separate", {})
+    for argument in ("need_weights", "average_attn_weights", "is_causal"):
+        with pytest.raises(
+            TypeError, match=f"^FastMultiHeadAttention: {argument} must be True or False, got 'no'; conv"
+        ):
+            layer(x, **{argument: "no"})
+
+
 @pytest.mark.parametrize("shape", [(5, 4), (4, 5), (2, 5), (3, 5, 5), (2, 4, 5), (2, 2, 5, 5), (1, 1, 1, 1, 5), (0, 5)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_mask_of_a_wrong_shape_is_named_as_it_was_given(name, shape):

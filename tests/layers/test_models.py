@@ -411,6 +411,12 @@ def test_tensors_are_where_the_model_is_whatever_the_default_device(shape):
     torch.testing.assert_close(got, wanted)
 
 
+def test_a_config_says_true_or_false():
+    for name in ("gated", "learned_positions", "tied"):
+        with pytest.raises(TypeError, match=f"Config: {name} must be True or False, got 'no'; convert it with bool"):
+            models.Config(**{name: "no"})
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_unknown_cache_is_refused(shape):
     with pytest.raises(ValueError, match="kind must be 'static', 'dynamic' or 'paged', got 'lazy'"):

@@ -432,6 +432,8 @@ def arguments(device="cpu", **changed):
     ("error", "words", "changed"),
     [
         (TypeError, "q must be a floating-point tensor", {"q": [1.0]}),
+        (TypeError, "attention_decode: causal must be True or False, got 'no'; convert it", {"causal": "no"}),
+        (TypeError, "attention_decode: return_lse must be True or False, got 1", {"return_lse": 1}),
         (ValueError, r"q must be \[B, Sq, H, D\]", {"q": torch.zeros(2, 4, 16)}),
         (TypeError, "k_cache must be a tensor of q's dtype", {"k_cache": torch.zeros(2, 100, 2, 16).half()}),
         (ValueError, "k_cache must have q's 16 channels", {"k_cache": torch.zeros(2, 100, 2, 8)}),

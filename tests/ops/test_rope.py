@@ -1144,6 +1144,8 @@ def test_a_module_with_wrong_arguments_is_refused_by_its_name():
     for wrong in (0.0, -1.0, "10000", None):
         with pytest.raises(ValueError, match="FastRoPEPositionEmbedding: base must be a number above 0, got"):
             trinix.FastRoPEPositionEmbedding(8, base=wrong)
+    with pytest.raises(TypeError, match="FastRoPEPositionEmbedding: interleaved must be True or False, got 'no'"):
+        trinix.FastRoPEPositionEmbedding(8, interleaved="no")
     with pytest.raises(TypeError, match="FastRoPEPositionEmbedding: use_triton must be None, True or False, got 'no'"):
         trinix.FastRoPEPositionEmbedding(8, use_triton="no")
 

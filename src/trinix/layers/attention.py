@@ -68,6 +68,10 @@ class _FastAttention(nn.Module):
         super().__init__()
         name = type(self).__name__
         refuse_unknown(type(self), unknown)
+        dispatch.flags(
+            name, bias=bias, causal=causal, rope_interleaved=rope_interleaved, qk_norm=qk_norm, add_zero_attn=add_zero_attn,
+            batch_first=batch_first,
+        )  # fmt: skip
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, max_seq_len=max_seq_len)
         check_heads(name, embed_dim, num_heads, head_dim)
         check_dropout(name, dropout)
@@ -368,6 +372,7 @@ class FastMultiHeadAttention(_FastAttention):
         **options,
     ):
         super().__init__(embed_dim, num_heads, num_heads, dropout, bias, device=device, **options)
+        dispatch.flags("FastMultiHeadAttention", add_bias_kv=add_bias_kv)
         for argument, usual in (("position_method", "none"), ("sliding_window_size", None)):
             if add_bias_kv and options.get(argument, usual) != usual:
                 raise ValueError(
@@ -422,6 +427,10 @@ class FastMultiHeadAttention(_FastAttention):
             is_causal: this call is causal; beside an attn_mask for Sq != Sk it says what that mask is, and adds nothing.
             attention_mask, position_ids, cache: as in ``FastGroupedQueryAttention``.
         """
+        dispatch.flags(
+            "FastMultiHeadAttention", need_weights=need_weights is not None and need_weights,
+            average_attn_weights=average_attn_weights, is_causal=is_causal,
+        )  # fmt: skip
         if cache is not None and any(t is not None and t is not query for t in (key, value)):
             raise ValueError("FastMultiHeadAttention: a cache is for self-attention; leave key and value out")
         if cache is not None and self.bias_k is not None:

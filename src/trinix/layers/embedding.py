@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trinix import ops
+from trinix import dispatch, ops
 from trinix.layers.arguments import check_sizes, check_use_triton
 from trinix.ops.alibi import triton_can_run as triton_can_bias
 from trinix.ops.rope import triton_can_run as triton_can_rotate
@@ -45,6 +45,7 @@ class FastRoPEPositionEmbedding(nn.Module):
         if not isinstance(base, int | float) or base <= 0:
             raise ValueError(f"{name}: base must be a number above 0, got {base!r}")
         check_use_triton(name, use_triton)
+        dispatch.flags(name, interleaved=interleaved)
         self.dim = dim
         self.max_position_embeddings = max_position_embeddings
         self.base = base
@@ -164,6 +165,7 @@ class FastALiBiPositionEmbedding(nn.Module):
         super().__init__()
         check_sizes(type(self).__name__, num_heads=num_heads)
         check_use_triton(type(self).__name__, use_triton)
+        dispatch.flags(type(self).__name__, causal=causal, trainable=trainable)
         self.num_heads = num_heads
         self.max_seq_len = max_seq_len
         self.use_triton = use_triton

@@ -104,6 +104,10 @@ class FastMultiHeadLatentAttention(nn.Module):
         super().__init__()
         name = type(self).__name__
         refuse_unknown(type(self), unknown)
+        dispatch.flags(
+            name, bias=bias, causal=causal, rope_interleaved=rope_interleaved, latent_norm=latent_norm,
+            add_zero_attn=add_zero_attn, batch_first=batch_first,
+        )  # fmt: skip
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, max_seq_len=max_seq_len)
         check_heads(name, embed_dim, num_heads, head_dim)
         check_dropout(name, dropout)

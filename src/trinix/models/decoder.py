@@ -52,6 +52,7 @@ class Config:
     def __post_init__(self):
         names = ("vocabulary", "dim", "layers", "heads", "kv_heads", "hidden", "length")
         check_sizes("Config", **{name: getattr(self, name) for name in names})
+        dispatch.flags("Config", gated=self.gated, learned_positions=self.learned_positions, tied=self.tied)
 
 
 def gpt(**sizes) -> Config:

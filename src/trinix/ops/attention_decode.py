@@ -121,7 +121,7 @@ def attention_decode(
         backend: "auto", "triton" or "torch". A named backend never falls back.
 
     Raises:
-        TypeError: an argument is no tensor of its dtype.
+        TypeError: an argument is no tensor of its dtype, or no bool.
         ValueError: shapes or devices do not fit, ``k_new`` without ``v_new``, a negative window or softcap, unknown backend.
         RuntimeError: a gradient is wanted.
         Unsupported: the named backend cannot run this call.
@@ -130,6 +130,8 @@ def attention_decode(
     >>> trinix.ops.attention_decode(q, cache, cache, torch.tensor([5], dtype=torch.int32)).shape
     torch.Size([1, 1, 4, 8])
     """
+    if type(causal) is not bool or type(return_lse) is not bool:
+        dispatch.flags("attention_decode", causal=causal, return_lse=return_lse)
     tensors = q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, alibi_slopes, sink
     kind = plan = None
     if not torch.compiler.is_compiling():

@@ -1,12 +1,14 @@
 """The judge itself: what is right passes, every kind of wrong is refused, and nothing depends on luck."""
 
 import math
+import weakref
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinix.testing import assert_within_budget, judge, normal, vjp
 
@@ -284,3 +286,28 @@ def test_normal_takes_any_sequence_as_a_shape():
     assert normal([2, 3], torch.float32, seed=1).shape == (2, 3)
     assert normal(torch.Size(()), torch.bfloat16, seed=1).shape == ()
     assert normal((0, 4), torch.float16, seed=1).shape == (0, 4)
+
+
+class _Peak(TorchDispatchMode):
+    """The most tensors of float64 that lived at once among those made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64 and out.numel() > 1:
+            self.made.append(weakref.ref(out))
+        alive = {t.data_ptr() for t in (ref() for ref in self.made) if t is not None}
+        self.most = max(self.most, len(alive))
+        return out
+
+
+def test_the_judge_of_a_large_gradient_holds_one_tensor_of_float64_beside_it():
+    """A weight of LLaMA-3-405B's has 1.7e9 elements: 13 GiB each, where inputs and gradients take 34 of 79 already."""
+    true = normal((999,), torch.float64, seed=1)
+    low = true.bfloat16()
+    with _Peak() as peak:
+        assert judge("dw", low.clone(), low, true).ok
+    assert peak.most == 1

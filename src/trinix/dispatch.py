@@ -91,6 +91,13 @@ def number(op: str, name: str, value) -> float:
     raise TypeError(f"{op}: {name} must be a number, got {value!r}; convert it with float()")
 
 
+def flags(op: str, **values: bool) -> None:
+    """Refuse what is no bool: a text is true whatever it says."""
+    for name, value in values.items():
+        if not isinstance(value, (bool, torch.SymBool)):
+            raise TypeError(f"{op}: {name} must be True or False, got {value!r}; convert it with bool()")
+
+
 def load_named(op: str, backends: Mapping[str, Callable[[], ModuleType]], backend: str, *call) -> ModuleType:
     """The module of a named backend, or ``Unsupported`` with its reason."""
     check_name(op, backends, backend)
@@ -113,6 +120,11 @@ def plain(*tensors: Tensor) -> bool:
         if (type(t) is not Tensor and type(t) is not Parameter) or t.is_neg():
             return False
     return True
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the host may look at ``t``'s values: no wait for a device, nobody who traces the look."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and plain(t)
 
 
 def pulled_back_plainly(*gradients: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Layers as cases: every implementation computes the same layer, the least operations are the document's, and its command."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -26,6 +27,19 @@ def small(case):
 def test_a_case_names_the_parameters_of_its_layer(case):
     named = {name: tuple(p.shape) for name, p in layers.module_of(case).named_parameters()}
     assert list(case.shape.items())[1:] == list(named.items())
+
+
+def test_the_largest_mlp_fits_a_card_of_79_gib():
+    (case,) = [c for c in CASES if c.id == "R-llama3-405b-mlp"]
+    weights = sum(math.prod(shape) for name, shape in case.shape.items() if name != "x")
+    tokens, hidden = math.prod(case.shape["x"][:-1]), case.args["hidden_dim"]
+    assert (case.shape["x"][-1], hidden, case.args["output_dim"]) == (16384, 53248, 16384)
+    # the gate's oracle: weights and two gradients in bfloat16, weights and gradients in float64, and what eager's float64 keeps and
+    # makes of tokens: packed, gate, product and gradients of them, with slices padded again to packed's width
+    oracle = weights * (3 * 2 + 2 * 8) + 12 * tokens * hidden * 8
+    # the judge of the largest gradient: those of float64, one more of it, three more in bfloat16 or bool
+    judge = weights * (3 * 2 + 8) + 2 * hidden * case.shape["x"][-1] * (8 + 8)
+    assert max(oracle, judge) < 79 * 2**30
 
 
 @pytest.mark.parametrize("case", FORMS.values(), ids=lambda c: c.id)

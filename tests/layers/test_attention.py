@@ -4,6 +4,7 @@ for torch.nn.MultiheadAttention, and what modules must survive. Caches: test_cac
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -384,7 +385,15 @@ def test_queries_and_keys_of_different_lengths_count_their_positions_from_0(devi
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"batch_first": True}, {"bias": False}, {"kdim": 6, "vdim": 7}, {"add_zero_attn": True}]
+    "options",
+    [
+        {},
+        {"batch_first": True},
+        {"bias": False},
+        {"kdim": 6, "vdim": 7},
+        {"add_zero_attn": True},
+        {"add_bias_kv": True},
+    ],
 )
 def test_it_takes_over_torchs_module_and_all_its_arguments(options, device):
     theirs = filled(nn.MultiheadAttention(12, 3, **options, device=device))
@@ -415,8 +424,91 @@ def test_it_takes_over_torchs_module_and_all_its_arguments(options, device):
     alike([ours.o_proj.weight.grad], [theirs.out_proj.weight.grad])
 
 
+def our_names(theirs):
+    """Gradients of torch's module under the names of ours."""
+    found = {name: p.grad for name, p in theirs.named_parameters()}
+    for kind in ("weight", "bias"):
+        if (whole := found.pop(f"in_proj_{kind}", None)) is not None:
+            found |= {f"{p}_proj.{kind}": t for p, t in zip("qkv", whole.chunk(3), strict=True)}
+    return {n.replace("_proj_weight", "_proj.weight").replace("out_", "o_"): g for n, g in found.items()}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"kdim": 6, "vdim": 7}, {"add_zero_attn": True}, {"add_zero_attn": True, "kdim": 6}],
+)
+def test_a_bias_of_keys_and_values_is_torchs_with_every_gradient(options, need_weights, batch_first, device):
+    options = options | {"add_bias_kv": True, "batch_first": batch_first, "device": device}
+    theirs = filled(nn.MultiheadAttention(12, 3, **options))
+    ours = trinix.FastMultiHeadAttention(12, 3, **options)
+    ours.load_state_dict(theirs.state_dict())
+    assert "add_bias_kv=True" in repr(ours)
+    widths = 12, options.get("kdim", 12), options.get("vdim", 12)
+    xs = [normal((2, n, w), torch.float32, seed=n, device=device) for n, w in zip((5, 4, 4), widths, strict=True)]
+    xs = [(x if batch_first else x.transpose(0, 1).contiguous()).requires_grad_() for x in xs]
+    padding = torch.tensor([[False] * 4, [False, True, True, True]], device=device)
+    hidden = torch.ones(5, 4, dtype=torch.bool, device=device).triu(1)
+    added = normal((6, 5, 4), torch.float32, seed=5, device=device).requires_grad_()
+    calls = [
+        {}, {"key_padding_mask": padding}, {"attn_mask": hidden}, {"attn_mask": hidden, "key_padding_mask": padding},
+        {"attn_mask": added}, {"key_padding_mask": padding.float() * -3, "attn_mask": added},
+    ]  # fmt: skip
+    for call in calls:
+        leaves = [*xs, *([added] if call.get("attn_mask") is added else [])]
+        results = []
+        for layer in (ours, theirs):
+            for leaf in (*leaves, *layer.parameters()):
+                leaf.grad = None
+            out, weights = layer(*xs, **call, need_weights=need_weights, average_attn_weights=False)
+            dy = normal(out.shape, torch.float32, seed=3, device=device)
+            (out * dy).sum().backward()
+            grads = {n: p.grad for n, p in layer.named_parameters()} if layer is ours else our_names(layer)
+            results.append((out, weights, [x.grad for x in leaves], grads))
+        (out, weights, dxs, grads), (their_out, their_weights, their_dxs, their_grads) = results
+        torch.testing.assert_close((out, weights), (their_out, their_weights))
+        assert grads.keys() == their_grads.keys()
+        names = sorted(grads)
+        alike([*dxs, *(grads[n] for n in names)], [*their_dxs, *(their_grads[n] for n in names)])
+        alike([grads["bias_k"], grads["bias_v"]], [their_grads["bias_k"], their_grads["bias_v"]])
+
+
+@pytest.mark.parametrize("need_weights", [None, True])
+@pytest.mark.parametrize("queries", [2, 4, 7])
+def test_every_query_of_a_causal_layer_sees_the_bias_of_keys(queries, need_weights, device):
+    layer = filled(trinix.FastMultiHeadAttention(12, 3, causal=True, add_bias_kv=True, device=device))
+    x, y = (normal((2, n, 12), torch.float32, seed=n, device=device) for n in (queries, 4))
+    later = torch.ones(queries, 4, dtype=torch.bool, device=device).triu(4 - queries + 1)
+    theirs = nn.MultiheadAttention(12, 3, add_bias_kv=True, batch_first=True, device=device)
+    parts = layer.state_dict()
+    state = {k: parts[k] for k in ("bias_k", "bias_v")} | {
+        f"out_proj.{k}": parts[f"o_proj.{k}"] for k in ("weight", "bias")
+    }
+    state |= {f"in_proj_{k}": torch.cat([parts[f"{p}_proj.{k}"] for p in "qkv"]) for k in ("weight", "bias")}
+    theirs.load_state_dict(state)
+    wanted = theirs(x, y, y, attn_mask=later)
+    got = layer(x, y, y, need_weights=need_weights)
+    torch.testing.assert_close(got, wanted if need_weights else wanted[0])
+    narrow = torch.zeros(
+        2, 1, 1, 1, dtype=torch.bool, device=device
+    )  # a mask of one column hides every key but that one
+    torch.testing.assert_close(layer(x, y, y, attention_mask=narrow), layer(x, y[:, :0], y[:, :0]))
+
+
+def test_a_bias_of_keys_begins_as_torchs_and_is_refused_with_a_cache():
+    layer = trinix.FastMultiHeadAttention(64, 4, causal=True, add_bias_kv=True)
+    for extra in (layer.bias_k, layer.bias_v):
+        assert extra.shape == (1, 1, 64)
+        assert 0.5 < float(extra.detach().std()) * 64**0.5 < 2
+    with pytest.raises(ValueError, match="FastMultiHeadAttention: a cache knows no bias_k; make the layer without"):
+        layer(torch.ones(1, 1, 64), cache=trinix.DynamicCache())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(1, 2, 64)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}, {"add_bias_kv": True}])
 def test_a_state_of_torchs_module_is_loaded(options, assign):
     theirs = nn.ModuleDict({"attn": filled(nn.MultiheadAttention(12, 3, batch_first=True, **options))})
     with torch.device("meta" if assign else "cpu"):
@@ -432,12 +524,12 @@ def test_a_state_of_torchs_module_is_loaded(options, assign):
     torch.testing.assert_close(same(*xs), ours["attn"](*xs), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight", "bias_v"])
 def test_torchs_module_is_not_taken_over_without_its_weights(name):
-    theirs = nn.MultiheadAttention(12, 3)
+    theirs = nn.MultiheadAttention(12, 3, add_bias_kv=name == "bias_v")
     owner, _, weight = name.rpartition(".")
     parametrize.register_parametrization(theirs.get_submodule(owner), weight, nn.Identity())
-    with pytest.raises(ValueError, match=r"from_torch found no \['.*weight'\] in the module's state"):
+    with pytest.raises(ValueError, match=r"from_torch found no \['.*(weight|bias_v)'\] in the module's state"):
         trinix.FastMultiHeadAttention.from_torch(theirs)
 
 
@@ -507,8 +599,6 @@ def test_masks_of_torch_and_ours_are_not_given_together():
     mask = torch.zeros(5, 4)
     with pytest.raises(ValueError, match="attn_mask and attention_mask are one thing"):
         layer(*xs, attn_mask=mask, attention_mask=mask)
-    with pytest.raises(ValueError, match="from_torch knows no add_bias_kv"):
-        trinix.FastMultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, add_bias_kv=True))
     with pytest.raises(TypeError, match=r"from_torch wants a torch\.nn\.MultiheadAttention, got Linear"):
         trinix.FastMultiHeadAttention.from_torch(nn.Linear(12, 3))
 
@@ -764,7 +854,14 @@ REFUSED = {
         r"FastMultiHeadLatentAttention: backend must be one of \['auto', .*got 'cuda'",
     ),
     "dropout as text": (lambda: trinix.FastMultiHeadAttention(12, 3, "0.1"), "dropout must be .*, got '0.1'"),
-    "biases for k and v": (lambda: trinix.FastMultiHeadAttention(12, 3, add_bias_kv=True), "add_bias_kv must be False"),
+    "a bias for k and positions": (
+        lambda: trinix.FastMultiHeadAttention(12, 3, add_bias_kv=True, position_method="rope"),
+        "FastMultiHeadAttention: add_bias_kv needs position_method 'none', .*, got 'rope'; leave one",
+    ),
+    "a bias for k and a window": (
+        lambda: trinix.FastMultiHeadAttention(12, 3, add_bias_kv=True, sliding_window_size=2),
+        "FastMultiHeadAttention: add_bias_kv needs sliding_window_size None, .*, got 2; leave one",
+    ),
     "position of a latent": (
         lambda: trinix.FastMultiHeadLatentAttention(12, 3, position_method=None),
         "position_method must be 'none', 'rope' or 'alibi', got None",
@@ -811,6 +908,65 @@ def test_inputs_that_do_not_fit_are_named(name):
     for wrong in (x[..., :-1], x[None], *([] if name == "separate" else [x[0]])):
         with pytest.raises(ValueError, match=rf"must be \[B, S, {layer.embed_dim}\] .*, got \[{wrong.shape[0]}, "):
             layer(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, None])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_must_be_true_or_false_is_named(name, wrong):
+    called = type(LAYERS[name]()).__name__
+    own = {"latent": ["latent_norm"], "separate": ["qk_norm", "add_bias_kv"]}.get(name, ["qk_norm"])
+    for argument in ("bias", "causal", "rope_interleaved", "add_zero_attn", "batch_first", *own):
+        with pytest.raises(TypeError, match=f"^{called}: {argument} must be True or False, got {wrong!r}; convert it"):
+            LAYERS[name](**{argument: wrong})
+
+
+def test_what_a_call_says_must_be_true_or_false():
+    layer, x, _ = made("separate", {})
+    for argument in ("need_weights", "average_attn_weights", "is_causal"):
+        with pytest.raises(
+            TypeError, match=f"^FastMultiHeadAttention: {argument} must be True or False, got 'no'; conv"
+        ):
+            layer(x, **{argument: "no"})
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4, 5), (2, 5), (3, 5, 5), (2, 4, 5), (2, 2, 5, 5), (1, 1, 1, 1, 5), (0, 5)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_mask_of_a_wrong_shape_is_named_as_it_was_given(name, shape):
+    layer, x, _ = made(name, {})
+    called, full = type(layer).__name__, [2, layer.num_heads, 5, 5]
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    text = rf"^{called}: attention_mask must be \[Sq, Sk\], .* = {re.escape(str(full))}, got {re.escape(str([*shape]))}; padding"
+    for mask in (torch.ones(shape, dtype=torch.bool), torch.zeros(shape)):
+        for more in ({}, {"key_padding_mask": padding}):  # with which it is joined
+            with pytest.raises(ValueError, match=text):
+                layer(x, attention_mask=mask, **more)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_mask_elsewhere_is_named(name):
+    layer, x, _ = made(name, {})
+    called, seen = type(layer).__name__, torch.ones(5, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"^{called}: attention_mask must be on cpu, where q is, got meta; move it"):
+        layer(x, attention_mask=seen.to("meta"))
+    with pytest.raises(ValueError, match=f"^{called}: key_padding_mask must be on cpu, where q is, got meta; move it"):
+        layer(x, attention_mask=seen, key_padding_mask=torch.zeros(2, 5, device="meta"))
+
+
+def test_what_torchs_arguments_do_not_fit_is_named():
+    layer, x, _ = made("separate", {})
+    for shape in ((4, 5), (2, 5), (3, 5, 5), (6, 5, 4), (2, 2, 5, 5)):
+        text = rf"attn_mask must be \[Sq, Sk\] = \[5, 5\] or .* = \[6, 5, 5\], got {re.escape(str([*shape]))}; padding"
+        for weights in (None, True):
+            with pytest.raises(ValueError, match=text):
+                layer(x, attn_mask=torch.zeros(shape), need_weights=weights)
+    for shapes in ([(3, 5), (3, 5)], [(1, 5), (1, 5)], [(2, 5), (2, 4)]):
+        text = rf"have the query's batch, .* got \[batch, length\] {re.escape(str([[2, 5], *map(list, shapes)]))}"
+        with pytest.raises(ValueError, match=text):
+            layer(x, *(torch.zeros(*shape, 12) for shape in shapes))
+    alone = layer(x[0], key_padding_mask=torch.tensor([False] * 4 + [True]))
+    torch.testing.assert_close(alone, layer(x[0], key_padding_mask=torch.tensor([[False] * 4 + [True]])))
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, Sk\] = \[1, 5\], got \[2, 5\]"):
+        layer(x[0], key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", LAYERS)

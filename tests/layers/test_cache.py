@@ -1,6 +1,8 @@
 """Caches: prompt and steps give what the whole sequence gives at once, for every layer, cache and option; and what a cache does
 to its sequences."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -247,6 +249,18 @@ def test_lengths_that_no_cache_has_are_refused(name, kind):
     for index in (torch.tensor([2.0, 1.0, 0.0]), torch.tensor([True, False, True]), [2, 1, 0]):
         with pytest.raises(TypeError, match=r"reorder wants index as integers, got [\w.]+; convert it with .long"):
             cache.reorder(index)
+    for index in (torch.tensor([0, 1, 3]), torch.tensor([0, -1, 2])):
+        with pytest.raises(
+            ValueError, match=rf"reorder wants index from 0 to 2, got {re.escape(str(index.tolist()))}; beams"
+        ):
+            cache.reorder(index)
+    with pytest.raises(ValueError, match=r"reorder wants index \[B\] = \[3\], got \[1\]; give every"):
+        cache.reorder(torch.tensor([0]))
+    for lengths in ("2", None):
+        with pytest.raises(
+            TypeError, match=r"Cache: truncate wants lengths as integers, got \w+; convert it with .long"
+        ):
+            cache.truncate(lengths)
     for tokens in (-1, 1.5, True):
         with pytest.raises(ValueError, match="tokens must be an int from 0 on, got"):
             cache.rewind(tokens)

@@ -345,6 +345,13 @@ def test_arguments_that_do_not_fit_are_named():
         trinix.FastSwiGLU(6, 7, backend="cuda")
     with pytest.raises(ValueError, match=r"input_dim must be an int from 1 on, got \[6\]"):
         trinix.FastGeGLU([6], 7)
+    for wrong in ("yes", 1, None):
+        with pytest.raises(
+            TypeError, match=f"^FastSwiGLU: bias must be True or False, got {wrong!r}; convert it with bool"
+        ):
+            trinix.FastSwiGLU(4, 8, bias=wrong)
+    with pytest.raises(TypeError, match=r"^FastGeGLU: bias must be True or False, got 'yes'"):
+        trinix.FastGeGLU(4, 8, 4, "yes")
     with pytest.raises(TypeError, match="FastReGLU: use_triton must be None, True or False, got 'no'"):
         trinix.FastReGLU(6, 7, use_triton="no")
     with pytest.raises(

@@ -74,6 +74,8 @@ def test_sizes_below_one_are_refused():
         trinix.flashmlp_bwd(x, w1, w2, torch.ones(1, 2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"flashmlp_bwd: do must be of the output's shape \[1, 2, 3\], got \[2\]"):
         trinix.flashmlp_bwd(x, w1, w2, torch.ones(2))
+    with pytest.raises(TypeError, match="FlashMLP: bias must be True or False, got 'no'"):
+        trinix.FlashMLP(2, 4, 8, bias="no")
     with pytest.raises(TypeError, match="FlashMLP: use_triton must be None, True or False, got 'no'"):
         trinix.FlashMLP(2, 4, 4, use_triton="no")
     with pytest.raises(ValueError, match="num_heads must be an int from 1 on, got 0"):

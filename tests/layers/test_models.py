@@ -350,6 +350,35 @@ def test_tokens_and_caches_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="text must have more than length = 64 bytes, got 3"):
         models.train(model, "abc", 1)
     torch.testing.assert_close(model.loss(tokens.int()), model.loss(tokens))
+    for wrong in (tokens + 256, tokens - 1):
+        for call in (model, model.loss, lambda t: model.generate(t, 1)):
+            with pytest.raises(
+                ValueError, match=r"Decoder: tokens must be from 0 to 255, the vocabulary, got some from"
+            ):
+                call(wrong)
+    with pytest.raises(ValueError, match="got some from 0 to 256"):  # which is only a target
+        model.loss(torch.tensor([[0, 256]]))
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(TypeError, match=f"Decoder: tokens must be int64 or int32, got {dtype}; convert them"):
+            model(tokens.to(dtype))
+    with pytest.raises(ValueError, match=r"tokens of a loss must be \[B, S\] with S from 2 on, got \[1, 1\]"):
+        model.loss(tokens[:, :1])
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_caches_of_another_batch_are_refused_before_they_are_read(shape, kind):
+    model, tokens = made(shape), torch.zeros(2, 3, dtype=torch.int64)
+    for batch in (1, 3):
+        caches = model.caches(batch, 8, kind)
+        model(torch.zeros(batch, 3, dtype=torch.int64), caches)
+        with pytest.raises(ValueError, match=f"Cache: made for a batch of {batch}, got 2; make one of that size"):
+            model(tokens, caches)
+        assert [cache.longest for cache in caches] == [3, 3]
+    for wrong, got in (([None, None], r"\['NoneType', 'NoneType'\]"), (3, "int"), (caches[0], r"\w+Cache")):
+        with pytest.raises(TypeError, match=rf"^Decoder: caches must be a list of caches, got {got}; self\.caches"):
+            model(tokens, wrong)
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "paged", None])
@@ -380,6 +409,12 @@ def test_tensors_are_where_the_model_is_whatever_the_default_device(shape):
     with torch.device("meta"):
         got = everything(there)
     torch.testing.assert_close(got, wanted)
+
+
+def test_a_config_says_true_or_false():
+    for name in ("gated", "learned_positions", "tied"):
+        with pytest.raises(TypeError, match=f"Config: {name} must be True or False, got 'no'; convert it with bool"):
+            models.Config(**{name: "no"})
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -302,6 +302,14 @@ def test_a_module_with_wrong_arguments_is_refused_by_its_name():
     for wrong in (0, -1, 3.0, True, [3]):
         with pytest.raises(ValueError, match="FastALiBiPositionEmbedding: num_heads must be an int from 1 on, got"):
             trinix.FastALiBiPositionEmbedding(wrong)
+    for wrong in (-2, "2"):
+        with pytest.raises(
+            ValueError, match=f"FastALiBiPositionEmbedding: batch_size must be an int from 0 on, got {wrong!r}"
+        ):
+            trinix.FastALiBiPositionEmbedding(3)(5, wrong)
+    for argument in ("causal", "trainable"):
+        with pytest.raises(TypeError, match=f"FastALiBiPositionEmbedding: {argument} must be True or False, got 'no'"):
+            trinix.FastALiBiPositionEmbedding(3, **{argument: "no"})
     with pytest.raises(TypeError, match="FastALiBiPositionEmbedding: use_triton must be None, True or False, got 'no'"):
         trinix.FastALiBiPositionEmbedding(3, use_triton="no")
 

@@ -318,10 +318,13 @@ def test_a_length_that_cannot_be_is_nan_and_nothing_outside_is_touched(options, 
 
 
 @pytest.mark.parametrize("page", [0, 16])
-def test_the_formula_appends_at_no_length_that_cannot_be(page):
-    for lengths in ((-1, 3), (3, 96)):
-        with pytest.raises(IndexError):
-            Case(capacity=96, lengths=lengths, new=1, page=page).run("torch")
+def test_the_formula_takes_no_length_that_cannot_be(page):
+    for lengths, new in (((-1, 3), 1), ((3, 96), 1), ((-1, 3), 0), ((97, 3), 0)):
+        text = (
+            rf"cache_seqlens must be from 0 to {96 - new}, .*, got some from {min(lengths)} to {max(lengths)}; make a"
+        )
+        with pytest.raises(ValueError, match=text):
+            Case(capacity=96, lengths=lengths, new=new, page=page).run("torch")
 
 
 def test_views_of_a_cache_are_taken_as_they_are(device):
@@ -429,6 +432,8 @@ def arguments(device="cpu", **changed):
     ("error", "words", "changed"),
     [
         (TypeError, "q must be a floating-point tensor", {"q": [1.0]}),
+        (TypeError, "attention_decode: causal must be True or False, got 'no'; convert it", {"causal": "no"}),
+        (TypeError, "attention_decode: return_lse must be True or False, got 1", {"return_lse": 1}),
         (ValueError, r"q must be \[B, Sq, H, D\]", {"q": torch.zeros(2, 4, 16)}),
         (TypeError, "k_cache must be a tensor of q's dtype", {"k_cache": torch.zeros(2, 100, 2, 16).half()}),
         (ValueError, "k_cache must have q's 16 channels", {"k_cache": torch.zeros(2, 100, 2, 8)}),

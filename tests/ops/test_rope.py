@@ -3,6 +3,7 @@ the tables against formulas written here, and how the ops behave as citizens of 
 interpreter on the CPU; the tests marked ``gpu`` run it on the card."""
 
 import copy
+import functools
 import importlib
 import itertools
 import math
@@ -377,9 +378,62 @@ def test_a_position_outside_the_table_is_an_error_where_the_host_sees_it():
             rope(q, k, cos, sin, offset=23, backend=backend)
         with pytest.raises(ValueError, match="offset must not be negative, got -1"):
             rope(q, k, cos, sin, offset=-1, backend=backend)
-    for bad in (-1, ROWS):
-        with pytest.raises(IndexError):
-            rope(q, k, cos, sin, position_ids=torch.full((2,), bad), backend="torch")
+    weight, edges = torch.ones(16), torch.tensor([0, 1, 1, ROWS + 2])
+    calls = (
+        lambda q, k, **o: rope(q, k, cos, sin, backend="torch", **o),
+        lambda q, k, **o: qk_norm_rope(q, k, weight, weight, cos, sin, **o),
+        lambda q, k, **o: trinix.FastRoPEPositionEmbedding(16, ROWS)(q, k, **o),
+    )
+    flat = [t[0, :1].expand(ROWS + 2, -1, -1) for t in (q, k)]
+    for call in calls:
+        for name in ("position_ids", "offset"):
+            for dtype in (torch.int32, torch.int64):
+                low, high = (torch.tensor([1, bad], dtype=dtype) for bad in (-1, ROWS))
+                with pytest.raises(
+                    ValueError, match=f"rope: {name} must not name positions below 0, got -1; position 0 is"
+                ):
+                    call(q, k, **{name: low})
+                most = ROWS + (name == "offset")  # every offset counts two tokens
+                text = (
+                    f"rope: {name} must name positions within the table's 24 rows, got {most}; .*grow\\({most + 1}\\)"
+                )
+                with pytest.raises(ValueError, match=text):
+                    call(q, k, **{name: high})
+                call(q, k, **{name: (high - 2).clamp(min=0)})
+        if call is not calls[-1]:  # whose table grows
+            with pytest.raises(ValueError, match=r"rope: cu_seqlens must name positions .* table's 24 rows, got 24"):
+                call(*flat, cu_seqlens=edges)
+        with pytest.raises(ValueError, match="rope: cu_seqlens must not name positions below 0, got -2"):
+            call(*flat, cu_seqlens=torch.tensor([2, ROWS + 2]))
+    with pytest.raises(ValueError, match="position_ids must name positions within the table's 0 rows, got 0"):
+        rope(q, k, cos[:0], sin[:0], position_ids=torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_formula_gives_nan_for_a_position_that_nobody_looked_at(interleaved, fresh_dynamo, device):
+    """On a GPU an index outside would end the process; under torch.compile no device's values are looked at."""
+    q, k, gradients, cos, sin = make("partial", torch.float32, device)
+    weight = torch.ones(16, device=device)
+
+    @functools.partial(torch.compile, backend="eager", fullgraph=True)
+    def both(q, k, ids):
+        turned = rope(q, k, cos, sin, position_ids=ids, interleaved=interleaved, backend="torch")
+        return *turned, *qk_norm_rope(
+            q, k, weight, weight, cos, sin, position_ids=ids, interleaved=interleaved, backend="torch"
+        )
+
+    for position in (-1, ROWS, 2**40):
+        ids = torch.tensor([[ROWS - 1], [position]], device=device)
+        inside = torch.tensor([[True], [False]], device=device)
+        leaves = [t.detach().requires_grad_() for t in (q, k)]
+        got, wanted = both(*leaves, ids), both(q, k, ids * inside)
+        for y, right in zip(got, wanted, strict=True):
+            same(y[inside].detach(), right[inside])
+            assert y[~inside][..., :4].isnan().all()
+            same(y[~inside][..., 4:].detach(), right[~inside][..., 4:])
+        for dx in torch.autograd.grad(got, leaves, gradients * 2):
+            assert dx[inside].isfinite().all()
+            assert dx[~inside][..., :4].isnan().all()
 
 
 # ---- rope_table --------------------------------------------------------------------------------------------------------
@@ -1090,6 +1144,8 @@ def test_a_module_with_wrong_arguments_is_refused_by_its_name():
     for wrong in (0.0, -1.0, "10000", None):
         with pytest.raises(ValueError, match="FastRoPEPositionEmbedding: base must be a number above 0, got"):
             trinix.FastRoPEPositionEmbedding(8, base=wrong)
+    with pytest.raises(TypeError, match="FastRoPEPositionEmbedding: interleaved must be True or False, got 'no'"):
+        trinix.FastRoPEPositionEmbedding(8, interleaved="no")
     with pytest.raises(TypeError, match="FastRoPEPositionEmbedding: use_triton must be None, True or False, got 'no'"):
         trinix.FastRoPEPositionEmbedding(8, use_triton="no")
 
@@ -1102,6 +1158,11 @@ def test_the_module_shows_its_arguments_and_refuses_the_documents_old_call():
         f"scaling={scaling}, use_triton=False)"
     )
     same(module.table(16), rope_table(16, 8, base=500.0, scaling=scaling))
+    for wrong in (-1, 3.0, "3"):
+        with pytest.raises(
+            ValueError, match=f"FastRoPEPositionEmbedding: length must be an int from 0 on, got {wrong!r}"
+        ):
+            module.table(wrong)
     with pytest.raises(TypeError, match=r"k must be a tensor or None, got 512; \.table\(length\) returns cos and sin"):
         module(torch.ones(1, 3, 1, 8), 512)
 

@@ -68,6 +68,10 @@ class _FastAttention(nn.Module):
         super().__init__()
         name = type(self).__name__
         refuse_unknown(type(self), unknown)
+        dispatch.flags(
+            name, bias=bias, causal=causal, rope_interleaved=rope_interleaved, qk_norm=qk_norm, add_zero_attn=add_zero_attn,
+            batch_first=batch_first,
+        )  # fmt: skip
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, max_seq_len=max_seq_len)
         check_heads(name, embed_dim, num_heads, head_dim)
         check_dropout(name, dropout)
@@ -118,12 +122,16 @@ class _FastAttention(nn.Module):
         if cache is not None:
             out = cache.attend(q, k, v, **options)
         else:
-            bias, mask = merged(type(self).__name__, k, attention_mask, key_padding_mask)
+            k, v, bias, mask, causal = self._seen(q, k, v, attention_mask, key_padding_mask, causal)
             out = ops.attention(
                 q, k, v, causal=causal, bias=bias, mask=mask, dropout_p=self.dropout if self.training else 0.0,
                 backend=self.backend, **options,
             )  # fmt: skip
         return out.flatten(2)
+
+    def _seen(self, q, k, v, attention_mask, key_padding_mask, causal) -> tuple:
+        """(k, v, bias, mask, causal) of ``trinix.ops.attention``."""
+        return k, v, *merged(type(self).__name__, q, k, attention_mask, key_padding_mask), causal
 
     def _options(self, q: Tensor) -> dict:
         """What attention over new keys and over a cache have in common."""
@@ -336,7 +344,8 @@ class FastMultiHeadAttention(_FastAttention):
     Args:
         embed_dim, num_heads: E and H.
         kdim, vdim: widths of key and value; E if None.
-        add_bias_kv: torch's; only False.
+        add_bias_kv: every sequence has one more key and value, the parameters ``bias_k`` and ``bias_v`` ``[1, 1, E]``, which
+            no mask hides and no norm touches. Not with positions, a window or a cache.
 
     Other arguments are ``trinix.FastGroupedQueryAttention``'s.
 
@@ -362,9 +371,14 @@ class FastMultiHeadAttention(_FastAttention):
         device: torch.device | str | None = None,
         **options,
     ):
-        if add_bias_kv:
-            raise ValueError("FastMultiHeadAttention: add_bias_kv must be False, there is none; leave it out")
         super().__init__(embed_dim, num_heads, num_heads, dropout, bias, device=device, **options)
+        dispatch.flags("FastMultiHeadAttention", add_bias_kv=add_bias_kv)
+        for argument, usual in (("position_method", "none"), ("sliding_window_size", None)):
+            if add_bias_kv and options.get(argument, usual) != usual:
+                raise ValueError(
+                    f"FastMultiHeadAttention: add_bias_kv needs {argument} {usual!r}, for bias_k stands nowhere among the keys, got "
+                    f"{options[argument]!r}; leave one of them out"
+                )
         place = {"device": device, "dtype": options.get("dtype")}
         width = num_heads * self.head_dim
         self.kdim = embed_dim if kdim is None else kdim
@@ -374,8 +388,17 @@ class FastMultiHeadAttention(_FastAttention):
         self.k_proj = FastLinear(self.kdim, width, bias, **place)
         self.v_proj = FastLinear(self.vdim, width, bias, **place)
         self.o_proj = FastLinear(width, embed_dim, bias, **place)
+        for side in ("bias_k", "bias_v"):
+            self.register_parameter(side, nn.Parameter(torch.empty(1, 1, width, **place)) if add_bias_kv else None)
         self.register_load_state_dict_pre_hook(_take_torchs_names)
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``torch.nn.MultiheadAttention`` draws: weights of Xavier and Glorot, biases 0, bias_k and bias_v normal."""
+        super().reset_parameters()
+        for extra in (self.bias_k, self.bias_v):
+            if extra is not None:
+                nn.init.xavier_normal_(extra)
 
     def forward(
         self,
@@ -399,13 +422,19 @@ class FastMultiHeadAttention(_FastAttention):
             key_padding_mask, attn_mask: torch's, True where a key is *not* seen, or floating point to be added; attn_mask is
                 [Sq, Sk] or [B * H, Sq, Sk].
             need_weights: None returns out. True returns (out, weights) with weights ``[B, Sq, Sk]``, or ``[B, H, Sq, Sk]``
-                without ``average_attn_weights``; they are in memory then. With ``add_zero_attn`` they have a last column for
-                the zero. False returns (out, None), as torch does.
+                without ``average_attn_weights``; they are in memory then. With ``add_bias_kv`` they have one more column, and
+                with ``add_zero_attn`` a last one for the zero. False returns (out, None), as torch does.
             is_causal: this call is causal; beside an attn_mask for Sq != Sk it says what that mask is, and adds nothing.
             attention_mask, position_ids, cache: as in ``FastGroupedQueryAttention``.
         """
+        dispatch.flags(
+            "FastMultiHeadAttention", need_weights=need_weights is not None and need_weights,
+            average_attn_weights=average_attn_weights, is_causal=is_causal,
+        )  # fmt: skip
         if cache is not None and any(t is not None and t is not query for t in (key, value)):
             raise ValueError("FastMultiHeadAttention: a cache is for self-attention; leave key and value out")
+        if cache is not None and self.bias_k is not None:
+            raise ValueError("FastMultiHeadAttention: a cache knows no bias_k; make the layer without add_bias_kv")
         key = query if key is None else key
         value = key if value is None else value
         shared = key is query, value is key
@@ -415,14 +444,18 @@ class FastMultiHeadAttention(_FastAttention):
             check_input("FastMultiHeadAttention", argument, x, width, unbatched)
         if unbatched:
             query, key, value = query[None], key[None], value[None]
-            if key_padding_mask is not None:
-                _check_mask("FastMultiHeadAttention", "key_padding_mask", key_padding_mask)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+            if isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() == 1:
+                key_padding_mask = key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        if key.shape[0] != query.shape[0] or value.shape[:2] != key.shape[:2]:
+            raise ValueError(
+                "FastMultiHeadAttention: key and value must have the query's batch, and value the key's length, got [batch, length] "
+                f"{[list(t.shape[:2]) for t in (query, key, value)]}; expand or pad them"
+            )
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self._projected(query, key, value, *shared))
         if attn_mask is not None:
-            attention_mask = self._as_seen(attn_mask, attention_mask, q)
+            attention_mask = self._as_seen(attn_mask, attention_mask, q, k)
         # torch's masks are aligned at the top left
         causal = self.causal or (is_causal and (attn_mask is None or query.shape[1] == key.shape[1]))
         weights = None
@@ -445,21 +478,46 @@ class FastMultiHeadAttention(_FastAttention):
             return [self.q_proj(query), *projected(key, self.k_proj, self.v_proj)]
         return [self.q_proj(query), self.k_proj(key), self.v_proj(value)]
 
-    def _as_seen(self, attn_mask, attention_mask, q) -> Tensor:
+    def _as_seen(self, attn_mask, attention_mask, q, k) -> Tensor:
         """torch's mask as one of ours."""
         if attention_mask is not None:
             raise ValueError("FastMultiHeadAttention: attn_mask and attention_mask are one thing; give one of them")
-        _check_mask("FastMultiHeadAttention", "attn_mask", attn_mask)
-        if attn_mask.dim() == 3 and attn_mask.shape[0] == q.shape[0] * self.num_heads:
-            attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
+        _check_mask("FastMultiHeadAttention", "attn_mask", attn_mask, q)
+        shape, (batch, queries), keys = list(attn_mask.shape), q.shape[:2], k.shape[1]
+        if attn_mask.dim() == 3 and shape[0] == batch * self.num_heads:
+            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        if not _broadcasts(attn_mask, q, k):
+            raise ValueError(
+                f"FastMultiHeadAttention: attn_mask must be [Sq, Sk] = {[queries, keys]} or [B * H, Sq, Sk] = "
+                f"{[batch * self.num_heads, queries, keys]}, got {shape}; padding [B, Sk] goes into key_padding_mask"
+            )
         return ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+
+    def _seen(self, q, k, v, attention_mask, key_padding_mask, causal) -> tuple:
+        """With ``add_bias_kv`` its key in front of the others: the last query still stands at the last key."""
+        k, v, bias, mask, causal = super()._seen(q, k, v, attention_mask, key_padding_mask, causal)
+        if self.bias_k is None:
+            return k, v, bias, mask, causal
+        keys = k.shape[1]
+        if causal and q.shape[1] > keys + 1:  # first queries, before all keys and that one
+            seen = torch.ones(q.shape[1], keys, dtype=torch.bool, device=q.device).tril(keys - q.shape[1])
+            mask, causal = seen if mask is None else mask & seen, False
+        bias, mask = (
+            t if t is None else nn.functional.pad(t.expand(*t.shape[:-1], keys), (1, 0), value=value)
+            for t, value in ((bias, 0.0), (mask, True))
+        )
+        k, v = (
+            torch.cat((extra.to(t.dtype).unflatten(-1, (self.num_heads, -1)).expand(t.shape[0], -1, -1, -1), t), 1)
+            for extra, t in ((self.bias_k, k), (self.bias_v, v))
+        )
+        return k, v, bias, mask, causal
 
     def _with_weights(self, q, k, v, attention_mask, key_padding_mask, position_ids, cache, causal):
         """(out ``[B, Sq, H D]``, weights ``[B, H, Sq, Sk]``)."""
         if cache is not None:
             raise ValueError("FastMultiHeadAttention: need_weights does not go with a cache; leave one of them out")
         q, k = self._placed(q, k, position_ids, None, causal)
-        bias, mask = merged(type(self).__name__, k, attention_mask, key_padding_mask)
+        k, v, bias, mask, causal = self._seen(q, k, v, attention_mask, key_padding_mask, causal)
         # the weights are what attention makes of an identity
         keys = k.shape[1]
         identity = torch.eye(keys, dtype=k.dtype, device=k.device)[:, None].expand(
@@ -468,6 +526,8 @@ class FastMultiHeadAttention(_FastAttention):
         weights = ops.attention(
             q, k, identity, causal=causal, bias=bias, mask=mask, backend="torch", **self._options(q)
         ).transpose(1, 2)
+        if self.bias_k is not None:  # torch has it behind the keys
+            weights, v = weights.roll(-1, -1), v.roll(-1, 1)
         if self.add_zero_attn:
             weights = torch.cat((weights, 1 - weights.sum(-1, keepdim=True)), -1)
         weights = nn.functional.dropout(weights, self.dropout, self.training)
@@ -479,7 +539,7 @@ class FastMultiHeadAttention(_FastAttention):
         """A module that computes what ``module`` computes, with copies of its parameters; ``options`` are added.
 
         Raises:
-            ValueError: ``module`` was made with ``add_bias_kv=True``, or makes its weights of others (parametrized, pruned).
+            ValueError: ``module`` makes its weights of others (parametrized, pruned).
 
         >>> theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
         >>> ours, x = trinix.FastMultiHeadAttention.from_torch(theirs), torch.randn(2, 3, 8)
@@ -490,20 +550,22 @@ class FastMultiHeadAttention(_FastAttention):
             raise TypeError(
                 f"FastMultiHeadAttention: from_torch wants a torch.nn.MultiheadAttention, got {type(module).__name__}"
             )
-        if module.bias_k is not None:
-            raise ValueError("FastMultiHeadAttention: from_torch knows no add_bias_kv; make the module without it")
         out = module.out_proj
         ours = cls(
             module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None, kdim=module.kdim,
-            vdim=module.vdim, add_zero_attn=module.add_zero_attn, batch_first=module.batch_first,
+            vdim=module.vdim, add_bias_kv=module.bias_k is not None, add_zero_attn=module.add_zero_attn,
+            batch_first=module.batch_first,
             **{"device": out.weight.device, "dtype": out.weight.dtype} | options,
         )  # fmt: skip
         missing, _ = ours.load_state_dict(module.state_dict(), strict=False)  # options may have added norms
-        if lost := [key for key in missing if "_proj." in key]:
+        if lost := [key for key in missing if "_proj." in key or key in ("bias_k", "bias_v")]:
             raise ValueError(
                 f"FastMultiHeadAttention: from_torch found no {lost} in the module's state; remove parametrizations and pruning first"
             )
         return ours.train(module.training)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.bias_k is None else ", add_bias_kv=True")
 
 
 def _take_torchs_names(layer: FastMultiHeadAttention, state: dict[str, Tensor], prefix: str, *_) -> None:
@@ -615,13 +677,13 @@ def reach(cache, tokens: int) -> int:
     return cache.longest + tokens if cache.capacity is None else cache.capacity
 
 
-def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask: Tensor | None):
-    """(bias, mask) of ``trinix.ops.attention``; k is ``[B, Sk, ...]``."""
+def merged(name: str, q: Tensor, k: Tensor, attention_mask: Tensor | None, key_padding_mask: Tensor | None):
+    """(bias, mask) of ``trinix.ops.attention``; q is ``[B, Sq, H, ...]``, k ``[B, Sk, ...]``."""
     bias = mask = None
     for argument, given in (("attention_mask", attention_mask), ("key_padding_mask", key_padding_mask)):
         if given is None:
             continue
-        _check_mask(name, argument, given)
+        _check_mask(name, argument, given, q)
         if argument == "key_padding_mask":
             if given.shape != k.shape[:2]:
                 raise ValueError(
@@ -629,6 +691,12 @@ def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask
                     "sequence a row, every key a column"
                 )
             given = (~given if given.dtype == torch.bool else given)[:, None, None]
+        elif not _broadcasts(given, q, k):
+            raise ValueError(
+                f"{name}: attention_mask must be [Sq, Sk], [B, Sq, Sk] or [B, H, Sq, Sk], or 1 in their places, with [B, H, Sq, Sk] = "
+                f"{[q.shape[0], q.shape[2], q.shape[1], k.shape[1]]}, got {list(given.shape)}; padding [B, Sk] goes into "
+                "key_padding_mask"
+            )
         elif given.dim() == 3:
             given = given[:, None]
         if given.dtype == torch.bool:
@@ -638,11 +706,22 @@ def merged(name: str, k: Tensor, attention_mask: Tensor | None, key_padding_mask
     return bias, mask
 
 
-def _check_mask(name: str, argument: str, given) -> None:
+def _broadcasts(mask: Tensor, q: Tensor, k: Tensor) -> bool:
+    """Whether a mask, ``[B, Sq, Sk]`` if of three dimensions, is broadcastable to ``[B, H, Sq, Sk]``."""
+    shape = (mask.shape[0], 1, *mask.shape[1:]) if mask.dim() == 3 else mask.shape
+    full = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    return len(shape) <= 4 and all(n in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False))
+
+
+def _check_mask(name: str, argument: str, given, q: Tensor) -> None:
     if not isinstance(given, Tensor) or (given.dtype != torch.bool and not given.is_floating_point()):
         got = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(
             f"{name}: {argument} must be bool or floating point, got {got}; convert numbers 0 and 1 with .bool()"
+        )
+    if given.device != q.device:
+        raise ValueError(
+            f"{name}: {argument} must be on {q.device}, where q is, got {given.device}; move it there with .to()"
         )
 
 

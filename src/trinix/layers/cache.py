@@ -21,7 +21,7 @@ a gradient.
 import torch
 from torch import Tensor
 
-from trinix import ops
+from trinix import dispatch, ops
 from trinix.layers.arguments import check_sizes
 
 
@@ -59,9 +59,9 @@ class _Cache:
 
     def truncate(self, lengths: Tensor | int) -> None:
         """Forget the tokens of every sequence from ``lengths`` (int, or int tensor [B]) on."""
-        lengths = self._integers("truncate", "lengths", torch.as_tensor(lengths, device=self.lengths.device)).to(
-            self.lengths
-        )
+        if lengths is not None and not isinstance(lengths, str):  # of which as_tensor would not say the name
+            lengths = torch.as_tensor(lengths, device=self.lengths.device)
+        lengths = self._integers("truncate", "lengths", lengths).to(self.lengths)
         if lengths.shape not in ((), self.lengths.shape) or bool((lengths < 0).any()):
             raise ValueError(
                 f"{type(self).__name__}: truncate wants an int or a tensor [B] = {list(self.lengths.shape)}, from 0 on, got "
@@ -98,20 +98,31 @@ class _Cache:
         self.longest = 0
 
     def reorder(self, index: Tensor) -> None:
-        """Sequence b becomes what sequence ``index[b]`` ([B], integers) was: the step of a beam search. Copies.
+        """Sequence b becomes what sequence ``index[b]`` ([B], integers from 0 to B - 1) was: the step of a beam search. Copies.
 
-        Where the longest one goes, ``longest`` stays what it was until ``sync`` (not with pages, which the host counts)."""
-        index = self._integers("reorder", "index", index).to(self.lengths.device, torch.int64)
+        An index on the CPU is checked; one on a GPU, where PyTorch would end the process, is not. Where the longest one goes, ``longest`` stays what it was until ``sync`` (not with pages, which the host counts)."""
+        self._integers("reorder", "index", index)
         if index.shape != self.lengths.shape:
             raise ValueError(
-                f"{type(self).__name__}: reorder wants index [B] = {list(self.lengths.shape)}, got {list(index.shape)}"
+                f"{type(self).__name__}: reorder wants index [B] = {list(self.lengths.shape)}, got {list(index.shape)}; give every "
+                "sequence the number of one"
             )
+        if dispatch.readable(index):
+            self._check_rows(index.tolist())
+        index = index.to(self.lengths.device, torch.int64)
         self._reorder(index)
         if self.leader is None:
             self.lengths.copy_(self.lengths[index])
 
     def _reorder(self, index: Tensor) -> None:
         raise NotImplementedError
+
+    def _check_rows(self, index: list[int]) -> None:
+        batch = self.lengths.shape[0]
+        if not all(0 <= row < batch for row in index):
+            raise ValueError(
+                f"{type(self).__name__}: reorder wants index from 0 to {batch - 1}, got {index}; beams count within the cache's batch"
+            )
 
     def _integers(self, method: str, argument: str, given) -> Tensor:
         if (
@@ -369,7 +380,9 @@ class PagedCache(_Cache):
         return self.page_table[:, at // self.page_size].long(), at % self.page_size
 
     def _reorder(self, index: Tensor) -> None:
-        counts = [self._counts[i] for i in index.tolist()]
+        rows = index.tolist()
+        self._check_rows(rows)
+        counts = [self._counts[i] for i in rows]
         needed, pages = sum(-(-count // self.page_size) for count in counts), len(self.keys)
         if needed > pages:
             raise ValueError(

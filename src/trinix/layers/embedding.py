@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trinix import ops
+from trinix import dispatch, ops
 from trinix.layers.arguments import check_sizes, check_use_triton
 from trinix.ops.alibi import triton_can_run as triton_can_bias
 from trinix.ops.rope import triton_can_run as triton_can_rotate
@@ -13,8 +13,9 @@ class FastRoPEPositionEmbedding(nn.Module):
     """Rotates q and k: ``q, k = embedding(q, k)`` with q ``[B, S, H, D]``, k ``[B, S, Hk, D]``; see ``trinix.ops.rope``.
 
     The table (cos, sin) is float32 whatever the model's dtype, lies where the module lies, and is no part of the state_dict.
-    It grows when ``offset + S`` asks for it. Positions given as a tensor are on the device, where nobody looks: they have to
-    be below ``max_position_embeddings``, or call ``grow(length)`` first. A CUDA graph goes on reading the table of its capture:
+    It grows when ``offset + S`` asks for it, not for positions given as a tensor: these have to be below
+    ``max_position_embeddings``, or call ``grow(length)`` first. On a CPU others are a ValueError; on a GPU, where nobody looks,
+    their results are NaN. A CUDA graph goes on reading the table of its capture:
     let it be long enough then for all that will run beside the graph, since a longer one takes its place and frees it.
 
     Args:
@@ -44,6 +45,7 @@ class FastRoPEPositionEmbedding(nn.Module):
         if not isinstance(base, int | float) or base <= 0:
             raise ValueError(f"{name}: base must be a number above 0, got {base!r}")
         check_use_triton(name, use_triton)
+        dispatch.flags(name, interleaved=interleaved)
         self.dim = dim
         self.max_position_embeddings = max_position_embeddings
         self.base = base
@@ -97,6 +99,7 @@ class FastRoPEPositionEmbedding(nn.Module):
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), ``[length, R/2]`` each."""
+        check_sizes(type(self).__name__, 0, length=length)
         self.grow(length)
         return self.cos[:length], self.sin[:length]
 
@@ -162,6 +165,7 @@ class FastALiBiPositionEmbedding(nn.Module):
         super().__init__()
         check_sizes(type(self).__name__, num_heads=num_heads)
         check_use_triton(type(self).__name__, use_triton)
+        dispatch.flags(type(self).__name__, causal=causal, trainable=trainable)
         self.num_heads = num_heads
         self.max_seq_len = max_seq_len
         self.use_triton = use_triton
@@ -179,6 +183,10 @@ class FastALiBiPositionEmbedding(nn.Module):
 
         With a cache ``seq_len`` counts the new queries and ``seq_k`` all keys.
         """
+        if not isinstance(batch_size, (int, torch.SymInt)) or batch_size < 0:
+            raise ValueError(
+                f"{type(self).__name__}: batch_size must be an int from 0 on, got {batch_size!r}; pass x.shape[0]"
+            )
         backend = "auto"
         if self.use_triton is not None:
             wanted = self.use_triton and triton_can_bias(self.slopes, dtype)

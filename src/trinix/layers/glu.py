@@ -52,6 +52,7 @@ class _FastGLU(nn.Module):
         for argument, size in (("input_dim", input_dim), ("hidden_dim", hidden_dim), ("output_dim", output_dim)):
             if not (size is None and argument == "output_dim") and (type(size) is not int or size < 1):
                 raise ValueError(f"{name}: {argument} must be an int from 1 on, got {size!r}; bias goes by name")
+        dispatch.flags(name, bias=bias)
         if use_triton is not None and backend != "auto":
             raise ValueError(f"{name}: use_triton={use_triton} and backend={backend!r} both choose; give one of them")
         self.input_dim = input_dim

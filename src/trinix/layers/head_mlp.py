@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trinix import ops
+from trinix import dispatch, ops
 from trinix.layers.activation import choose_backend
 from trinix.layers.arguments import check_sizes, check_use_triton
 from trinix.ops.head_mlp import GATED_KINDS, KINDS, triton_can_run
@@ -42,6 +42,7 @@ class FlashMLP(nn.Module):
         name = type(self).__name__
         check_sizes(name, num_heads=num_heads, hidden_dim=hidden_dim, intermediate_dim=intermediate_dim)
         check_use_triton(name, use_triton)
+        dispatch.flags(name, bias=bias)
         kind = activation or "none"
         if kind not in KINDS:
             known = ["", *KINDS]

@@ -104,6 +104,10 @@ class FastMultiHeadLatentAttention(nn.Module):
         super().__init__()
         name = type(self).__name__
         refuse_unknown(type(self), unknown)
+        dispatch.flags(
+            name, bias=bias, causal=causal, rope_interleaved=rope_interleaved, latent_norm=latent_norm,
+            add_zero_attn=add_zero_attn, batch_first=batch_first,
+        )  # fmt: skip
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads, max_seq_len=max_seq_len)
         check_heads(name, embed_dim, num_heads, head_dim)
         check_dropout(name, dropout)
@@ -203,7 +207,7 @@ class FastMultiHeadLatentAttention(nn.Module):
             "sink": q.new_zeros(self.num_heads, dtype=torch.float32) if self.add_zero_attn else None,
         }
         if cache is None:
-            bias, mask = merged(type(self).__name__, latent, attention_mask, key_padding_mask)
+            bias, mask = merged(type(self).__name__, q, latent, attention_mask, key_padding_mask)
             dropout_p = self.dropout if self.training else 0.0
             more = {"causal": self.causal, "bias": bias, "mask": mask, "dropout_p": dropout_p, "backend": self.backend}
             out = ops.attention(q, *self._keys_and_values(latent, k_rope), **more, **options)

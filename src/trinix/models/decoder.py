@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trinix import dispatch
 from trinix.layers.activation import FastGELU
 from trinix.layers.arguments import check_sizes
 from trinix.layers.attention import FastGroupedQueryAttention
@@ -51,6 +52,7 @@ class Config:
     def __post_init__(self):
         names = ("vocabulary", "dim", "layers", "heads", "kv_heads", "hidden", "length")
         check_sizes("Config", **{name: getattr(self, name) for name in names})
+        dispatch.flags("Config", gated=self.gated, learned_positions=self.learned_positions, tied=self.tied)
 
 
 def gpt(**sizes) -> Config:
@@ -149,13 +151,12 @@ class Decoder(nn.Module):
         """Logits of every token, or with ``last`` of the last one ``[B, 1, vocabulary]``.
 
         Args:
+            tokens: int64 or int32, from 0 to vocabulary - 1: on a CPU that is checked, on a GPU PyTorch ends the process.
             caches: one a block, from ``self.caches``; the tokens follow what they hold.
         """
-        if caches is not None and len(caches) != len(self.blocks):
-            raise ValueError(
-                f"Decoder: caches must be one a block, {len(self.blocks)}, got {len(caches)}; self.caches makes them"
-            )
-        _check_tokens(tokens)
+        _check_tokens(tokens, self.config.vocabulary)
+        if caches is not None:
+            self._check_caches(caches, tokens)
         x = self.embedding(tokens)
         h = torch.zeros_like(x)
         if self.positions is not None:
@@ -185,6 +186,19 @@ class Decoder(nn.Module):
             raise
         return x, h
 
+    def _check_caches(self, caches: Sequence, tokens: Tensor) -> None:
+        kinds = StaticCache, PagedCache, LatentCache
+        if not isinstance(caches, Sequence) or not all(isinstance(cache, kinds) for cache in caches):
+            got = [type(cache).__name__ for cache in caches] if isinstance(caches, Sequence) else type(caches).__name__
+            raise TypeError(
+                f"Decoder: caches must be a list of caches, got {got}; self.caches(batch, capacity) makes them"
+            )
+        if len(caches) != len(self.blocks):
+            raise ValueError(
+                f"Decoder: caches must be one a block, {len(self.blocks)}, got {len(caches)}; self.caches makes them"
+            )
+        caches[0].check(*tokens.shape)  # before its lengths choose positions; the others' blocks ask them
+
     def _check_positions(self, end: int) -> None:
         if self.positions is not None and end > self.config.length:
             raise ValueError(
@@ -193,7 +207,12 @@ class Decoder(nn.Module):
             )
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy of every token given those before it, in float32."""
+        """Mean cross-entropy of every token given those before it, in float32; tokens are ``[B, S]`` with S from 2 on."""
+        _check_tokens(tokens, self.config.vocabulary)
+        if tokens.shape[1] < 2:
+            raise ValueError(
+                f"Decoder: tokens of a loss must be [B, S] with S from 2 on, got {list(tokens.shape)}; the last is what is guessed"
+            )
         logits = self(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten().long())
 
@@ -231,7 +250,7 @@ class Decoder(nn.Module):
             kind: of the caches; None computes the whole sequence again for every token.
             graph: steps are replays of a CUDA graph; not for dynamic caches.
         """
-        _check_tokens(tokens)
+        _check_tokens(tokens, self.config.vocabulary)
         if not tokens.shape[1]:
             raise ValueError(
                 f"Decoder: tokens must be [B, S] with a token at least, got {list(tokens.shape)}; begin with one"
@@ -302,12 +321,21 @@ class Decoder(nn.Module):
         return step
 
 
-def _check_tokens(tokens: Tensor) -> None:
+def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(
             f"Decoder: tokens must be a tensor [B, S], got {got}; one sequence is a batch of 1, tokens[None]"
         )
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"Decoder: tokens must be int64 or int32, got {tokens.dtype}; convert them with .long()")
+    if dispatch.readable(tokens) and tokens.numel():
+        least, most = map(int, tokens.aminmax())
+        if least < 0 or most >= vocabulary:
+            raise ValueError(
+                f"Decoder: tokens must be from 0 to {vocabulary - 1}, the vocabulary, got some from {least} to {most}; make a "
+                "Config with the tokenizer's vocabulary"
+            )
 
 
 def _tie(model: Decoder, _=None) -> None:

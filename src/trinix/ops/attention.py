@@ -210,7 +210,7 @@ def attention(
         out ``[B, Sq, H, Dv]`` or ``[T, H, Dv]`` in q's dtype; with ``return_lse`` also lse ``[B, H, Sq]`` or ``[H, T]``.
 
     Raises:
-        TypeError: a tensor is missing or of a wrong dtype.
+        TypeError: a tensor is missing or of a wrong dtype, or what must be True or False is neither.
         ValueError: shapes, devices or options that do not fit.
         Unsupported: the named backend cannot run this call.
 
@@ -219,6 +219,8 @@ def attention(
     >>> trinix.ops.attention(q, q, v, causal=True).flatten().tolist()
     [1.0, 2.0]
     """
+    if type(return_lse) is not bool:
+        dispatch.flags("attention", return_lse=return_lse)
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_any_autocast_enabled():
         q, k, v = _cast(q, k, v)
@@ -363,6 +365,8 @@ def checked(
     max_seqlen_q, max_seqlen_k, deterministic,
 ) -> Options:  # fmt: skip
     """The call's options in one form. On the path of every eager call: options that are not there cost nothing."""
+    if type(causal) is not bool or type(deterministic) is not bool:
+        dispatch.flags("attention", causal=causal, deterministic=deterministic)
     if (
         not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.is_floating_point())
         or not q.dtype == k.dtype == v.dtype

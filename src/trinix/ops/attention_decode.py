@@ -29,7 +29,7 @@ is k_cache's first channels, v_new has to be k_new's.
 
 Lengths stay on the device: nothing on the host depends on them, so a CUDA graph may be replayed as they grow. A length
 that the cache cannot hold (below 0, or with the new tokens above its capacity) makes that sequence's results NaN in the Triton
-kernel, which touches nothing outside; the PyTorch formula raises an IndexError on a CPU, where it appends.
+kernel, which touches nothing outside; in the PyTorch formula it is a ValueError on a CPU, and on a GPU not looked at.
 An entry of the table that is no page is undefined.
 
 The cache of one sequence is split into shares that run at the same time, ``num_splits`` of them, by default as many as fill
@@ -121,7 +121,7 @@ def attention_decode(
         backend: "auto", "triton" or "torch". A named backend never falls back.
 
     Raises:
-        TypeError: an argument is no tensor of its dtype.
+        TypeError: an argument is no tensor of its dtype, or no bool.
         ValueError: shapes or devices do not fit, ``k_new`` without ``v_new``, a negative window or softcap, unknown backend.
         RuntimeError: a gradient is wanted.
         Unsupported: the named backend cannot run this call.
@@ -130,6 +130,8 @@ def attention_decode(
     >>> trinix.ops.attention_decode(q, cache, cache, torch.tensor([5], dtype=torch.int32)).shape
     torch.Size([1, 1, 4, 8])
     """
+    if type(causal) is not bool or type(return_lse) is not bool:
+        dispatch.flags("attention_decode", causal=causal, return_lse=return_lse)
     tensors = q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, alibi_slopes, sink
     kind = plan = None
     if not torch.compiler.is_compiling():
@@ -199,6 +201,7 @@ def _run(call, backend, kind):
     else:
         dispatch.load_named("attention_decode", BACKENDS, backend, *call)
     if backend == "torch":
+        _check_lengths(*call[1:2], *call[3:7])
         return reference.forward(*call)
     if torch.compiler.is_compiling() or not dispatch.plain(*_tensors(call)):
         return (_append_op if call[4] is not None else _read_op)(*call[:7], *call[7])
@@ -297,6 +300,20 @@ def _check(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, alibi_s
             raise ValueError(
                 f"attention_decode: {name} must be on q's device {q.device}, got {t.device}; move it with .to(q.device)"
             )
+
+
+def _check_lengths(k_cache, cache_seqlens, k_new, v_new, page_table):
+    """Lengths that are known without waiting for a device."""
+    if not cache_seqlens.numel() or not dispatch.readable(cache_seqlens):
+        return
+    room = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    new = 0 if k_new is None else k_new.shape[1]
+    least, most = map(int, cache_seqlens.aminmax())
+    if least < 0 or most + new > room:
+        raise ValueError(
+            f"attention_decode: cache_seqlens must be from 0 to {room - new}, for the cache has room for {room} tokens and {new} "
+            f"are new, got some from {least} to {most}; make a larger cache"
+        )
 
 
 def _check_int(name, t, shape):

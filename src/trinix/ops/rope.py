@@ -16,10 +16,10 @@ other width is refused. The Triton kernel copies a table whose rows are not dens
 
 Position of token s of batch b: ``offset + s``; ``offset[b] + s`` for an int tensor [B] or of no dimensions, which stays on
 the device; ``position_ids[b, s]`` ([B, S], [1, S] or [S]; [T] without a batch). With ``cu_seqlens`` [n + 1] (0 first, T last,
-never falling) q is [T, H, D] and every sequence counts from ``offset``. ``offset + S > P`` is a ValueError. A position outside
-the table that only the device knows is an IndexError of the PyTorch formula on a CPU and a device assertion of it on a GPU;
-the Triton kernel reads nothing outside and makes the rotated channels NaN (with a norm all channels of the head's gradient,
-and the weight's gradient).
+never falling) q is [T, H, D] and every sequence counts from ``offset``. A position outside the table is a ValueError where the
+host can see it: of an int offset always, of tensors in an eager call of the PyTorch formula on a CPU. Nobody waits for a device to look
+at them there: kernel and formula read nothing outside and make the rotated channels NaN (with a norm all channels of the
+head's gradient, and the weight's gradient).
 
 q and k: float16, bfloat16, float32 (float64 through the PyTorch formula), any strides; both of one dtype. Arithmetic is
 float32, float64 for float64. Results are dense, with the strides of ``torch.empty_like(q)`` (contiguous from the PyTorch
@@ -118,6 +118,7 @@ def rope(
     call = places, mode, first, half, interleaved
     module, raw = _choose("rope", backend, (q, k, cos, sin), places)
     if module is reference:
+        _check_places("rope", q, cos, places, mode, first)
         results = _formula(q, k, cos, sin, *call)
     elif not raw:
         results = _registered(q, k, cos, sin, call, grad)
@@ -180,6 +181,7 @@ def qk_norm_rope(
     call = places, mode, first, half, interleaved, eps, weight_offset
     module, raw = _choose("qk_norm_rope", backend, inputs, places)
     if module is reference:
+        _check_places("qk_norm_rope", q, cos, places, mode, first)
         return _norm_formula(*inputs, *call)
     if not raw:
         return _RegisteredQkNormRope.apply(*inputs, *call) if _recorded(grad) else _norm_op(*inputs, *call)
@@ -425,6 +427,25 @@ def _positions(op, q, cos, position_ids, offset, cu_seqlens) -> tuple[Tensor | N
         got = f"q {list(shape)} and cu_seqlens {list(cu_seqlens.shape)}"
         raise ValueError(f"{op}: cu_seqlens must be [n + 1] and q [T, H, D] with it, got {got}; flatten the batch")
     return cu_seqlens.contiguous(), "sequences", offset
+
+
+def _check_places(op, q, cos, places, mode, first):
+    """Positions that are known without waiting for a device."""
+    if places is None or torch.compiler.is_compiling() or not q.numel():
+        return
+    name = {"ids": "position_ids", "offsets": "offset", "sequences": "cu_seqlens"}[mode]
+    rows, least, most = cos.shape[0], 0, 0
+    if dispatch.readable(places):
+        least, most = map(int, reference.positions(q.shape, places, mode, first).aminmax())
+    if least < 0:
+        raise ValueError(
+            f"{op}: {name} must not name positions below 0, got {least}; position 0 is the table's first row"
+        )
+    if most >= rows:
+        raise ValueError(
+            f"{op}: {name} must name positions within the table's {rows} rows, got {most}; make a longer one with "
+            f"trinix.ops.rope_table({most + 1}, rotary_dim), or call grow({most + 1}) of the module that holds it"
+        )
 
 
 def _check_offset(op, offset):

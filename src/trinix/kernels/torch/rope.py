@@ -14,25 +14,32 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def positions(shape: tuple, places: Tensor, mode: str, first: int) -> Tensor:
+    """Every token's position for a tensor ``shape = [(B,) S, H, D]``: ``[(B|1,) S]``."""
+    if mode == "ids":
+        return places
+    token = torch.arange(shape[-3], device=places.device)
+    if mode == "offsets":
+        return places[:, None] + token
+    starts = places.long()
+    return token - starts[torch.searchsorted(starts, token, right=True) - 1] + first
+
+
 def gather(
     cos: Tensor, sin: Tensor, shape: tuple, places: Tensor | None, mode: str, first: int, half: int
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token, ``[(B,) S, 1, half]``, for a tensor ``shape = [(B,) S, H, D]``."""
+    """cos and sin of every token, ``[(B,) S, 1, half]``, for a tensor ``shape = [(B,) S, H, D]``; NaN outside the table."""
     cos, sin, length = cos[:, :half], sin[:, :half], shape[-3]
     if mode == "offset":
         rows = slice(first, first + length)
         return cos[rows, None], sin[rows, None]
-    token = torch.arange(length, device=cos.device)
-    if mode == "offsets":
-        positions = places[:, None] + token
-    elif mode == "sequences":
-        starts = places.long()
-        positions = token - starts[torch.searchsorted(starts, token, right=True) - 1] + first
-    else:
-        positions = places
-    # not cos[positions]: a negative position is an error here, not a row from the table's end
-    leading = shape[:-2] if mode == "offsets" else positions.shape
-    return tuple(t.index_select(0, positions.flatten()).view(*leading, 1, half) for t in (cos, sin))
+    at = positions(shape, places, mode, first)
+    leading = shape[:-2] if mode == "offsets" else at.shape
+    # no index outside ever reaches PyTorch: on a GPU that would end the process
+    at = at.flatten()
+    row = at.clamp(0, cos.shape[0] - 1)
+    outside = (at != row)[:, None]
+    return tuple(t.index_select(0, row).masked_fill(outside, float("nan")).view(*leading, 1, half) for t in (cos, sin))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:

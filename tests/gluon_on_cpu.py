@@ -647,6 +647,7 @@ def attention_on_cpu(monkeypatch, hopper, multiprocessors):
     monkeypatch.setattr(hopper.Box, "at", lambda self, address: ((self, address),))
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(hopper, "raw_stream", lambda device: 0)
+    monkeypatch.setattr(hopper, "choose_short_backward", lambda *_: None)  # plain Triton: its interpreter runs it
     monkeypatch.setattr(hopper, "_counter", lambda device, stream: counter)
     monkeypatch.setattr(hopper, "_plans", {})
     monkeypatch.setattr(hopper, "_binaries", {})

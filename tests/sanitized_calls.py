@@ -29,7 +29,7 @@ GROUPS = {
     "128": ([(128, 128)], OPTIONS, 200, 330),
     "192": ([(192, 128)], OPTIONS, 200, 330),
     "256": ([(256, 256)], OPTIONS, 200, 330),
-    "short": ([(64, 64), (128, 128)], ("full", "causal", "gqa"), 200, 330),  # the kernel of short calls
+    "short": ([(64, 64), (128, 128)], ("full", "causal", "gqa"), 200, 330),  # the kernels of short calls
     "few": ([(64, 64), (128, 128)], ("full", "causal"), 520, 1100),  # programs that draw items, and share the last ones
     "portable": ([(64, 64), (128, 128)], PORTABLE, 200, 330),
     "decode": ([(64, 64), (128, 128)], ("contiguous", "paged", "appended", "four queries"), 1, 300),
@@ -92,7 +92,7 @@ def decode(d: int, dv: int, option: str, queries: int, keys: int) -> list[torch.
 def main(group: str, broken: bool) -> None:
     torch.manual_seed(0)
     if group in ("64", "128", "192", "256", "few"):
-        hopper.choose_short = lambda *call: None
+        hopper.choose_short = hopper.choose_short_backward = lambda *call: None
     if group == "few":
         hopper._multiprocessors = lambda device: 3
     if broken:

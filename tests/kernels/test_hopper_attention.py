@@ -23,6 +23,15 @@ from trinix.kernels._layout import side_by_side
 from trinix.kernels.hopper import attention as hopper
 
 SHARED_LIMIT = 227 * 1024
+
+
+@pytest.fixture(autouse=True)
+def long_backward(monkeypatch):
+    """Small calls here are for the kernels of long ones; those of the short ones' backward: test_hopper_attention_short.py."""
+    monkeypatch.setattr(hopper, "choose_short_backward", lambda *_: None)
+    monkeypatch.setattr(hopper, "_plans", {})
+
+
 # binary -> spilling instructions that may stand in a loop over tiles (of 400 to 700): the others have none
 SPILLS = {
     "forward/64/window": 6, "forward/64/softcap-varlen": 4, "forward/128/softcap-varlen": 4, "backward/128/causal": 2,
@@ -89,7 +98,7 @@ for case, (binary, log), lines in zip(cases, binaries, disassembled([binary.asm[
 FEW = {
     "64": "forward/64/window forward/64/softcap-varlen forward/64/shared short/64/causal short/64/grouped backward/64/full"
     " backward/64/sink",
-    "forward": "forward/128/causal forward/128/shared-options short/128/window forward/192/full forward/256/causal",
+    "forward": "forward/128/causal forward/128/shared-options short/64/full short/128/window forward/192/full forward/256/causal",
     "backward-128": "backward/128/causal backward/128/window-tail backward/128/softcap-varlen backward/128/alibi"
     " backward/128/deterministic backward/128/sink",
     "backward": "backward/192/window backward/192/deterministic backward/256/causal backward/256/sink",

@@ -17,6 +17,7 @@ from trinix.kernels._binary import Binary, Box, raw_stream
 from trinix.kernels._binary import multiprocessors as _multiprocessors
 from trinix.kernels._layout import dense, side_by_side
 from trinix.kernels.hopper import attention_backward as backward_kernels
+from trinix.kernels.hopper import attention_backward_short as short_backward_kernels
 from trinix.kernels.hopper import attention_backward_wide as wide_kernels
 from trinix.kernels.hopper import attention_forward as forward_kernels
 
@@ -133,6 +134,15 @@ class BackwardConfig(NamedTuple):
     kv_slots: int = 0  # for K and V of programs that draw several key blocks; 0: a program has one
 
 
+class ShortBackwardConfig(NamedTuple):
+    """queries and keys of a tile; a program has one of either"""
+
+    m: int
+    n: int
+    num_warps: int
+    stages: int
+
+
 def padded(d: int) -> int | None:
     """The width of the tile that holds a head dimension: what lies behind it reads as zeros."""
     return next((width for width in (64, 128, 256) if d <= width), None) if d % 8 == 0 else None
@@ -184,7 +194,9 @@ def choose_short(
     width = max(padded(d), padded(dv))
     if width == 64:
         if programs <= 4 * multiprocessors:
-            return ShortConfig(128, 64, 2)
+            # without a mask smaller tiles, by more programs at a time: (4, 512, 8) 0.0097 for 0.0106 ms, (4, 1024, 8) 0.0233 for 0.0261
+            # (cuDNN 0.0253)
+            return ShortConfig(128 if causal else 64, 64, 2)
         of_one = key_heads * keys * (d + dv) * 2
         if causal and keys <= 4096 and of_one <= _IN_CACHE:
             together = batch * of_one <= _IN_CACHE and programs <= 16 * multiprocessors
@@ -217,6 +229,21 @@ def choose_backward(d: int, dv: int, plain: bool) -> BackwardConfig | None:
     return BackwardConfig(64, 128, 128, 2, backward_kernels.COLUMNS.value, copy_sums=True, v_held=64 if plain else 0)
 
 
+def choose_short_backward(
+    d: int, dv: int, causal: bool, seq_q: int, seq_k: int, planes: int, multiprocessors: int
+) -> ShortBackwardConfig | None:
+    """Where one kernel that computes more is faster than three, ``planes``: heads of all sequences. In a CUDA graph, short and long:
+    (1, 128, 8, 64) 5.1 and 10.5 us, (4, 256, 8) 11.1 and 16.1, causal 11.7 and 16.5, (8, 256, 12) 23.9 and 25.2, causal 21.8 and 26.0,
+    (4, 512, 8) 23.5 and 23.3, causal 21.9 and 23.1, but (8, 512, 12) causal 53.6 and 49.9. At 128 channels 24.1 and 23.0 for
+    (4, 256, 8)."""
+    c = ShortBackwardConfig(64, 64, 4, 3)
+    key_tiles, query_tiles = _cdiv(seq_k, c.n), _cdiv(seq_q, c.m)
+    most = max(key_tiles, query_tiles)
+    rounds = 6 if most <= 4 else 4 if causal and most <= 8 else 0
+    fits = (key_tiles + query_tiles) * planes <= rounds * multiprocessors
+    return c if max(d, dv) <= 64 and fits else None
+
+
 def _chosen_forward(shape: "_Shape", options) -> ShortConfig | ForwardConfig:
     row_blocks = _cdiv(shape.seq_q, 64)
     fits = max(shape.batch, row_blocks) < 1 << 16  # a grid's axes but the first
@@ -228,6 +255,14 @@ def _chosen_forward(shape: "_Shape", options) -> ShortConfig | ForwardConfig:
     return short or choose_forward(*call)
 
 
+def _chosen_short_backward(shape: "_Shape", options, needs_sink: bool) -> ShortBackwardConfig | None:
+    bounded = shape.right > 0 or shape.left >= 0
+    if shape.varlen or shape.softcap or shape.alibi or needs_sink or bounded or shape.heads != shape.key_heads:
+        return None
+    call = shape.d, shape.dv, shape.right == 0, shape.seq_q, shape.seq_k, shape.batch * shape.heads
+    return choose_short_backward(*call, _multiprocessors(shape.device))
+
+
 def _chosen_backward(d, dv, options):
     plain = not (options.softcap or options.alibi_slopes is not None or options.deterministic)
     return choose_backward(d, dv, plain)
@@ -235,7 +270,10 @@ def _chosen_backward(d, dv, options):
 
 def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
     text = f"forward {_chosen_forward(_Shape(q, k, v, options), options)}"
-    return f"{text}; backward {_chosen_backward(q.shape[-1], v.shape[-1], options)}" if grad else text
+    if not grad:
+        return text
+    short = _chosen_short_backward(_Shape(q, k, v, options), options, options.sink is not None)
+    return f"{text}; backward {short or _chosen_backward(q.shape[-1], v.shape[-1], options)}"
 
 
 def forward_constants(
@@ -521,6 +559,53 @@ def _vectors(options, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 # ---- backward ----------------------------------------------------------------------------------------------------------
 
 
+def _backward_plan(tensors, gradients, options, needs_dlse, needs_sink, *more):
+    q, k, v, out, dout, *_ = tensors
+    shape = _Shape(q, k, v, options)
+    c = _chosen_short_backward(shape, options, needs_sink)
+    rows = max(shape.seq_q, shape.seq_k)
+    if c and all(
+        t.stride(1) * rows < 2**31 for t in (q, k, v, out, dout, *gradients)
+    ):  # offsets in a head have 32 bits
+        return _ShortBackwardPlan(shape, c, tensors, gradients, needs_dlse)
+    return _BackwardPlan(tensors, gradients, options, needs_dlse, needs_sink, *more)
+
+
+class _ShortBackwardPlan:
+    parts = 1
+    space = 0
+
+    def __init__(self, shape, c, tensors, gradients, needs_dlse):
+        s = shape
+        q, k, v, out, dout, lse, dlse = tensors
+        key_tiles, query_tiles = _cdiv(s.seq_k, c.n), _cdiv(s.seq_q, c.m)
+        planes = s.batch * s.heads
+        self.programs = (key_tiles + query_tiles) * planes
+        steps = [n // 8 for t in (q, k, v, out, dout, *gradients) for n in t.stride()[:3]]
+        self.scalars = (
+            *steps, s.heads, s.seq_q, s.seq_k, key_tiles, query_tiles, key_tiles * planes, s.scale, s.scale / LOG2E,
+        )  # fmt: skip
+        constants = short_backward_constants(
+            c, s.d, s.dv, causal=s.right >= 0, even=s.seq_q % c.m == s.seq_k % c.n == 0, dlse=needs_dlse
+        )
+        self.binary = _binary(
+            short_backward_kernels.attention_backward_short, s.device,
+            (q, k, v, out, lse, dout, dlse, *gradients, *self.scalars), constants,
+            num_warps=c.num_warps, num_stages=c.stages, launch_pdl=EARLY,
+        )  # fmt: skip
+
+    def launch(self, stream: int, q, k, v, out, lse, dout, dlse, dq, dk, dv, *_) -> None:
+        self.binary(self.programs, stream, (q, k, v, out, lse, dout, dlse, dq, dk, dv, *self.scalars))
+
+
+def short_backward_constants(c: ShortBackwardConfig, d: int, dv: int, *, causal: bool, even: bool, dlse: bool) -> dict:
+    """The constants of the kernel of short calls, in its order."""
+    return {
+        "D": d, "DV": dv, "WIDTH": padded(d), "V_WIDTH": padded(dv), "M": c.m, "N": c.n, "CAUSAL": causal, "EVEN": even,
+         "DLSE": dlse, "STAGES": c.stages, "DEPENDENT": EARLY, "UPCAST": False,
+    }  # fmt: skip
+
+
 class _BackwardPlan:
     """``gradients`` (dq, dk, dv) lie as those of every call will."""
 
@@ -697,7 +782,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
         plan = _plans.get(key)
         if plan is None:
             tensors = q, k, v, out, dout, lse, given_dlse
-            plan = _keep(key, _BackwardPlan(tensors, (dq, dk, dv), options, dlse is not None, needs_sink, *more))
+            plan = _keep(key, _backward_plan(tensors, (dq, dk, dv), options, dlse is not None, needs_sink, *more))
     parts_k, parts_v = dk, dv
     if plan.parts > 1:
         parts_k, parts_v = (make(shape, dtype=q.dtype, device=q.device) for shape in (plan.dk_shape, plan.dv_shape))
@@ -804,7 +889,7 @@ class Prepared:
         """(plan, places of dq, dk and dv, shapes of the parts that these are sums of, shape of the space for all else)."""
         places = _places(q, k, v)
         gradients = _empty(places, {"dtype": self.dtype, "device": self.device})
-        plan = _BackwardPlan((q, k, v, out, dout, lse, lse), gradients, self.options, False, False, *(lse,) * 4)
+        plan = _backward_plan((q, k, v, out, dout, lse, lse), gradients, self.options, False, False, *(lse,) * 4)
         parts = (dense(*plan.dk_shape), dense(*plan.dv_shape)) if plan.parts > 1 else None
         return plan, places, parts, dense(plan.space)
 
@@ -874,10 +959,10 @@ def compile_cases() -> list[CompileCase]:
             cases.append(CompileCase(f"forward/{d}/{name}", forward_kernels.attention_forward, signature, constants))
     short = {name: both[name] for name in ("full", "causal", "window")} | {"grouped": {"grouped": True}}
     for d in (64, 128):
-        c = choose_short(d, d, True, 128, 1, 1, 1, 132)
-        boxes = {"q_desc": (64, c.d), "k_desc": (c.n, c.d), "v_desc": (c.n, c.d), "o_desc": (64, c.d)}
-        signature = _descriptors(boxes) | {"lse_ptr": "*fp32"}
         for name, options in short.items():
+            c = choose_short(d, d, d > 64 or "right" in options, 128, 1, 1, 1, 132)
+            boxes = {"q_desc": (64, c.d), "k_desc": (c.n, c.d), "v_desc": (c.n, c.d), "o_desc": (64, c.d)}
+            signature = _descriptors(boxes) | {"lse_ptr": "*fp32"}
             constants = short_constants(c, **options, one_mask="left" not in options)
             cases.append(
                 CompileCase(f"short/{d}/{name}", forward_kernels.attention_forward_short, signature, constants)

@@ -29,6 +29,20 @@ def follow():
 
 
 @gluon.jit
+def let_next_in():
+    """Let the next kernel in, which waits for the end of this one."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_previous():
+    """Wait for the kernel before this one, whose writes are then visible to these threads."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def publish(idx, t, work_s, work_full, work_empty):
     """The producer's t-th word to the consumers: an item's number.
 

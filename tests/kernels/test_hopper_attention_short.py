@@ -194,13 +194,13 @@ def test_every_binary_compiles_well(forked_process, every_binary):
 @pytest.mark.parametrize(
     ("batch", "queries", "keys", "heads", "d", "dv"),
     [(4, 256, 256, 8, 64, 64), (1, 1, 40, 1, 64, 64), (2, 200, 230, 3, 64, 64), (3, 230, 130, 2, 40, 64), (2, 65, 129, 5, 16, 24),
-     (1, 512, 512, 8, 64, 64)],
+     (1, 250, 256, 8, 64, 64)],
 )  # fmt: skip
 def test_on_the_card(batch, queries, keys, heads, d, dv, dtype, causal):
     q, dout = (normal((batch, queries, heads, n), dtype, seed=i, device="cuda") for i, n in ((1, d), (4, dv)))
     k, v = (normal((batch, keys, heads, n), dtype, seed=i, device="cuda") for i, n in ((2, d), (3, dv)))
     options = Options(scale=d**-0.5, **(CAUSAL if causal else {}))
-    assert "ShortBackwardConfig" in hopper.describe(q, k, v, options, True) or (queries == 512 and not causal)
+    assert "ShortBackwardConfig" in hopper.describe(q, k, v, options, True)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     out, lse = attention(*leaves, causal=causal, return_lse=True, backend="hopper")
     dlse = normal(lse.shape, torch.float32, seed=5, scale=0.3, device="cuda")

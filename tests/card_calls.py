@@ -163,6 +163,7 @@ CALLS = {
     "attention on Hopper, short": Call(
         _attention("hopper", causal=True), _heads(2, 200, 4, 64, key_heads=2), exact=False
     ),
+    "attention on Hopper, both passes short": Call(_attention("hopper", causal=True), _heads(2, 200, 4, 64)),
     "attention on Hopper, drawn": Call(_attention("hopper"), _heads(2, 1500, 12, 64), exact=False),
     "attention on Hopper, few drawn": Call(_attention("hopper"), _heads(1, 600, 3, 128), exact=False),
     "attention on Hopper, the same bits": Call(

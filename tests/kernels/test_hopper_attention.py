@@ -716,7 +716,10 @@ def made(shapes, dtype):
 def forced(monkeypatch, short):
     """The kernel of short sequences, or the one for any length, whatever would be chosen."""
     choose = hopper.choose_short
-    chosen = (lambda d, dv, *_: choose(d, dv, True, 1, 1, 1, 1, 132)) if short else lambda *_: None
+
+    def chosen(d, dv, causal, *_):
+        return choose(d, dv, causal or max(d, dv) > 64, 1, 1, 1, 1, 132) if short else None
+
     monkeypatch.setattr(hopper, "choose_short", chosen)
     monkeypatch.setattr(hopper, "_plans", {})
 
@@ -879,12 +882,15 @@ def test_a_shared_last_round_has_the_same_bits_beside_another_stream(monkeypatch
 
 
 @on_card
-@pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("options", [{}, CAUSAL], ids=str)
-@pytest.mark.parametrize("short", [True, False], ids=["short", "any-length"])
-def test_the_same_bits_a_thousand_times(monkeypatch, options, d, short):
+@pytest.mark.parametrize(
+    ("d", "dv", "short"),
+    [(64, 64, True), (128, 128, True), (64, 64, False), (128, 128, False), (192, 128, False), (256, 256, False)],
+)
+def test_the_same_bits_a_thousand_times(monkeypatch, options, d, dv, short):
+    """The backward of short calls: test_hopper_attention_short.py."""
     forced(monkeypatch, short)
-    q, k, v, dout = made([(2, 960, 6, d), (2, 960, 3, d), (2, 960, 3, d), (2, 960, 6, d)], torch.bfloat16)
+    q, k, v, dout = made([(2, 960, 6, d), (2, 960, 3, d), (2, 960, 3, dv), (2, 960, 6, dv)], torch.bfloat16)
     options = Options(scale=d**-0.5, deterministic=True, **options)
     out, lse = hopper.forward(q, k, v, options)
     needs = (True, True, True, False, False)

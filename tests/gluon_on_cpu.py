@@ -636,7 +636,7 @@ class Binary:
 def attention_on_cpu(monkeypatch, hopper, multiprocessors):
     """``hopper.forward`` and ``hopper.backward`` run here, for float16 tensors on the CPU; returns the counter of items."""
     folder = Path(hopper.__file__).parent
-    files = ("attention_scores", "attention_forward", "attention_backward", "attention_backward_wide")
+    files = ("early", "attention_scores", "attention_forward", "attention_backward", "attention_backward_wide")
     functions = kernels(folder, files)
     counter = torch.zeros(2 + 3 * multiprocessors, dtype=torch.int32)
     monkeypatch.setattr(

@@ -16,6 +16,7 @@ from trinix.testing import assert_within_budget, normal, vjp
 pytest.importorskip("triton")
 
 from trinix.kernels._binary import Box
+from trinix.kernels.hopper import early
 from trinix.kernels.hopper import head_mlp as hopper
 
 SHARED_LIMIT = 227 * 1024
@@ -152,7 +153,7 @@ def _functions(order: Order) -> dict:
     names |= {name: order.behind(getattr(gluon_on_cpu, name)) for name in ("tma_load", "tma_store")}
     names |= {"gl": language, "gluon": language, "mbarrier": mbarrier, "fence_async_shared": lambda: None}
     names["tma"] = types.SimpleNamespace(store_wait=lambda n: None)
-    return gluon_on_cpu.functions_of(hopper, **names)
+    return gluon_on_cpu.functions_of(hopper, **gluon_on_cpu.functions_of(early, **names))
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 import gluon_on_cpu
 import trinix
+from trinix.kernels.hopper import early, row_vectors
 from trinix.kernels.hopper import norm_rows as rows
-from trinix.kernels.hopper import row_vectors
 from trinix.kernels.torch import norm as reference
 from trinix.kernels.triton.norm import Norm, Wanted
 from trinix.testing import judge, normal
@@ -171,7 +171,11 @@ def test_explain_counts_the_rows_under_way_of_the_form_that_runs(monkeypatch):
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The launches run here, on float16 and float32 tensors, each cluster as one program; returns the names of the kernels."""
-    names = gluon_on_cpu.functions_of(row_vectors) | {"async_copy": gluon_on_cpu.async_copy()}
+    names = (
+        gluon_on_cpu.functions_of(row_vectors)
+        | gluon_on_cpu.functions_of(early)
+        | {"async_copy": gluon_on_cpu.async_copy()}
+    )
     names = gluon_on_cpu.functions_of(rows, **names, range=gluon_on_cpu.range_of_tensors)
     monkeypatch.setattr(
         rows, "Binary", lambda kernel, device, examples, constants, **_: gluon_on_cpu.Binary(names, kernel, examples, constants)

@@ -48,15 +48,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from trinix.kernels.hopper._compat import block_barrier, tma_load, tma_reduce_add, tma_store
 from trinix.kernels.hopper.attention_scores import (
     keep_columns,
-    let_next_in,
     named_arrive,
     named_wait,
     publish,
     published,
     sequence,
     tanh_over_2,
-    wait_for_previous,
 )
+from trinix.kernels.hopper.early import let_next_kernel_start, wait_for_kernel_before
 
 TURNS, COLUMNS, WIDE = (gl.constexpr(i) for i in range(3))
 BLOCK = 128  # rows of a program of ``before``; every sequence's padded rows start and end at multiples of it
@@ -281,7 +280,7 @@ def _load_item(
         tma_load(
             v_desc, [batch, key0 + n * N + g * (N // 2), out_head // parts, 0], kv_full.index(kv), v_s.index(2 * kv + g)
         )
-    wait_for_previous()  # what ``before`` makes; K and V are there since before it
+    wait_for_kernel_before()  # what ``before`` makes; K and V are there since before it
     LINES: gl.constexpr = 2 if SINK else 1
     all_rows = _padded_rows(out_heads, group, Hk, parts, padded, VARLEN)
     row_1 = 0  # the sums' rows of the last tile, and of the one before it
@@ -664,7 +663,7 @@ def _consumer(
 ):  # fmt: skip
     it = 0
     t = 0
-    wait_for_previous()
+    wait_for_kernel_before()
     idx = gl.program_id(0)
     if KV_SLOTS:
         while idx < key_blocks * out_heads:
@@ -754,7 +753,7 @@ def attention_backward(
         mbarrier.init(q_empty.index(i), count=2)
         mbarrier.init(do_empty.index(i), count=2)
     fence_async_shared()
-    let_next_in()
+    let_next_kernel_start()
     # Part 0 is the producer, 1 and 2 are consumers. The argument tuples must be written out here (attention_forward.py).
     gl.warp_specialize([
         (_producer, (

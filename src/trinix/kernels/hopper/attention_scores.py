@@ -1,9 +1,11 @@
 """What both attention kernels ask about an item of work and about scores: where it lies, which keys it sees, what they become.
-Hardware barriers between two warpgroups, how the producer tells the consumers an item, and the wait for the kernel in front."""
+Hardware barriers between two warpgroups, and how the producer tells the consumers an item."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from trinix.kernels.hopper.early import let_next_kernel_start, wait_for_kernel_before
 
 
 @gluon.jit
@@ -23,23 +25,8 @@ def follow():
     """Wait for the kernel before this one, and let the next one in, which waits for the end of this one.
 
     What was written before is then visible to the whole program: roles that are handed out behind it need not wait."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def let_next_in():
-    """Let the next kernel in, which waits for the end of this one."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_for_previous():
-    """Wait for the kernel before this one, whose writes are then visible to these threads."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    wait_for_kernel_before()
+    let_next_kernel_start()
 
 
 @gluon.jit

@@ -26,6 +26,7 @@ from trinix.kernels import _stages
 from trinix.kernels._binary import Boxed
 from trinix.kernels._binary import multiprocessors as processors
 from trinix.kernels.hopper._compat import tma_load, tma_store
+from trinix.kernels.hopper.early import let_next_kernel_start, wait_for_kernel_before
 
 # ---- activations: float32 in and out ------------------------------------------------------------------------------------
 # sigmoid(x) = (1 + tanh(x / 2)) / 2: one special-function instruction, and at most 2^-12 of error (tanh.approx has 2^-11).
@@ -291,22 +292,8 @@ def _fill(slot, use, full, empty, a_desc, a_at, a_s, b_desc, b_at, b_s):
     tma_load(b_desc, b_at, full.index(slot), b_s.index(slot))
 
 
-# ---- launches before the kernel in front has ended ------------------------------------------------------------------------
-# The wait returns when that kernel has ended and what it wrote can be read; it had waited for its own, and so on, so all work
-# before is done. It holds back the threads that call it: every role calls it before its first access to global memory.
-# The next kernel may come in once a thread of every program has let it; only behind the wait, for rows' reads without one.
-
-
-@gluon.jit
-def _let_next_kernel_start():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _wait_for_kernel_before():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+# Every role waits for the kernel before this one ahead of its first access to global memory; the next may come in only behind the
+# wait, for rows' reads without one.
 
 
 # ---- forward ------------------------------------------------------------------------------------------------------------
@@ -318,8 +305,8 @@ def _forward_producer(
     N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
-        _wait_for_kernel_before()
-    _let_next_kernel_start()
+        wait_for_kernel_before()
+    let_next_kernel_start()
     it = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -343,7 +330,7 @@ def _forward_consumer(
     W_SLOTS: gl.constexpr, X_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
-        _wait_for_kernel_before()
+        wait_for_kernel_before()
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -440,7 +427,7 @@ def _rows_producer(
     x_desc, y_desc, w1_desc, w2_desc, x_s, y_s, w1_s, w2_s, x_full, x_empty, w_full, w_empty, items, per_head, tiles,
     N: gl.constexpr, CONSUMERS: gl.constexpr, W_SLOTS: gl.constexpr, X_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    _let_next_kernel_start()
+    let_next_kernel_start()
     it = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -557,7 +544,7 @@ def _backward_rows(
         for part in (0, 1, 2, 3)[:1 + CONSUMERS]
     ], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip
     if DEPENDENT:
-        _wait_for_kernel_before()
+        wait_for_kernel_before()
 
 
 # ---- backward: weights --------------------------------------------------------------------------------------------------
@@ -571,8 +558,8 @@ def _weights_producer(
     N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
-        _wait_for_kernel_before()
-    _let_next_kernel_start()
+        wait_for_kernel_before()
+    let_next_kernel_start()
     it = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -595,7 +582,7 @@ def _weights_consumer(
     SLOTS: gl.constexpr, W1_REGISTERS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
-        _wait_for_kernel_before()
+        wait_for_kernel_before()
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -706,8 +693,8 @@ def _hidden_producer(
     N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
-        _wait_for_kernel_before()
-    _let_next_kernel_start()
+        wait_for_kernel_before()
+    let_next_kernel_start()
     it = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -767,7 +754,7 @@ def _hidden_consumer(
     SLOTS: gl.constexpr, HALVED: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
-        _wait_for_kernel_before()
+        wait_for_kernel_before()
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     x_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     dtype: gl.constexpr = r_s.dtype

@@ -25,6 +25,7 @@ from triton.runtime import driver
 from trinix.kernels._binary import Binary, raw_stream
 from trinix.kernels._binary import is_hopper as _is_hopper
 from trinix.kernels._binary import multiprocessors as _multiprocessors
+from trinix.kernels.hopper.early import let_next_kernel_start, wait_for_kernel_before
 from trinix.kernels.hopper.row_vectors import load, load_all, store
 
 # A tensor of the cluster is [CTAS, WARPS, 32 * UNIT]: for each thread of all programs the UNIT elements of 16 bytes. A piece
@@ -394,9 +395,7 @@ def _backward(
         for s in gl.static_range(AHEAD):  # rows behind the last were sent too: no program ends before they are there
             _await(base, (count + s) % PLACES, (count + s) // PLACES & 1)
     async_copy.wait_group(0)
-    gl.inline_asm_elementwise(  # the adding kernel may come in now; it waits for the end of this one
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    let_next_kernel_start()  # the adding one, which waits for the end of this one
     mine = partial + gl.program_id(0).to(gl.int64) * (n * (UNIT * (DW + DB)))
     for u in gl.static_range(VECTORS):
         if DW:
@@ -409,7 +408,7 @@ def _backward(
 def _add(partial, dw, db, clusters: "i32", n: "i32", DW: gl.constexpr, DB: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
          LAYOUT: gl.constexpr):  # fmt: skip
     """Column sums of [clusters, 4 n (DW + DB)]; the first 4 n columns are dW's, if there are any."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    wait_for_kernel_before()
     col = gl.program_id(0) * COLS + gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
     row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     width = n * (4 * (DW + DB))

@@ -108,13 +108,13 @@ def attention_backward_short(
         for start in tl.range(low, seq_q, M, num_stages=STAGES):
             row = start + tl.arange(0, M)
             queries = _rows(q, row, seq_q, qs, D, WIDTH, BOUND)
+            grads = _rows(dout, row, seq_q, gs, DV, V_WIDTH, BOUND)
             s = _dot(keys, tl.trans(queries), tl.zeros((N, M), tl.float32), UPCAST)
+            dp = _dot(values, tl.trans(grads), tl.zeros((N, M), tl.float32), UPCAST)
             p = tl.exp2(s * scale - _log_of(lse, row, seq_q, BOUND)[None, :])
             if CAUSAL:
                 p = tl.where(col[:, None] <= row[None, :] + shift, p, 0.0)
-            grads = _rows(dout, row, seq_q, gs, DV, V_WIDTH, BOUND)
             sum_v = _dot(p.to(q.dtype.element_ty), grads, sum_v, UPCAST)
-            dp = _dot(values, tl.trans(grads), tl.zeros((N, M), tl.float32), UPCAST)
             outs = _rows(out, row, seq_q, os, DV, V_WIDTH, BOUND)
             dz = p * (dp - _delta_of(dlse, row, seq_q, outs, grads, DLSE)[None, :])
             sum_k = _dot(dz.to(q.dtype.element_ty), queries, sum_k, UPCAST)

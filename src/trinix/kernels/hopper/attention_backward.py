@@ -573,15 +573,19 @@ def _consume_item(
                 if PARTS > 1 and part != 1:
                     col = m * M + sk - sq
                     p = keep_columns(p, from_query - col, to_query - col, 0.0, True, LEFT)
+                if SOFTCAP and not SINK:  # before dP is there: fewer registers
+                    pb = gl.convert_layout(p.to(dtype), a_layout)
+                    p = p * (1.0 - tanh * tanh)
                 dp = warpgroup_mma_wait(0, deps=(dp_tok,))
                 delta = gl.expand_dims(delta_s.index(slot).load(query_axis), 0)
                 ds = p * (dp - delta)
                 if SINK:
                     ds_pairs = pairs_of_rows(ds)
-                if SOFTCAP:
-                    ds = ds * (1.0 - tanh * tanh)
+                    if SOFTCAP:
+                        ds = ds * (1.0 - tanh * tanh)
                 ds = ds.to(dtype)
-                pb = gl.convert_layout(p.to(dtype), a_layout)
+                if SINK or not SOFTCAP:
+                    pb = gl.convert_layout(p.to(dtype), a_layout)
                 dsb = gl.convert_layout(ds, a_layout)
                 dv_tok = warpgroup_mma(pb, do, dv, is_async=True)
                 row = padded_row + m * M

@@ -77,7 +77,7 @@ def check_name(op: str, backends: Mapping, backend: str) -> None:
 
 def number(op: str, name: str, value) -> float:
     """``value`` as a float. What is none is refused by the argument's name; Python's own message would not have it."""
-    if getattr(value, "requires_grad", False):
+    if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
             f"{op}: {name} is a number and gets no gradient, got a tensor that requires one; pass {name}.item()"
         )

@@ -1,6 +1,7 @@
 """Attention on Hopper: what the compiler makes of every binary, without a GPU; the pure choices; and on the card, correctness
 at odd sizes and the same bits on every run."""
 
+import importlib
 import itertools
 import json
 import threading
@@ -22,6 +23,7 @@ pytest.importorskip("triton")
 from trinix.kernels._layout import side_by_side
 from trinix.kernels.hopper import attention as hopper
 
+contract = importlib.import_module("trinix.ops.attention")  # the package has a function of that name
 SHARED_LIMIT = 227 * 1024
 
 
@@ -30,6 +32,7 @@ def long_backward(monkeypatch):
     """Small calls here are for the kernels of long ones; those of the short ones' backward: test_hopper_attention_short.py."""
     monkeypatch.setattr(hopper, "choose_short_backward", lambda *_: None)
     monkeypatch.setattr(hopper, "_plans", {})
+    monkeypatch.setattr(contract, "_prepared", {})
 
 
 # binary -> spilling instructions that may stand in a loop over tiles (of 400 to 700): the others have none

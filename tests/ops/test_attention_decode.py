@@ -10,6 +10,7 @@ import torch
 
 import trinix
 from helpers import Watch, captured, pooled, same
+from trinix import dispatch
 from trinix.dispatch import Unsupported
 from trinix.kernels.triton import attention_decode as kernels
 from trinix.kernels.triton._launch import Launch
@@ -321,10 +322,24 @@ def test_a_length_that_cannot_be_is_nan_and_nothing_outside_is_touched(options, 
 def test_the_formula_takes_no_length_that_cannot_be(page):
     for lengths, new in (((-1, 3), 1), ((3, 96), 1), ((-1, 3), 0), ((97, 3), 0)):
         text = (
-            rf"cache_seqlens must be from 0 to {96 - new}, .*, got some from {min(lengths)} to {max(lengths)}; make a"
+            f"within the cache's 96, got {max(lengths)} and {new}; make a" if max(lengths) > 90 else "from 0 on, got -1"
         )
         with pytest.raises(ValueError, match=text):
             Case(capacity=96, lengths=lengths, new=new, page=page).run("torch")
+
+
+@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize(("lengths", "new"), [((-1, 3), 1), ((96, 3), 1), ((-40, 3), 0), ((97, 3), 0)])
+def test_where_nobody_looks_at_lengths_the_formula_gives_nan_and_touches_nothing_else(lengths, new, page, monkeypatch):
+    """As under torch.compile, and on a GPU."""
+    monkeypatch.setattr(dispatch, "readable", lambda t: False)
+    case, right = (Case(capacity=96, lengths=some, new=new, page=page) for some in (lengths, (5, 3)))
+    (out, lse, k, _), (good_out, good_lse, good_k, _) = case.run("torch"), right.run("torch")
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    torch.testing.assert_close((out[1], lse[1]), (good_out[1], good_lse[1]))
+    # of both sequences only the second one's token was written
+    assert (k != case.k).sum() * 2 == (good_k != right.k).sum() == 2 * new * 2 * 16
 
 
 def test_views_of_a_cache_are_taken_as_they_are(device):

@@ -403,8 +403,12 @@ def test_a_position_outside_the_table_is_an_error_where_the_host_sees_it():
         if call is not calls[-1]:  # whose table grows
             with pytest.raises(ValueError, match=r"rope: cu_seqlens must name positions .* table's 24 rows, got 24"):
                 call(*flat, cu_seqlens=edges)
-        with pytest.raises(ValueError, match="rope: cu_seqlens must not name positions below 0, got -2"):
+        with pytest.raises(
+            ValueError, match="rope: cu_seqlens must begin with 0 and end with the 26 tokens of q, got 2 and 26"
+        ):
             call(*flat, cu_seqlens=torch.tensor([2, ROWS + 2]))
+    with pytest.raises(ValueError, match="rope: position_ids must name positions within the table's 24 rows, got 24"):
+        rope(q[:, :, :0], k, cos, sin, position_ids=torch.full((2,), ROWS))
     with pytest.raises(ValueError, match="position_ids must name positions within the table's 0 rows, got 0"):
         rope(q, k, cos[:0], sin[:0], position_ids=torch.zeros(2, dtype=torch.int64))
 
@@ -1304,3 +1308,21 @@ def test_inductor_compiles_it_whole(backend):
     q, k, gradients, cos, sin = make("usual", torch.float32, "cuda")
     function = lambda q, k: rope(q, k, cos, sin, offset=3, backend=backend)  # noqa: E731
     compiled_matches_eager(function, "inductor", (q, k), gradients)
+
+
+def test_a_table_of_a_dynamic_length_is_exported():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = trinix.FastRoPEPositionEmbedding(8, 32)
+
+        def forward(self, x):
+            return x + self.position.table(x.shape[1])[0]
+
+    x, lengths = torch.zeros(2, 6, 4), {1: torch.export.Dim("s", min=2, max=30)}
+    exported = torch.export.export(Layer(), (x,), dynamic_shapes=(lengths,), strict=False).module()
+    longer = torch.zeros(2, 9, 4)
+    assert torch.equal(exported(longer), Layer()(longer))
+    for length in (-1, 2.0, "3"):
+        with pytest.raises(ValueError, match="FastRoPEPositionEmbedding: length must be an int from 0 on"):
+            Layer().position.table(length)

@@ -99,7 +99,8 @@ class FastRoPEPositionEmbedding(nn.Module):
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), ``[length, R/2]`` each."""
-        check_sizes(type(self).__name__, 0, length=length)
+        if not hasattr(length, "__index__") or length < 0:  # torch.SymInt's too, and NumPy's
+            raise ValueError(f"{type(self).__name__}: length must be an int from 0 on, got {length!r}")
         self.grow(length)
         return self.cos[:length], self.sin[:length]
 

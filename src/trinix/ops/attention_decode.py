@@ -28,8 +28,8 @@ NaN. A batch that picks rows of a larger cache is a page table of one page a seq
 is k_cache's first channels, v_new has to be k_new's.
 
 Lengths stay on the device: nothing on the host depends on them, so a CUDA graph may be replayed as they grow. A length
-that the cache cannot hold (below 0, or with the new tokens above its capacity) makes that sequence's results NaN in the Triton
-kernel, which touches nothing outside; in the PyTorch formula it is a ValueError on a CPU, and on a GPU not looked at.
+that the cache cannot hold (below 0, or with the new tokens above its capacity) makes that sequence's results NaN, and nothing
+outside is touched; in an eager call on a CPU it is a ValueError.
 An entry of the table that is no page is undefined.
 
 The cache of one sequence is split into shares that run at the same time, ``num_splits`` of them, by default as many as fill
@@ -309,10 +309,14 @@ def _check_lengths(k_cache, cache_seqlens, k_new, v_new, page_table):
     room = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     new = 0 if k_new is None else k_new.shape[1]
     least, most = map(int, cache_seqlens.aminmax())
-    if least < 0 or most + new > room:
+    if least < 0:
         raise ValueError(
-            f"attention_decode: cache_seqlens must be from 0 to {room - new}, for the cache has room for {room} tokens and {new} "
-            f"are new, got some from {least} to {most}; make a larger cache"
+            f"attention_decode: cache_seqlens must be from 0 on, got {least}; they count the cached tokens"
+        )
+    if most + new > room:
+        raise ValueError(
+            f"attention_decode: cache_seqlens and the new tokens must be within the cache's {room}, got {most} and {new}; make a "
+            "larger cache"
         )
 
 

@@ -431,12 +431,19 @@ def _positions(op, q, cos, position_ids, offset, cu_seqlens) -> tuple[Tensor | N
 
 def _check_places(op, q, cos, places, mode, first):
     """Positions that are known without waiting for a device."""
-    if places is None or torch.compiler.is_compiling() or not q.numel():
+    if places is None or torch.compiler.is_compiling():
         return
     name = {"ids": "position_ids", "offsets": "offset", "sequences": "cu_seqlens"}[mode]
     rows, least, most = cos.shape[0], 0, 0
-    if dispatch.readable(places):
+    if dispatch.readable(places) and places.numel() and q.shape[-3]:
+        if mode == "sequences" and (int(places[0]) or int(places[-1]) != q.shape[-3]):
+            raise ValueError(
+                f"{op}: cu_seqlens must begin with 0 and end with the {q.shape[-3]} tokens of q, got {int(places[0])} and "
+                f"{int(places[-1])}"
+            )
         least, most = map(int, reference.positions(q.shape, places, mode, first).aminmax())
+    elif not (q.numel() and places.numel()):
+        return
     if least < 0:
         raise ValueError(
             f"{op}: {name} must not name positions below 0, got {least}; position 0 is the table's first row"

@@ -272,7 +272,8 @@ def describe(q: Tensor, k: Tensor, v: Tensor, options, grad: bool) -> str:
     text = f"forward {_chosen_forward(_Shape(q, k, v, options), options)}"
     if not grad:
         return text
-    short = _chosen_short_backward(_Shape(q, k, v, options), options, options.sink is not None)
+    needs_sink = options.sink is not None and options.sink.requires_grad
+    short = _chosen_short_backward(_Shape(q, k, v, options), options, needs_sink)
     return f"{text}; backward {short or _chosen_backward(q.shape[-1], v.shape[-1], options)}"
 
 

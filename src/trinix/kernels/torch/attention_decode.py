@@ -9,20 +9,23 @@ def unsupported(*arguments) -> str | None:
 
 
 def append(k_cache, v_cache, cache_seqlens, k_new, v_new, page_table) -> None:
-    """Write the new tokens behind the cached ones, in place."""
+    """Write the new tokens behind the cached ones, in place; none of a sequence whose length the cache cannot hold."""
     batch, new = k_new.shape[:2]
     rows = torch.arange(batch, device=k_new.device)[:, None]
-    at = cache_seqlens[:, None] + torch.arange(new, device=k_new.device)
     page = k_cache.shape[1]
-    # an index below 0 would count from the end
-    at = at.masked_fill(at < 0, page * (1 if page_table is None else page_table.shape[1]))
+    room = page * (1 if page_table is None else page_table.shape[1])
+    if not room:
+        return
+    # no index outside ever reaches PyTorch: on a GPU that would end the process
+    at = (cache_seqlens[:, None] + torch.arange(new, device=k_new.device)).clamp(0, room - 1)
+    fits = ((cache_seqlens >= 0) & (cache_seqlens + new <= room))[:, None, None, None]
     where = (rows, at) if page_table is None else (page_table[rows, at // page], at % page)
-    k_cache[where] = k_new
-    v_cache[where] = v_new
+    k_cache[where] = torch.where(fits, k_new, k_cache[where])
+    v_cache[where] = torch.where(fits, v_new, v_cache[where])
 
 
 def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options) -> tuple[Tensor, Tensor]:
-    """(out, lse)."""
+    """(out, lse); NaN for a sequence whose length the cache cannot hold."""
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # which would round scores to its dtype
         with torch.autocast(q.device.type, enabled=False):
             return forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options)
@@ -39,6 +42,7 @@ def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, option
     wide = torch.promote_types(q.dtype, torch.float32)
     j = torch.arange(keys.shape[1], device=q.device)
     cached = j < length[:, None]  # [B, Smax]
+    impossible = ((cache_seqlens < 0) | (length > keys.shape[1]))[:, None, None]
     # what lies behind a length may be NaN: 0 times it is not 0
     keys, values = (t.masked_fill(~cached[:, :, None, None], 0).repeat_interleave(group, 2) for t in (keys, values))
     scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), keys.to(wide)) * options.scale
@@ -59,8 +63,10 @@ def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, option
     if options.sink is not None:
         sink = options.sink.to(wide)[None, :, None, None].expand(*scores.shape[:3], 1)
         joined = torch.cat([scores, sink], -1)
-    if not joined.shape[-1]:
-        return q.new_zeros(*q.shape[:3], values.shape[-1]), scores.new_full(scores.shape[:3], float("-inf"))
-    lse = joined.logsumexp(-1)
+    if joined.shape[-1]:
+        lse = joined.logsumexp(-1)
+    else:
+        lse = scores.new_full(scores.shape[:3], float("-inf"))
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp().to(q.dtype)
-    return torch.einsum("bhij,bjhd->bihd", weights, values).contiguous(), lse
+    out = torch.einsum("bhij,bjhd->bihd", weights, values).contiguous()
+    return out.masked_fill_(impossible[..., None], float("nan")), lse.masked_fill(impossible, float("nan"))

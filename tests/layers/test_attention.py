@@ -712,6 +712,13 @@ def test_it_compiles_whole_with_the_same_gradients(name, method, fresh_dynamo, d
     alike(*(torch.autograd.grad(one(x).square().sum(), list(layer.parameters())) for one in (compiled, layer)))
 
 
+def test_it_compiles_whole_for_any_length(fresh_dynamo, device):
+    layer, x, _ = made("grouped", {"position_method": "rope", "causal": True}, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for given in (x, x[:, :-2].contiguous()):
+        torch.testing.assert_close(compiled(given), layer(given))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_autocast_gives_the_lower_dtype_and_full_gradients(name, device):
     options = {"position_method": "rope"} | ({} if name == "latent" else {"qk_norm": True})

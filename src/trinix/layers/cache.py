@@ -100,7 +100,8 @@ class _Cache:
     def reorder(self, index: Tensor) -> None:
         """Sequence b becomes what sequence ``index[b]`` ([B], integers from 0 to B - 1) was: the step of a beam search. Copies.
 
-        An index on the CPU is checked; one on a GPU, where PyTorch would end the process, is not. Where the longest one goes, ``longest`` stays what it was until ``sync`` (not with pages, which the host counts)."""
+        An index on the CPU is checked; one on a GPU, where PyTorch would end the process, is not. Where the longest one goes,
+        ``longest`` stays what it was until ``sync`` (not with pages, which the host counts)."""
         self._integers("reorder", "index", index)
         if index.shape != self.lengths.shape:
             raise ValueError(

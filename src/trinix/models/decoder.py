@@ -178,9 +178,8 @@ class Decoder(nn.Module):
         try:
             for block, cache in zip(self.blocks, caches, strict=True):
                 x, h = block(x, h, cache)
-        except (
-            BaseException
-        ):  # out of memory, say, or Ctrl-C: blocks in front have kept these tokens, those behind have not
+        except BaseException:
+            # out of memory, say, or Ctrl-C: blocks in front have kept these tokens, those behind have not
             for cache, before in zip(caches, held, strict=True):
                 cache.rewind(cache.longest - before)
             raise

@@ -564,10 +564,8 @@ def _backward_plan(tensors, gradients, options, needs_dlse, needs_sink, *more):
     q, k, v, out, dout, *_ = tensors
     shape = _Shape(q, k, v, options)
     c = _chosen_short_backward(shape, options, needs_sink)
-    rows = max(shape.seq_q, shape.seq_k)
-    if c and all(
-        t.stride(1) * rows < 2**31 for t in (q, k, v, out, dout, *gradients)
-    ):  # offsets in a head have 32 bits
+    rows = max(shape.seq_q, shape.seq_k)  # offsets in a head have 32 bits
+    if c and all(t.stride(1) * rows < 2**31 for t in (q, k, v, out, dout, *gradients)):
         return _ShortBackwardPlan(shape, c, tensors, gradients, needs_dlse)
     return _BackwardPlan(tensors, gradients, options, needs_dlse, needs_sink, *more)
 
@@ -603,7 +601,7 @@ def short_backward_constants(c: ShortBackwardConfig, d: int, dv: int, *, causal:
     """The constants of the kernel of short calls, in its order."""
     return {
         "D": d, "DV": dv, "WIDTH": padded(d), "V_WIDTH": padded(dv), "M": c.m, "N": c.n, "CAUSAL": causal, "EVEN": even,
-         "DLSE": dlse, "STAGES": c.stages, "DEPENDENT": EARLY, "UPCAST": False,
+        "DLSE": dlse, "STAGES": c.stages, "DEPENDENT": EARLY, "UPCAST": False,
     }  # fmt: skip
 
 

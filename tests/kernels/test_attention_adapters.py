@@ -112,20 +112,20 @@ def _four(kind, calls):
     """FlashAttention 4's halves: None is no bound, lse -inf, a gradient of lse is taken."""
     module = types.ModuleType(kind)
 
-    def run(q, k, v, softmax_scale, causal, softcap, left, right, ends_q, ends_k):
-        return _formula(q, k, v, softmax_scale, left, 0 if causal else right, softcap, None, ends_q, ends_k)
+    def run(q, k, v, softmax_scale, causal, left, right, ends_q, ends_k):
+        return _formula(q, k, v, softmax_scale, left, 0 if causal else right, ends_q=ends_q, ends_k=ends_k)
 
     def _flash_attn_fwd(
         q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
-        causal=False, softcap=None, window_size_left=None, window_size_right=None, return_lse=False,
+        causal=False, window_size_left=None, window_size_right=None, return_lse=False,
     ):  # fmt: skip
         calls.append("forward")
         sides = window_size_left, window_size_right
-        out, lse = run(q, k, v, softmax_scale, causal, softcap, *sides, cu_seqlens_q, cu_seqlens_k)
+        out, lse = run(q, k, v, softmax_scale, causal, *sides, cu_seqlens_q, cu_seqlens_k)
         return out, lse if return_lse else None, None, None, None
 
     def _flash_attn_bwd(
-        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, window_size_left=None,
         window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
         deterministic=False, dlse=None,
     ):  # fmt: skip
@@ -133,7 +133,7 @@ def _four(kind, calls):
         sides = window_size_left, window_size_right
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         with torch.enable_grad():
-            y = run(*leaves, softmax_scale, causal, softcap, *sides, cu_seqlens_q, cu_seqlens_k)
+            y = run(*leaves, softmax_scale, causal, *sides, cu_seqlens_q, cu_seqlens_k)
         given = [dout] if dlse is None else [dout, dlse]
         return torch.autograd.grad(y[: len(given)], leaves, given)
 
@@ -186,9 +186,11 @@ def test_lse_is_asked_for_where_somebody_wants_it(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_package_is_called_as_it_wants(shape, package):
     name, calls = package
+    if "4" in name and shape == "softcap":
+        pytest.skip("takes no softcap")
     asked = dict(SHAPES[shape])
     sk, varlen = asked.pop("sk", 8), asked.pop("lengths", False)
-    q, k, v = (normal((2, n, h, 8), torch.float32, seed=n + h) for n, h in ((8, 4), (sk, 2), (sk, 2)))
+    q, k, v = (normal((2, n, h, 32), torch.float32, seed=n + h) for n, h in ((8, 4), (sk, 2), (sk, 2)))
     if varlen:  # 14 of 16 rows of queries belong to somebody
         ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 5, 5, 14], [0, 4, 8, 16]))
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
@@ -226,7 +228,7 @@ def test_each_package_runs_with_its_tensors_card_as_the_current_one(package, mon
         calls.append("back")
 
     monkeypatch.setattr(torch.cuda, "device", switch)
-    q = normal((1, 4, 1, 8), torch.float32, seed=1)
+    q = normal((1, 4, 1, 32), torch.float32, seed=1)
     options = Options(scale=0.3)
     out, lse = flash.forward(q, q, q, options)
     flash.backward(out, None, q, q, q, out, lse, options, (True,) * 3)
@@ -268,6 +270,8 @@ def test_cudnn_is_asked_on_its_tensors_card(takes, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_auto_has_a_gradient_through_lse_with_softcap(dtype, package, monkeypatch):
+    if "4" in package[0]:
+        pytest.skip("takes no softcap")
     for module in ("hopper", "cudnn"):
         monkeypatch.setattr(contract.BACKENDS[module](), "unsupported", lambda *call: "is not here")
     monkeypatch.setattr(flash, "unsupported", lambda *call: None)
@@ -311,13 +315,29 @@ def test_rows_of_a_gradient_that_lie_askew_are_copied(package, monkeypatch):
 
 
 def test_grouped_heads_of_two_head_dimensions_have_no_backward_in_4_on_hopper(package):
-    q, k, v = (torch.zeros(1, 4, heads, d) for heads, d in ((4, 16), (2, 16), (2, 8)))
+    q, k, v = (torch.zeros(1, 4, heads, d) for heads, d in ((4, 64), (2, 64), (2, 32)))
     if "4" not in package[0]:
         pytest.skip("takes one head dimension")
     options = Options(scale=1.0)
     assert flash._names(q, k, v, options, False)[0] == package[0]
-    assert flash._names(q, k[:, :, :1].expand_as(q), v[:, :, :1].expand(1, 4, 4, 8), options, True)[0] == package[0]
+    assert flash._names(q, k[:, :, :1].expand_as(q), v[:, :, :1].expand(1, 4, 4, 32), options, True)[0] == package[0]
     assert "no backward of grouped heads" in flash._names(q, k, v, options, True)[1][package[0]]
+
+
+@pytest.mark.parametrize("package", [4], indirect=True)
+@pytest.mark.parametrize(
+    ("d", "dv"), [(8, 8), (16, 16), (40, 40), (80, 80), (64, 80), (136, 128), (24, 24), (64, 64), (96, 96)]
+)
+def test_4_has_no_backward_of_head_dimensions_that_it_gets_wrong(d, dv, package):
+    """4.0.0b36 on an H100: 19 of its 60 random calls, of 16, 40, 72 and 80 channels; none of 32, 64, 96 and more."""
+    q, v = torch.zeros(1, 4, 2, d), torch.zeros(1, 4, 2, dv)
+    options = Options(scale=1.0)
+    assert flash._names(q, q, v, options, False)[0] == package[0]
+    name, reasons = flash._names(q, q, v, options, True)
+    wrong = any(n % 32 in (8, 16) for n in (d, dv))
+    assert name == (None if wrong else package[0])
+    assert not wrong or "has wrong gradients" in reasons[package[0]]
+    assert not flash.fa4_can_run(q, q, v, options, True) or not wrong
 
 
 FA4_FIRST = {"plain": {}, "causal": {"causal": True, "window_right": 0}}
@@ -375,7 +395,7 @@ CARD = {
     "full": {},
     "causal": {"causal": True},
     "grouped heads": {"heads": 8, "key_heads": 2, "causal": True},
-    "one query": {"sq": 1, "causal": True},
+    "one query": {"sq": 1, "causal": True, "heads": 32, "key_heads": 32},  # of 8 numbers chance decides
     "odd lengths": {"sq": 333, "sk": 333},
     "keys of another length": {"sq": 100, "sk": 257},
     "head dimension 64": {"d": 64},

@@ -49,7 +49,7 @@ def _against(name: str, q, k, v, options, backward: bool) -> str | None:
     new, three, two = (name == f"FlashAttention {n}" for n in (4, 3, 2))
     asked = {
         "a bias": options.bias is not None, "a mask": options.mask is not None, "a sink": options.sink is not None,
-        "dropout": options.dropout_p != 0, "softcap": options.softcap != 0 and name == _BUILT_IN,
+        "dropout": options.dropout_p != 0, "softcap": options.softcap != 0 and (new or name == _BUILT_IN),  # 4's tanh is an approximation: lse is off by it
         "ALiBi slopes": options.alibi_slopes is not None and not (two and options.alibi_slopes.dtype == torch.float32),
         "a scale of 0 or below": not options.scale > 0,  # they take the largest score before they scale it
         "a deterministic backward": options.deterministic and backward
@@ -63,6 +63,10 @@ def _against(name: str, q, k, v, options, backward: bool) -> str | None:
         return f"takes head dimensions that are multiples of 8, up to 256, got {d} and {dv}"
     if not new and d != dv:
         return f"takes one head dimension, got {d} for keys and {dv} for values"
+    ragged = [n for n in (d, dv) if 0 < n % 32 <= 16]
+    if new and backward and ragged:
+        # silently, at least on Hopper until Dao-AILab/flash-attention#2896: a kernel writes rows of 16s, the next reads 32s
+        return f"has wrong gradients for head dimensions of 1 to 16 above a multiple of 32, got {ragged[0]}"
     if new and major == 9 and backward and d != dv and q.shape[-2] != k.shape[-2]:
         return f"has no backward of grouped heads with two head dimensions on this card, got {d} and {dv}"
     if new and major != 9 and max(d, dv) > 128 and (d, dv) != (192, 128):
@@ -132,8 +136,8 @@ def _forward(name, q, k, v, options, with_lse=True):
     if name == "FlashAttention 4":
         left, right = _sides(options)
         return module._flash_attn_fwd(
-            q, k, v, softmax_scale=options.scale, causal=causal, softcap=options.softcap, window_size_left=left,
-            window_size_right=right, return_lse=with_lse, **_given(ends_q, ends_k, most_q, most_k),
+            q, k, v, softmax_scale=options.scale, causal=causal, window_size_left=left, window_size_right=right,
+            return_lse=with_lse, **_given(ends_q, ends_k, most_q, most_k),
         )[:2]  # fmt: skip
     shared = {
         "softmax_scale": options.scale, "causal": causal, "window_size_left": options.window_left,
@@ -166,8 +170,8 @@ def _backward(name, dout, q, k, v, out, lse, options, dlse=None):
     if name == "FlashAttention 4":
         left, right = _sides(options)
         return module._flash_attn_bwd(
-            q, k, v, out, dout, lse, softmax_scale=options.scale, causal=causal, softcap=options.softcap,
-            window_size_left=left, window_size_right=right, deterministic=options.deterministic, dlse=dlse,
+            q, k, v, out, dout, lse, softmax_scale=options.scale, causal=causal, window_size_left=left,
+            window_size_right=right, deterministic=options.deterministic, dlse=dlse,
             **_given(ends_q, ends_k, most_q, most_k),
         )[:3]  # fmt: skip
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

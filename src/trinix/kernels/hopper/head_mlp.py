@@ -347,6 +347,7 @@ def _forward_consumer(
         turn = turn + 1
         x = _operand(tile, x_layout, X_REGISTERS, HALVED)
         if X_REGISTERS:
+            fence_async_shared()  # see _hidden_rows
             mbarrier.arrive(x_empty.index(me), count=1)
         o = gl.zeros([64, D], gl.float32, o_layout)
         slot = it % W_SLOTS
@@ -717,6 +718,7 @@ def _hidden_rows(slot, use, full, empty, s, layout: gl.constexpr, D: gl.constexp
     """A tile of X or dY in registers, and its slot free."""
     mbarrier.wait(full.index(slot), use & 1)
     x = s.index(slot).reshape([64, D]).load(layout)
+    fence_async_shared()  # a load that is still under way does not keep an arrival back, and the copy engine overtakes it
     mbarrier.arrive(empty.index(slot), count=1)
     if HALVED:
         x = (x * 0.5).to(s.dtype)

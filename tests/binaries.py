@@ -50,6 +50,25 @@ def compiled_case(case, arch=90):
     return compiled(case.kernel, case.signature, case.constexprs, case.options, case.aligned, arch, ASTSource)
 
 
+def given_back_too_early(ptx: str, loads: str = r"ldmatrix|ld\.shared") -> list[str]:
+    """Arrivals at a barrier while a load from shared memory may be under way: nothing has used its value or fenced it since.
+
+    An arrival orders loads before ordinary stores, not before what the copy engine writes (behind 16 ldmatrix, bar.sync and an
+    arrival, on an H100, the next tile was there before they had read this one)."""
+    waiting, found = set(), []
+    for line in ptx.splitlines():
+        line = line.strip().rstrip(";")
+        if re.search(r"mbarrier\.arrive(?!\.expect)", line) and waiting:
+            found.append(line)
+        if "fence.proxy.async" in line:
+            waiting.clear()
+        load = re.match(rf"(?:@\S+ )?(?:{loads})\S*\s+({{[^}}]*}}|[^,]+)", line)
+        waiting -= set(re.findall(r"%\w+", line[load.end() :] if load else line))
+        if load:
+            waiting |= set(re.findall(r"%\w+", load[1]))
+    return found
+
+
 def disassembled(cubins: list[bytes]) -> list[list[str]]:
     """The instructions of each as nvdisasm writes them, whose start alone takes half a second: one run for all.
 

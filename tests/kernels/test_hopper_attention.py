@@ -44,7 +44,7 @@ SPILLS = {
 # Runs in a forked process: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
-from binaries import compiled, disassembled
+from binaries import compiled, disassembled, given_back_too_early
 from trinix.kernels.hopper.attention import compile_cases
 
 
@@ -88,6 +88,7 @@ for case, (binary, log), lines in zip(cases, binaries, disassembled([binary.asm[
         "loops": len(found), "spills": max(sum("LDL" in i or "STL" in i for i in b) for b in found),
         "reductions": re.findall(r"\\b(?:RED|ATOM|UTMAREDG)[^;]*", sass),
         "hasty": hasty(binary.asm["ptx"]),
+        "early": given_back_too_early(binary.asm["ptx"], r"ldmatrix|ld\\.shared\\.v"),  # an item's number is ordinarily stored
         "turns": re.findall(r"relaxed\\.add\\.v4(?:(?!relaxed)[\\s\\S])*?atom\\.global\\.gpu\\.release", binary.asm["ptx"]),
         "waits": binary.asm["ptx"].find("griddepcontrol.wait"),
         "reads": re.search(r"\\b(ld|st|red|atom)\\.global|\\bcp\\.async\\.bulk", binary.asm["ptx"]).start(),
@@ -125,6 +126,8 @@ def test_every_binary_compiles_well(few, forked_process, every_binary):
         # one thread speaks for all: their sums are added, their products made
         assert all("bar.sync" in between for between in one["turns"]), one
         assert not one["hasty"], one
+        # what each warpgroup gives back behind the loads of an item's K and V are the buffers of the item before
+        assert len(one["early"]) == 2 * one["name"].startswith("backward/64/"), one
         if not one["name"].startswith("backward"):
             # launched early: no tensor is touched before the kernel in front has ended. In the text of the binary, where roles stand
             # behind the place that hands them out

@@ -25,7 +25,7 @@ SPILLS = {"weights/64/mish": 112}  # bytes in all: 5 registers of a formula with
 # Runs in a forked process: here TRITON_INTERPRET may be set.
 COMPILE = """
 import json, re
-from binaries import compiled
+from binaries import compiled, given_back_too_early
 from trinix.kernels.hopper.head_mlp import compile_cases
 
 for case in compile_cases():
@@ -39,7 +39,7 @@ for case in compile_cases():
     binary, log = compiled(case.kernel, signature, case.constants, {"num_warps": 4})
     print(json.dumps({
         "name": case.name, "shared": binary.metadata.shared, "warnings": sorted(set(re.findall("C75[0-9]{2}", log))),
-        "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log))),
+        "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log))), "early": given_back_too_early(binary.asm["ptx"]),
     }))
 """
 
@@ -58,6 +58,7 @@ def test_every_binary_compiles_without_spills_and_no_product_waits_for_itself(st
         assert not one["warnings"], one  # C7510 and its like: "wgmma serialized"
         assert one["spills"] <= SPILLS.get(one["name"], 0), one
         assert one["shared"] <= SHARED_LIMIT, one
+        assert not one["early"], one
 
 
 def test_every_kind_has_a_formula_and_halves_mean_the_same():

@@ -23,7 +23,7 @@ SHARED_LIMIT = 227 * 1024
 COMPILE = """
 import json, re
 import torch
-from binaries import compiled
+from binaries import compiled, given_back_too_early
 from trinix.kernels.hopper.softmax import _columns, _constants, plan
 
 names = _columns.arg_names
@@ -40,6 +40,7 @@ for dtype, letters in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch
         binary, log_text = compiled(_columns, signature, constants, options, aligned)
         stores = re.findall(r"st\\.global\\S*\\.v4\\.b32", binary.asm["ptx"])
         print(json.dumps({"name": f"{letters}/{n}/{c}/{log}/{backward}", "shared": binary.metadata.shared, "stores": len(stores),
+                          "early": given_back_too_early(binary.asm["ptx"]),
                           "spills": sum(map(int, re.findall("([0-9]+) bytes spill", log_text)))}))
 """
 
@@ -58,6 +59,7 @@ def test_every_binary_keeps_its_values_in_registers_and_stores_16_bytes_at_a_tim
     assert len(lines) == sum(map(len, cases.values()))
     for one in lines:
         assert one["spills"] == 0, one
+        assert not one["early"], one
         assert one["shared"] <= SHARED_LIMIT, one
         assert one["stores"] >= 1, one
 

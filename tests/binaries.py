@@ -53,8 +53,8 @@ def compiled_case(case, arch=90):
 def given_back_too_early(ptx: str, loads: str = r"ldmatrix|ld\.shared") -> list[str]:
     """Arrivals at a barrier while a load from shared memory may be under way: nothing has used its value or fenced it since.
 
-    An arrival orders loads before ordinary stores, not before what the copy engine writes (behind 16 ldmatrix, bar.sync and an
-    arrival, on an H100, the next tile was there before they had read this one)."""
+    An arrival orders loads before ordinary stores, not before what the copy engine writes (docs/perf/head_mlp.md: 16 ldmatrix,
+    bar.sync, an arrival, and wrong numbers on an H100)."""
     waiting, found = set(), []
     for line in ptx.splitlines():
         line = line.strip().rstrip(";")

@@ -49,7 +49,8 @@ def _against(name: str, q, k, v, options, backward: bool) -> str | None:
     new, three, two = (name == f"FlashAttention {n}" for n in (4, 3, 2))
     asked = {
         "a bias": options.bias is not None, "a mask": options.mask is not None, "a sink": options.sink is not None,
-        "dropout": options.dropout_p != 0, "softcap": options.softcap != 0 and (new or name == _BUILT_IN),  # 4's tanh is an approximation: lse is off by it
+        # 4's tanh is an approximation, and lse is off by it
+        "dropout": options.dropout_p != 0, "softcap": options.softcap != 0 and (new or name == _BUILT_IN),
         "ALiBi slopes": options.alibi_slopes is not None and not (two and options.alibi_slopes.dtype == torch.float32),
         "a scale of 0 or below": not options.scale > 0,  # they take the largest score before they scale it
         "a deterministic backward": options.deterministic and backward
@@ -171,8 +172,7 @@ def _backward(name, dout, q, k, v, out, lse, options, dlse=None):
         left, right = _sides(options)
         return module._flash_attn_bwd(
             q, k, v, out, dout, lse, softmax_scale=options.scale, causal=causal, window_size_left=left,
-            window_size_right=right, deterministic=options.deterministic, dlse=dlse,
-            **_given(ends_q, ends_k, most_q, most_k),
+            window_size_right=right, deterministic=options.deterministic, dlse=dlse, **_given(ends_q, ends_k, most_q, most_k),
         )[:3]  # fmt: skip
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     shared = {

@@ -718,7 +718,7 @@ def _hidden_rows(slot, use, full, empty, s, layout: gl.constexpr, D: gl.constexp
     """A tile of X or dY in registers, and its slot free."""
     mbarrier.wait(full.index(slot), use & 1)
     x = s.index(slot).reshape([64, D]).load(layout)
-    fence_async_shared()  # a load that is still under way does not keep an arrival back, and the copy engine overtakes it
+    fence_async_shared()  # an arrival does not wait for a load under way, and the copy engine may overtake it
     mbarrier.arrive(empty.index(slot), count=1)
     if HALVED:
         x = (x * 0.5).to(s.dtype)

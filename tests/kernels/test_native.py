@@ -1,5 +1,6 @@
 """Kept launches from C++: on the CPU, with a driver of our own in place of CUDA's."""
 
+import contextlib
 import ctypes
 import importlib
 import struct
@@ -27,6 +28,8 @@ struct attribute { int id, pad; long value[8]; };
 struct config { unsigned grid[3], block[3], shared; void* stream; struct attribute* attributes; unsigned count; };
 static __thread long current = 0;
 int get_context(void** to) { *to = (void*)5; return 0; }
+int get_none(void** to) { *to = 0; return 0; }
+int get_other(void** to) { *to = (void*)6; return 0; }
 int set_context(void* to) { current = (long)to; return 0; }
 void lose_context() { current = 0; }
 int launch(const struct config* c, void* f, void** p, void** extra) {
@@ -482,15 +485,24 @@ def interpreted(native, monkeypatch):
         return len(launches), self.blocks, 32, 0, False, numbers
 
     class Module:
-        table, add, again = map(staticmethod, (native.table, native.add, native.again))
+        table, again = map(staticmethod, (native.table, native.again))
+        forward = None  # of the last pair: its inputs come with ``add``
 
         @staticmethod
         def make_pair(example, forward, backward, results, saved, given, gradients, otherwise):
-            inputs = _launch.layout(example), *given[1 : len(gradients)]
-            for front, (made, steps) in ((inputs, forward), (given, backward)):
-                for function, *_, numbers in steps:
-                    layouts[function] = [(*front, *made)[n] for n in numbers]
+            Module.forward = forward
+            laid_out(given, backward)
             return native.make_pair(example, forward, backward, results, saved, given, gradients, otherwise)
+
+        @staticmethod
+        def add(table, pair, *inputs):
+            laid_out([_launch.layout(t) for t in inputs if t is not None], Module.forward)
+            native.add(table, pair, *inputs)
+
+    def laid_out(front, plan):
+        made, steps = plan
+        for function, *_, numbers in steps:
+            layouts[function] = [(*front, *made)[n] for n in numbers]
 
     context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda to: 0)
     set_driver(native, launch, context, context)
@@ -575,6 +587,83 @@ def test_activations_go_by_their_plans(interpreted, kind):
     torch.testing.assert_close(results[0], (want, *torch.autograd.grad(want, x, dy)))
 
 
+@pytest.mark.parametrize("kind", ["relu", "mish", "gelu"])
+@pytest.mark.parametrize("why", ["no leaf", "no_grad", "inference_mode"])
+def test_activations_that_are_not_recorded_go_by_plans_of_forward_alone(interpreted, kind, why):
+    off = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(why, contextlib.nullcontext)
+    x = torch.randn(7, 300, requires_grad=why != "no leaf")
+    recorded = torch.randn(7, 300, requires_grad=True)
+    with off():
+        results = []
+        for launches in (0, 1, 2):  # by C++: many calls look like no other, so the first is not planned
+            results.append(ops.activation(x, kind, backend="triton"))
+            assert len(interpreted) == launches
+            assert results[-1].grad_fn is None
+            assert results[-1].is_inference() == (why == "inference_mode")
+        same(results[0], results[1])
+        same(results[0], results[2])
+    # one that is recorded looks otherwise, and has its own
+    y = ops.activation(recorded, kind, backend="triton")
+    same([y], [ops.activation(recorded.detach(), kind, backend="triton")])
+    assert y.requires_grad
+    y.sum().backward()
+    want = ops.activation(recorded, kind, backend="torch")
+    torch.testing.assert_close(recorded.grad, torch.autograd.grad(want.sum(), recorded)[0])
+
+
+@pytest.mark.parametrize("given", ["weight and bias", "weight", "bias", ""])
+def test_norms_that_are_not_recorded_go_by_plans_of_forward_alone(interpreted, given):
+    x = torch.randn(3, 5, 40, requires_grad=True)
+    weight, bias = (torch.randn(40, requires_grad=True) if name in given else None for name in ("weight", "bias"))
+
+    def norm(x=x):
+        return ops.layer_norm(x, 40, weight, bias, backend="triton")
+
+    with torch.no_grad():
+        results = [norm() for _ in range(3)]
+        assert len(interpreted) == 2
+        same(results[:2], results[1:])
+        torch.testing.assert_close(results[2], torch.nn.functional.layer_norm(x, (40,), weight, bias))
+    y = norm()
+    assert "Trinix" not in y.grad_fn.name()
+    y.sum().backward()
+    assert len(interpreted) == 2
+    frozen = x.detach()
+    assert norm(frozen).requires_grad == bool(given)  # whose parameters require one
+    with torch.no_grad():
+        norm(x[:, ::2])
+        norm(x.double().float()[:2])
+    assert len(interpreted) == 2 + (not given)
+
+
+def test_what_is_more_than_memory_does_not_go_by_a_plan_of_forward_alone(interpreted):
+    def mish(x):
+        return ops.mish(x, backend="triton")
+
+    x = torch.randn(6, 8)
+    for _ in range(3):
+        mish(x)
+    count = len(interpreted)
+    assert count == 2
+    with Watch() as watch:
+        mish(x)
+    assert watch.seen
+    same([torch.func.vmap(mish)(x)], [mish(x)])
+    with forward_ad.dual_level(), pytest.raises(RuntimeError):
+        mish(forward_ad.make_dual(x, x))
+
+    class Sub(torch.Tensor):
+        pass
+
+    assert len(interpreted) == count + 1
+    assert type(mish(x.as_subclass(Sub))) is Sub
+    odd = torch.randn(49)[1:].view(6, 8)
+    same([mish(odd)], [mish(odd.clone())])
+    assert len(interpreted) == count + 2
+    negative = torch.complex(torch.zeros(6, 8), x).conj().imag
+    same([mish(negative)], [mish(-x)])
+
+
 def test_only_what_is_memory_and_like_a_call_before_goes_by_a_plan(interpreted):
     x, dy = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
 
@@ -601,8 +690,12 @@ def test_only_what_is_memory_and_like_a_call_before_goes_by_a_plan(interpreted):
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: relu(x).sum())(x.detach())
     same([torch.func.vmap(relu)(x)], [torch.relu(x)])
+    table = op._tables.of[("relu", 0.0, 0.0, "triton", None, True)]
     with forward_ad.dual_level():
-        assert _launch.by_table(op._tables.of[("relu", 0.0, 0.0, "triton", None)], x) is None
+        assert _launch.by_table(table, forward_ad.make_dual(x, dy)) is None
+        assert _launch.by_table(table, x) is not None
+    for other in ("x", None, 3.0, dy):
+        assert _launch.by_table(table, other) is None
 
     class Sub(torch.Tensor):
         pass
@@ -616,6 +709,31 @@ def test_only_what_is_memory_and_like_a_call_before_goes_by_a_plan(interpreted):
     negative = torch.complex(torch.zeros(6, 8), dy).conj().imag.requires_grad_()
     assert negative.is_neg()
     same([relu(negative)], [torch.relu(-dy)])
+
+
+def test_only_on_the_current_device_and_its_stream(native):
+    table, x = native.table(), torch.randn(N)
+    native.add(table, relu_pair(native), x)
+    driver, asked = native.library, []
+
+    def stream_of(index):
+        asked.append(index)
+        return 7
+
+    def again(get):
+        set_driver(native, driver.launch, get, driver.set_context)
+        return native.again(table, stream_of, x)
+
+    try:
+        for get in (driver.get_context, driver.get_none):  # a thread begins without a context
+            same([again(get)], [torch.relu(x)])
+        assert again(driver.get_other) is None
+        assert asked == [-1, -1]  # the index of the CPU
+        set_driver(native, driver.launch, driver.get_context, driver.set_context)
+        with pytest.raises(ZeroDivisionError):
+            native.again(table, lambda index: 1 // 0, x)
+    finally:
+        set_driver(native, driver.launch, driver.get_context, driver.set_context)
 
 
 def test_a_full_table_stays_as_it_is(interpreted):

@@ -80,6 +80,7 @@ _TRITON_FROM |= dict.fromkeys(("relu", "leaky_relu"), (_NEVER, 1 << 23)) | {"gel
 _NATIVE_RANGE = {
     "relu": (1 << 22, 1 << 23), "leaky_relu": (1 << 22, 1 << 23), "silu": (1 << 22, 1 << 25), "sigmoid": (1 << 22, 1 << 23),
 }  # fmt: skip
+_PYTORCHS = {kind for kind in KINDS if _TRITON_FROM[kind][0] is _NEVER}  # without gradient, by "auto"
 
 
 def activation(
@@ -198,18 +199,22 @@ _tables = _native.Tables()
 
 def _activation(x, kind, a, b, backend):
     # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first, few calls.
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor):
         _refuse(x)
     if kind == "none" and backend == "auto" and dispatch.forced is None:
-        return x
+        return x if x.is_floating_point() else _refuse(x)
     grad = x.requires_grad and torch.is_grad_enabled()
+    if not grad and kind in _PYTORCHS and backend == "auto" and dispatch.forced is None:
+        return reference.FORMULAS[kind](x, a, b) if x.is_floating_point() else _refuse(x)
     compiling = torch.compiler.is_compiling()
-    if grad and not compiling and _tables.of and type(backend) is str:
-        table = _tables.of.get((kind, a, b, backend, dispatch.forced))
+    if _tables.of and not compiling and type(backend) is str:
+        table = _tables.of.get((kind, a, b, backend, dispatch.forced, grad))
         if table is not None:
             y = _triton_module.by_table(table, x)
             if y is not None:
                 return y
+    if not x.is_floating_point():
+        _refuse(x)
     if backend != "auto" or dispatch.forced is not None:
         return _named(x, kind, a, b, backend, grad)
     least = _TRITON_FROM[kind][1 if grad else 0]
@@ -219,7 +224,7 @@ def _activation(x, kind, a, b, backend):
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):
         return reference.FORMULAS[kind](x, a, b)
-    return _with_gradient(x, kind, a, b, backend) if grad else _triton().forward(x, kind, a, b)
+    return _launched(x, kind, a, b, backend, grad)
 
 
 def _native_wins(x, kind, build=True) -> bool:
@@ -236,14 +241,14 @@ def _refuse(x):
 
 def _named(x, kind, a, b, backend, grad):
     backend = dispatch.resolve(backend)
-    module = dispatch.load_named("activation", BACKENDS, backend, x)
+    dispatch.load_named("activation", BACKENDS, backend, x)
     if kind == "none" or backend == "torch":
         return reference.forward(x, kind, a, b)
     if torch.compiler.is_compiling() or not dispatch.plain(x):
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return _RegisteredActivation.apply(x, kind, a, b) if grad else _forward_op(x, kind, a, b)
-    return _with_gradient(x, kind, a, b, backend) if grad else module.forward(x, kind, a, b)
+    return _launched(x, kind, a, b, backend, grad)
 
 
 def triton_can_run(x: Tensor) -> bool:
@@ -295,15 +300,16 @@ def _pull_back(kind, a, b, layout, saved, dy):
 _apply = dispatch.apply_of(_Activation)
 
 
-def _with_gradient(x, kind, a, b, backend):
-    """y of a plain tensor. Where there is C++, calls like one whose both passes have run are its own."""
+def _launched(x, kind, a, b, backend, grad):
+    """y of a plain tensor. Where there is C++, calls like one that has run are its own."""
     if (_native.module or _native.loaded()) is not None:
-        named, looks = (kind, a, b, backend, dispatch.forced), (x.dtype, x.shape, x.stride(), x.device)
-        table = _tables.keep(named, looks, lambda: _triton().make_pair(x, kind, a, b, _pull_back), x)
+        named, looks = (kind, a, b, backend, dispatch.forced, grad), (x.dtype, x.shape, x.stride(), x.device)
+        otherwise = _pull_back if grad else None
+        table = _tables.keep(named, looks, lambda: _triton().make_pair(x, kind, a, b, otherwise), x, seen=grad)
         y = None if table is None else _triton_module.by_table(table, x)
         if y is not None:
             return y
-    return _apply(x, kind, a, b)
+    return _apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
 
 
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch

@@ -347,9 +347,7 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
         key = _kind(x, None, normalized_shape, weight, bias, eps, offset, center, kind, 0.0, backend)
         call = _prepared.get(key)
         if call is not None:
-            if key[-1]:
-                return _with_gradient(x, weight, bias, call, key)
-            return _triton_module.run_forward(call.forward, x, weight, bias)[0]
+            return _again(x, weight, bias, call, key)
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
     grad = torch.is_grad_enabled() and (
@@ -381,20 +379,22 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
     return y
 
 
-def _with_gradient(x, weight, bias, call: _Call, key):
+def _again(x, weight, bias, call: _Call, key):
     """y of a call whose like was made before. Where there is C++, later ones are its own."""
-    if call.backwards and (_native.module or _native.loaded()) is not None:
-        wanted = x.requires_grad, weight is not None and weight.requires_grad, bias is not None and bias.requires_grad
-        inputs = x, weight, bias
+    recorded, inputs = key[-1], (x, weight, bias)
+    if (call.backwards or not recorded) and (_native.module or _native.loaded()) is not None:
+        wanted = recorded and tuple(t is not None and t.requires_grad for t in inputs)
         table = _tables.keep(call.numbers, (key, wanted), lambda: _make_pair(*inputs, call, wanted), *inputs)
         y = None if table is None else _triton_module.by_table(table, *inputs)
         if y is not None:
             return y
-    return _apply_norm(x, weight, bias, call)
+    return _apply_norm(*inputs, call) if recorded else _triton_module.run_forward(call.forward, *inputs)[0]
 
 
 def _make_pair(x, weight, bias, call, wanted):
-    """Where backward was run before on a gradient that lay as y."""
+    """Where backward was run before on a gradient that lay as y; forward alone where nothing is ``wanted``."""
+    if not wanted:
+        return _triton_module.make_pair(call.forward, None, x, weight, bias, None)
     y = torch.empty_like(x, device="meta") if call.forward.dense else torch.empty(x.shape, dtype=x.dtype, device="meta")
     backward = call.backwards.get(_looks(x, y, None, weight, bias, wanted))
     if backward is None:

@@ -158,20 +158,21 @@ def _load():
 
 
 class Tables:
-    """An op's calls with a gradient that the module makes: of everything that a call names besides tensors, a table of what its
-    tensors look like, each with the plans of both passes."""
+    """An op's calls that the module makes: of everything that a call names besides tensors, a table of what its tensors look like,
+    each with the plans of both passes, or of forward alone where autograd does not record."""
 
     def __init__(self):
         self.of = {}
         self._tries = {}  # all that a call looks like -> how often its plans were asked for
 
-    def keep(self, named: tuple, looks: tuple, make_pair: Callable, *inputs: torch.Tensor | None):
+    def keep(self, named: tuple, looks: tuple, make_pair: Callable, *inputs: torch.Tensor | None, seen: bool = True):
         """Have ``make_pair`` plan calls that look like this one; the table where it did. It gives None until both passes have run,
-        as often as a caller can be expected to want forward alone."""
+        as often as a caller can be expected to want forward alone. ``seen``: whether the first of them is planned already; many
+        look like no other, and would fill the table."""
         tries = self._tries.get((named, looks), 0)
         if tries >= _MOST_TRIES:
             return None
-        pair = make_pair()
+        pair = make_pair() if seen or tries else None
         if len(self._tries) >= _MOST_KINDS:
             self._tries.clear()
             self.of.clear()

@@ -1,6 +1,6 @@
 // Kept launches without Python: a plan is everything about a pass that follows from how its tensors lie; run() allocates what it
 // makes and launches kernels that Triton compiled. A pair is the plans of both passes; call() runs the first, and under autograd
-// leaves a node that runs the second.
+// leaves a node that runs the second. Of calls that autograd does not record, a pair may have the first alone.
 //
 // Built on the user's machine against the installed PyTorch (__init__.py). No CUDA header: the driver's functions come as addresses.
 
@@ -300,7 +300,7 @@ PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
-// What calls with a gradient looked like, and their pairs.
+// What calls looked like, and their pairs.
 struct Input {
   bool given, wants_gradient;
   Layout layout;
@@ -309,6 +309,7 @@ struct Entry {
   std::vector<Input> inputs;  // None among them
   at::Device device;
   std::shared_ptr<Pair> pair;
+  bool recorded = false;  // by autograd: else the pair may lack a backward
 };
 using Table = std::vector<Entry>;
 constexpr size_t kMostEntries = 128;
@@ -324,13 +325,16 @@ PyObject* add(PyObject*, PyObject* const* a, Py_ssize_t n) {
   HANDLE_TH_ERRORS
   Table& known = table_of(a[0]);
   Entry entry{{}, THPVariable_Unpack(a[2]).device(), pair_of(a[1])};
+  const bool recording = at::GradMode::is_enabled();
   for (Py_ssize_t i = 2; i < n; i++) {
     if (a[i] == Py_None) {
       entry.inputs.push_back({false, false, {}});
       continue;
     }
     const at::Tensor& t = THPVariable_Unpack(a[i]);
-    entry.inputs.push_back({true, t.requires_grad(), {t.sizes().vec(), t.strides().vec(), t.scalar_type()}});
+    const bool wants_gradient = recording && t.requires_grad();
+    entry.recorded |= wants_gradient;
+    entry.inputs.push_back({true, wants_gradient, {t.sizes().vec(), t.strides().vec(), t.scalar_type()}});
   }
   if (known.size() < kMostEntries) known.push_back(std::move(entry));
   Py_RETURN_NONE;
@@ -344,10 +348,18 @@ bool watched() {
       included.has(c10::DispatchKey::Tracer);
 }
 
-// again(table, stream, input or None, ...) -> as call; None where no call was like this one, or more than memory is involved
+// Whether the driver's context is that of another device.
+bool elsewhere(const Pair& pair) {
+  void* current = nullptr;
+  return !driver.get_context(&current) && current && current != pair.context;
+}
+
+// again(table, stream_of, input or None, ...) -> as call; None where no call was like this one, or more than memory is involved.
+// ``stream_of``: the stream of a device's index
 PyObject* again(PyObject*, PyObject* const* a, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  if (!at::GradMode::is_enabled() || watched()) Py_RETURN_NONE;
+  if (watched()) Py_RETURN_NONE;
+  const bool recording = at::GradMode::is_enabled();
   for (Py_ssize_t i = 2; i < n; i++)
     if (a[i] != Py_None && !THPVariable_CheckTypeExact(Py_TYPE(a[i]))) Py_RETURN_NONE;
   for (const Entry& entry : table_of(a[0])) {
@@ -357,16 +369,20 @@ PyObject* again(PyObject*, PyObject* const* a, Py_ssize_t n) {
       same = input.given == (a[i] != Py_None);
       if (!same || !input.given) continue;
       const at::Tensor& t = THPVariable_Unpack(a[i]);
-      same = t.requires_grad() == input.wants_gradient && below_autograd(t) == entry.pair->plain && t.device() == entry.device &&
-          lies_as(input.layout, t);
+      same = (recording && t.requires_grad()) == input.wants_gradient && below_autograd(t) == entry.pair->plain && t.device() == entry.device &&
+          lies_as(input.layout, t) && !t._fw_grad(0).defined();
     }
     if (!same) continue;
+    if (elsewhere(*entry.pair)) Py_RETURN_NONE;
+    THPObjectPtr index(PyLong_FromLong(entry.device.index()));
+    THPObjectPtr found(index ? PyObject_CallOneArg(a[1], index.get()) : nullptr);
+    if (!found) return nullptr;
+    void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(found.get()));
     std::vector<at::Tensor> tensors;
     tensors.reserve(n - 2 + entry.pair->forward.made.size());
     for (Py_ssize_t i = 2; i < n; i++)
       if (a[i] != Py_None) tensors.push_back(THPVariable_Unpack(a[i]));
-    void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(a[1]));
-    return results_of(std::shared_ptr<Pair>(entry.pair), stream, std::move(tensors), true);
+    return results_of(std::shared_ptr<Pair>(entry.pair), stream, std::move(tensors), entry.recorded);
   }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS

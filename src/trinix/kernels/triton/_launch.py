@@ -29,7 +29,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.autograd import forward_ad
 
 from trinix.kernels import _native
 
@@ -197,27 +196,27 @@ class Launch:
         self.keep[key] = _fire(compiled, tuple(self.constants.values()))
 
 
-def by_table(table, x: torch.Tensor, *others: torch.Tensor | None):
-    """The results of a call with a gradient that is like one whose pair of plans is in a table of ``trinix.kernels._native``; None
-    where there is none, or a launch has to go through Triton: see ``Launch.again``.
+def by_table(table, *tensors: torch.Tensor | None):
+    """The results of a call that is like one whose plans are in a table of ``trinix.kernels._native``; None where there is none, or
+    a launch has to go through Triton: see ``Launch.again``. ``tensors``: anything, the first of them no None.
 
     What is looked at when forward is called holds for its backward: a hook on launches that comes in between does not see that. Hooks
     on a single kernel (``pre_run_hooks``) see neither."""
     module = _native.module
     if (
         module is None
-        or (type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter)
-        or forward_ad._current_level >= 0
         or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
         or _NO_ENTER_HOOK.calls
         or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
         or _NO_EXIT_HOOK.calls
     ):
         return None
-    index = x.get_device()
-    if _State.many_devices and torch._C._cuda_getDevice() != index:
-        return None
-    return module.again(table, _raw_stream(index), x, *others)
+    return module.again(table, _raw_stream, *tensors)
+
+
+def forward_alone(example: torch.Tensor, plan: tuple, inputs: int = 1):
+    """A pair without a backward, for calls that autograd does not record; the result is the first tensor that the plan makes."""
+    return _native.module.make_pair(example.detach(), plan, ((), ()), (inputs,), (), (), (), None)
 
 
 def layout(t: torch.Tensor) -> tuple:

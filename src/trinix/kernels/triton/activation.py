@@ -22,6 +22,7 @@ from trinix.kernels.triton._launch import (
     Launcher,
     Repeated,
     by_table,  # noqa: F401  (the op's)
+    forward_alone,
     layout,
 )
 
@@ -550,12 +551,10 @@ def backward(saved: torch.Tensor, dy: torch.Tensor, kind: str, a: float, b: floa
 def make_pair(x: torch.Tensor, kind: str, a: float, b: float, otherwise):
     """Both passes as plans of ``trinix.kernels._native``; None where x is not dense, or a pass was never launched on its like.
 
-    ``otherwise(kind, a, b, layout, saved, dy)``: dx of a gradient that lies in another way, or is more than memory.
+    ``otherwise(kind, a, b, layout, saved, dy)``: dx of a gradient that lies in another way, or is more than memory; None: of a call
+    that autograd does not record, forward alone.
     """
-    index, dtype, masked = x.get_device(), x.dtype, kind in MASKED
-    backward = _dense_backward(kind, torch.uint8 if masked else dtype, dtype, x.numel(), a, b, index).step((0, 1, 2))
-    if backward is None:
-        return None
+    index, dtype, masked = x.get_device(), x.dtype, otherwise is not None and kind in MASKED
     mask_bytes = 0
     if masked:
         forward, mask_bytes = _masked_forward(kind, dtype, x.shape, x.stride(), a, index) or (None, 0)
@@ -565,6 +564,11 @@ def make_pair(x: torch.Tensor, kind: str, a: float, b: float, otherwise):
     if step is None:
         return None
     like = layout(torch.empty_like(x, device="meta"))
+    if otherwise is None:
+        return forward_alone(x, ((like,), (step,)))
+    backward = _dense_backward(kind, torch.uint8 if masked else dtype, dtype, x.numel(), a, b, index).step((0, 1, 2))
+    if backward is None:
+        return None
     mask = (mask_bytes,), (1,), torch.uint8
     plans = ((like, mask) if masked else (like,), (step,)), ((like,), (backward,))
     kept = 2 if masked else 0  # the mask, or x

@@ -24,6 +24,7 @@ from trinix.kernels.triton._launch import (
     Launcher,
     Repeated,
     by_table,  # noqa: F401  (the op's)
+    forward_alone,
     layout,
 )
 
@@ -1033,11 +1034,11 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
     return dx, dr, dw, db
 
 
-def make_pair(forward: Forward, backward: Backward, x, weight, bias, otherwise):
+def make_pair(forward: Forward, backward: Backward | None, x, weight, bias, otherwise):
     """Both passes as plans of ``trinix.kernels._native``; None where a binary is not kept.
 
-    ``backward`` is that of a gradient which lies as y. ``otherwise(x, [weight], [bias], statistics, dy)``: the gradients of those
-    three that are there.
+    ``backward`` is that of a gradient which lies as y, None for a call that autograd does not record. ``otherwise(x, [weight],
+    [bias], statistics, dy)``: the gradients of those three that are there.
     """
     inputs = [t for t in (x, weight, bias) if t is not None]
     # x stands for what is not there
@@ -1046,6 +1047,9 @@ def make_pair(forward: Forward, backward: Backward, x, weight, bias, otherwise):
     like = layout(
         torch.empty_like(x, device="meta") if forward.dense else torch.empty(x.shape, dtype=x.dtype, device="meta")
     )
+    if backward is None:
+        first = forward.launch.step((0, of_weight, of_bias, y, 0))
+        return None if first is None else forward_alone(x, ((like,), (first,)), y)
     stats = (forward.stats,), (1,), torch.float32
     # backward has the inputs, the statistics, dy, then what it makes
     at_stats, dy, made = len(inputs), len(inputs) + 1, []

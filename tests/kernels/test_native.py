@@ -845,6 +845,56 @@ def test_a_graph_and_another_stream_have_them_too(on_card, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mish", "norm"])
+def test_forward_alone_has_the_same_bits_in_a_graph_and_another_stream_too(on_card, name, monkeypatch):
+    module, went = _native.module, []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(module, name)
+
+        def again(self, *call):
+            y = module.again(*call)
+            went.append(y is not None)
+            return y
+
+    x, weight = leaf(512, 384), leaf(384)
+    x, weight = x.detach(), weight.detach()
+
+    def function(x=x):
+        return ops.mish(x, backend="triton") if name == "mish" else norm_of(x, weight)
+
+    monkeypatch.setattr(_native, "module", None)
+    want = function()
+    monkeypatch.setattr(_native, "module", Counting())
+    same([function() for _ in range(3)], [want] * 3)
+    assert went[-1]
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            went.clear()
+            same([function()], [want])
+            assert went == [True]
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    went.clear()
+    with torch.cuda.graph(graph, stream=stream):
+        y = function()
+    assert went == [True]
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    same([y], [function()])
+    results = []  # a thread begins without a context
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    same(results, [y])
+    odd = torch.randn(512 * 384 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(512, 384)
+    same([function(odd)], [function(odd.clone())])
+
+
+@pytest.mark.gpu
 def test_what_lies_at_an_odd_address_goes_through_triton(on_card):
     leaves = leaf(64, 256), leaf(256)
     on_card(lambda: norm_of(*leaves), leaves, torch.randn_like(leaves[0]))

@@ -194,7 +194,7 @@ def _softplus_numbers(beta: float, threshold: float) -> tuple[float, float]:
     return beta, threshold
 
 
-_tables = _native.Tables()
+_plans = _native.Plans()
 
 
 def _activation(x, kind, a, b, backend):
@@ -207,8 +207,8 @@ def _activation(x, kind, a, b, backend):
     if not grad and kind in _PYTORCHS and backend == "auto" and dispatch.forced is None:
         return reference.FORMULAS[kind](x, a, b) if x.is_floating_point() else _refuse(x)
     compiling = torch.compiler.is_compiling()
-    if _tables.of and not compiling and type(backend) is str:
-        table = _tables.of.get((kind, a, b, backend, dispatch.forced, grad))
+    if _plans.of and not compiling and type(backend) is str:
+        table = _plans.of.get((kind, a, b, backend, dispatch.forced, grad))
         if table is not None:
             y = _triton_module.by_table(table, x)
             if y is not None:
@@ -269,32 +269,39 @@ class _Activation(torch.autograd.Function):
     """The Triton kernels under autograd."""
 
     @staticmethod
-    def forward(ctx, x, kind, a, b):
-        y, saved = _triton().forward_saving(x, kind, a, b)
+    def forward(ctx, x, kind, a, b, pending):
+        run = functools.partial(_triton().forward_saving, x, kind, a, b)
+        y, saved = run() if pending is None else pending.forward(run)
         ctx.save_for_backward(saved)
-        ctx.call = kind, a, b, y.stride()
+        ctx.call, ctx.pending = (kind, a, b, y.stride()), pending
+        if pending is not None:
+            pending.keeps((y,), (saved,), functools.partial(_pull_back, *ctx.call))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (saved,) = ctx.saved_tensors
-        return _pull_back(*ctx.call, saved, dy), None, None, None
+        return *_pull_back(*ctx.call, *ctx.saved_tensors, dy, pending=ctx.pending), None, None, None, None
 
 
-def _pull_back(kind, a, b, layout, saved, dy):
-    """dx; ``layout``: y's strides."""
+def _pull_back(kind, a, b, layout, saved, dy, *, pending=None):
+    """(dx,); ``layout``: y's strides."""
     if saved.dtype == torch.uint8:
         saved = saved.contiguous()  # hooks on saved tensors may give others back
     if dispatch.pulled_back_plainly(dy):
-        return _triton().backward(saved, dy, kind, a, b, layout)
+
+        def run():
+            return (_triton().backward(saved, dy, kind, a, b, layout),)
+
+        return run() if pending is None else pending.backward(run, (saved,), (dy,))
     # the same derivative from PyTorch's operations: it can be differentiated again, and takes any kind of dy
     again = torch.is_grad_enabled()  # create_graph=True
     if saved.dtype == torch.uint8:
-        return torch.where(_triton().unpack_mask(saved, dy.shape, layout), dy, a * dy if kind == "leaky_relu" else 0.0)
+        keep = _triton().unpack_mask(saved, dy.shape, layout)
+        return (torch.where(keep, dy, a * dy if kind == "leaky_relu" else 0.0),)
     with torch.enable_grad():
         x = saved if again else saved.detach().requires_grad_()
         y = reference.forward(x, kind, a, b)
-    return torch.autograd.grad(y, x, dy, create_graph=again)[0]
+    return torch.autograd.grad(y, x, dy, create_graph=again)
 
 
 _apply = dispatch.apply_of(_Activation)
@@ -302,14 +309,11 @@ _apply = dispatch.apply_of(_Activation)
 
 def _launched(x, kind, a, b, backend, grad):
     """y of a plain tensor. Where there is C++, calls like one that has run are its own."""
-    if (_native.module or _native.loaded()) is not None:
-        named, looks = (kind, a, b, backend, dispatch.forced, grad), (x.dtype, x.shape, x.stride(), x.device)
-        otherwise = _pull_back if grad else None
-        table = _tables.keep(named, looks, lambda: _triton().make_pair(x, kind, a, b, otherwise), x, seen=grad)
-        y = None if table is None else _triton_module.by_table(table, x)
-        if y is not None:
-            return y
-    return _apply(x, kind, a, b) if grad else _triton().forward(x, kind, a, b)
+    pending = _plans.begin((kind, a, b, backend, dispatch.forced, grad), x)
+    if grad:
+        return _apply(x, kind, a, b, pending)
+    run = functools.partial(_triton().forward, x, kind, a, b)
+    return run() if pending is None else pending.alone(run)
 
 
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch

@@ -293,7 +293,7 @@ class _Call(NamedTuple):
     numbers: tuple = ()  # what it names besides tensors
 
 
-_tables = _native.Tables()
+_plans = _native.Plans()
 _HASHED = frozenset((int, tuple, torch.Size))
 _prepared = {}  # kind of a call -> what all of them share; emptied when it has grown
 
@@ -339,7 +339,7 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
     if not torch.compiler.is_compiling():
         if type(normalized_shape) in _HASHED and type(eps) is float and type(offset) is float and type(backend) is str:
             numbers = normalized_shape, eps, offset, center, kind, backend, dispatch.forced
-            table = _tables.of.get(numbers)
+            table = _plans.of.get(numbers)
             if table is not None:
                 y = _triton_module.by_table(table, x, weight, bias)
                 if y is not None:
@@ -347,7 +347,7 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
         key = _kind(x, None, normalized_shape, weight, bias, eps, offset, center, kind, 0.0, backend)
         call = _prepared.get(key)
         if call is not None:
-            return _again(x, weight, bias, call, key)
+            return _again(x, weight, bias, call, key[-1])
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
     grad = torch.is_grad_enabled() and (
@@ -374,63 +374,49 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
     if plan is not None:
         _keep(key, call)
     if grad:
-        return _apply_norm(x, weight, bias, call)
+        return _apply_norm(x, weight, bias, call, None)
     y, _ = module.forward(x, weight, bias, n, norm, eps, offset, False)
     return y
 
 
-def _again(x, weight, bias, call: _Call, key):
+def _again(x, weight, bias, call: _Call, recorded: bool):
     """y of a call whose like was made before. Where there is C++, later ones are its own."""
-    recorded, inputs = key[-1], (x, weight, bias)
-    if (call.backwards or not recorded) and (_native.module or _native.loaded()) is not None:
-        wanted = recorded and tuple(t is not None and t.requires_grad for t in inputs)
-        table = _tables.keep(call.numbers, (key, wanted), lambda: _make_pair(*inputs, call, wanted), *inputs)
-        y = None if table is None else _triton_module.by_table(table, *inputs)
-        if y is not None:
-            return y
-    return _apply_norm(*inputs, call) if recorded else _triton_module.run_forward(call.forward, *inputs)[0]
+    inputs = x, weight, bias
+    pending = _plans.begin(call.numbers, *inputs)
+    if recorded:
+        return _apply_norm(*inputs, call, pending)
 
+    def run():
+        return _triton_module.run_forward(call.forward, *inputs)[0]
 
-def _make_pair(x, weight, bias, call, wanted):
-    """Where backward was run before on a gradient that lay as y; forward alone where nothing is ``wanted``."""
-    if not wanted:
-        return _triton_module.make_pair(call.forward, None, x, weight, bias, None)
-    y = torch.empty_like(x, device="meta") if call.forward.dense else torch.empty(x.shape, dtype=x.dtype, device="meta")
-    backward = call.backwards.get(_looks(x, y, None, weight, bias, wanted))
-    if backward is None:
-        return None
-    given = weight is not None, bias is not None
-
-    def otherwise(x, *tensors):
-        *parameters, stats, dy = tensors
-        weight = parameters[0] if given[0] else None
-        bias = parameters[-1] if given[1] else None
-        grads = _pull_back(call, wanted, x, weight, bias, stats, dy)
-        return tuple(g for g, there in zip(grads, (True, *given), strict=True) if there)
-
-    return _triton_module.make_pair(call.forward, backward, x, weight, bias, otherwise)
+    return run() if pending is None else pending.alone(run)
 
 
 class _Norm(torch.autograd.Function):
     """The kernels under autograd."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, call):
+    def forward(ctx, x, weight, bias, call, pending):
         if call.forward is not None:
-            y, stats = _triton_module.run_forward(call.forward, x, weight, bias)
+            run = functools.partial(_triton_module.run_forward, call.forward, x, weight, bias)
+            y, stats = run() if pending is None else pending.forward(run)
         else:
             module = _module(call.backend, (x, weight, bias), call.n, call.norm.kind, 0.0, False)
             y, stats = module.forward(x, weight, bias, call.n, call.norm, call.eps, call.offset, True)
-        ctx.save_for_backward(x, weight, bias, stats)
-        ctx.call = call
+        saved = x, weight, bias, stats
+        ctx.save_for_backward(*saved)
+        ctx.call, ctx.pending = call, pending
+        if pending is not None:
+            pending.keeps((y,), saved, functools.partial(_pull_back, call, ctx.needs_input_grad[:3]))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return *_pull_back(ctx.call, ctx.needs_input_grad[:3], *ctx.saved_tensors, dy), None
+        grads = _pull_back(ctx.call, ctx.needs_input_grad[:3], *ctx.saved_tensors, dy, pending=ctx.pending)
+        return *grads, None, None
 
 
-def _pull_back(call: _Call, wanted: tuple, x, weight, bias, stats, dy) -> tuple:
+def _pull_back(call: _Call, wanted: tuple, x, weight, bias, stats, dy, *, pending=None) -> tuple:
     """(dx, dw, db)."""
     stats = stats.contiguous()  # hooks on saved tensors may give others back
     if not dispatch.pulled_back_plainly(dy):
@@ -438,8 +424,12 @@ def _pull_back(call: _Call, wanted: tuple, x, weight, bias, stats, dy) -> tuple:
             lambda x, w, b: reference.forward(x, w, b, call.shape, call.eps, call.offset, call.norm.center, call.norm.kind),
             (x, weight, bias), wanted, dy,
         )  # fmt: skip
-    dx, _, dw, db = _backward(call, x, dy, None, weight, bias, stats, None, wanted)
-    return dx, dw, db
+
+    def run():
+        dx, _, dw, db = _backward(call, x, dy, None, weight, bias, stats, None, wanted)
+        return dx, dw, db
+
+    return run() if pending is None else pending.backward(run, (x, weight, bias, stats), (dy,))
 
 
 def _looks(x, dy, dh, weight, bias, wanted: tuple) -> tuple:

@@ -21,7 +21,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -157,7 +156,7 @@ def _load():
     return built
 
 
-class Tables:
+class Plans:
     """An op's calls that the module makes: of everything that a call names besides tensors, a table of what its tensors look like,
     each with the plans of both passes, or of forward alone where autograd does not record."""
 
@@ -165,23 +164,33 @@ class Tables:
         self.of = {}
         self._tries = {}  # all that a call looks like -> how often its plans were asked for
 
-    def keep(self, named: tuple, looks: tuple, make_pair: Callable, *inputs: torch.Tensor | None, seen: bool = True):
-        """Have ``make_pair`` plan calls that look like this one; the table where it did. It gives None until both passes have run,
-        as often as a caller can be expected to want forward alone. ``seen``: whether the first of them is planned already; many
-        look like no other, and would fill the table."""
-        tries = self._tries.get((named, looks), 0)
+    def begin(self, named: tuple, *inputs: torch.Tensor | None):
+        """A ``_record.Pending`` that plans calls that look like this one; None where there is no module, or it was tried as often as
+        a caller can be expected to want forward alone. The first call is not planned: many look like no other, and would fill the table.
+        """
+        if module is None and loaded() is None:
+            return None
+        recording = torch.is_grad_enabled()
+        looks = tuple([
+            None if t is None else (t.shape, t.stride(), t.dtype, recording and t.requires_grad) for t in inputs
+        ])  # fmt: skip
+        key = named, inputs[0].device, looks
+        tries = self._tries.get(key, 0)
         if tries >= _MOST_TRIES:
             return None
-        pair = make_pair() if seen or tries else None
         if len(self._tries) >= _MOST_KINDS:
             self._tries.clear()
             self.of.clear()
-        self._tries[named, looks] = tries + 1 if pair is None else _MOST_TRIES
-        if pair is None:
+        self._tries[key] = tries + 1
+        if not tries:
             return None
-        table = self.of.setdefault(named, module.table())
-        module.add(table, pair, *inputs)
-        return table
+        from trinix.kernels.triton import _record  # a module is loaded where there is Triton only
+
+        def add(pair) -> None:
+            self._tries[key] = _MOST_TRIES
+            module.add(self.of.setdefault(named, module.table()), pair, looks)
+
+        return _record.Pending(inputs, add)
 
 
 def loaded(build: bool = True):

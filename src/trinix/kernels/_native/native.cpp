@@ -58,8 +58,8 @@ struct Step {
   void* function;
   unsigned blocks, threads, shared;
   bool early;                    // may begin before the kernel in front has ended
-  std::vector<int> tensor;       // of every parameter: which tensor's address it is, or -1
-  std::vector<uint64_t> scalar;  // else its bits
+  std::vector<int> tensor;       // of every parameter: which tensor it points into, or -1
+  std::vector<uint64_t> scalar;  // how many bytes behind the first; else its bits
 };
 
 struct Plan {
@@ -101,7 +101,7 @@ void run(const Pair& pair, const Plan& plan, std::vector<at::Tensor>& tensors, v
     const size_t count = step.tensor.size();
     for (size_t i = 0; i < count; i++) {
       const int t = step.tensor[i];
-      values[i] = t < 0 ? step.scalar[i] : reinterpret_cast<uint64_t>(tensors[t].const_data_ptr());
+      values[i] = step.scalar[i] + (t < 0 ? 0 : reinterpret_cast<uint64_t>(tensors[t].const_data_ptr()));
       params[i] = &values[i];
     }
     const LaunchConfig config{{step.blocks, 1, 1}, {step.threads, 1, 1}, step.shared, stream, &early, step.early};
@@ -185,19 +185,20 @@ std::vector<T> integers(PyObject* t) {
   return out;
 }
 
-// of (sizes, strides, dtype) each
+// (sizes, strides, dtype, ...)
+Layout read_layout(PyObject* t) {
+  auto dtype = reinterpret_cast<THPDtype*>(PyTuple_GET_ITEM(t, 2))->scalar_type;
+  return {integers<int64_t>(PyTuple_GET_ITEM(t, 0)), integers<int64_t>(PyTuple_GET_ITEM(t, 1)), dtype};
+}
+
 std::vector<Layout> layouts(PyObject* t) {
   std::vector<Layout> out;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t); i++) {
-    PyObject* one = PyTuple_GET_ITEM(t, i);
-    auto dtype = reinterpret_cast<THPDtype*>(PyTuple_GET_ITEM(one, 2))->scalar_type;
-    out.push_back({integers<int64_t>(PyTuple_GET_ITEM(one, 0)), integers<int64_t>(PyTuple_GET_ITEM(one, 1)), dtype});
-  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t); i++) out.push_back(read_layout(PyTuple_GET_ITEM(t, i)));
   return out;
 }
 
-// (made, steps): layouts; (function, blocks, threads, shared, early, parameters) each, a parameter being the number of a tensor or
-// the bytes of a scalar
+// (made, steps): layouts; (function, blocks, threads, shared, early, parameters) each, a parameter being the number of a tensor,
+// (that, so many bytes behind its first), or the bytes of a scalar
 Plan read_plan(PyObject* t) {
   Plan plan;
   plan.made = layouts(PyTuple_GET_ITEM(t, 0));
@@ -215,6 +216,10 @@ Plan read_plan(PyObject* t) {
       PyObject* p = PyTuple_GET_ITEM(parameters, k);
       uint64_t bits = 0;
       if (PyBytes_Check(p)) std::memcpy(&bits, PyBytes_AS_STRING(p), std::min<Py_ssize_t>(8, PyBytes_GET_SIZE(p)));
+      if (PyTuple_Check(p)) {
+        bits = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(p, 1));
+        p = PyTuple_GET_ITEM(p, 0);
+      }
       step.tensor.push_back(PyBytes_Check(p) ? -1 : static_cast<int>(PyLong_AsLong(p)));
       step.scalar.push_back(bits);
     }
@@ -320,21 +325,21 @@ PyObject* table(PyObject*, PyObject*) {
   return PyCapsule_New(new Table, "table", [](PyObject* capsule) { delete &table_of(capsule); });
 }
 
-// add(table, pair, input or None, ...): calls like this one are the pair's; a full table stays as it is
-PyObject* add(PyObject*, PyObject* const* a, Py_ssize_t n) {
+// add(table, pair, inputs): calls of inputs that look so are the pair's, of (sizes, strides, dtype, whether autograd records it) or
+// None each; a full table stays as it is
+PyObject* add(PyObject*, PyObject* const* a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   Table& known = table_of(a[0]);
-  Entry entry{{}, THPVariable_Unpack(a[2]).device(), pair_of(a[1])};
-  const bool recording = at::GradMode::is_enabled();
-  for (Py_ssize_t i = 2; i < n; i++) {
-    if (a[i] == Py_None) {
+  Entry entry{{}, pair_of(a[1])->options.device(), pair_of(a[1])};
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[2]); i++) {
+    PyObject* one = PyTuple_GET_ITEM(a[2], i);
+    if (one == Py_None) {
       entry.inputs.push_back({false, false, {}});
       continue;
     }
-    const at::Tensor& t = THPVariable_Unpack(a[i]);
-    const bool wants_gradient = recording && t.requires_grad();
+    const bool wants_gradient = PyObject_IsTrue(PyTuple_GET_ITEM(one, 3));
     entry.recorded |= wants_gradient;
-    entry.inputs.push_back({true, wants_gradient, {t.sizes().vec(), t.strides().vec(), t.scalar_type()}});
+    entry.inputs.push_back({true, wants_gradient, read_layout(one)});
   }
   if (known.size() < kMostEntries) known.push_back(std::move(entry));
   Py_RETURN_NONE;

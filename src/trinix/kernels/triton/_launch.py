@@ -20,7 +20,6 @@ import contextlib
 import functools
 import operator
 import os
-import struct
 import threading
 import warnings
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ _NO_ENTER_HOOK = _runtime.launch_enter_hook  # chains that are empty until a pro
 _NO_EXIT_HOOK = _runtime.launch_exit_hook
 # Triton sets a new kernel's launcher before it has loaded the function: no thread may see it so
 _lock = threading.RLock()
+_noting = {}  # thread -> who notes its launches (see ``_record``); while anybody does, all launches take Triton's own path
 
 
 def _initial_reason() -> str | None:
@@ -167,6 +167,7 @@ class Launch:
         if (
             fire is None
             or bits & 15
+            or _noting
             or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
             or _NO_ENTER_HOOK.calls
             or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
@@ -180,6 +181,11 @@ class Launch:
         return True
 
     def _normal(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple, keep: bool) -> None:
+        recorder = _noting.get(threading.get_ident()) if _noting else None
+        with contextlib.nullcontext() if recorder is None else recorder.noting(self, key, blocks, tensors, scalars):
+            self._by_triton(blocks, tensors, scalars, key, keep)
+
+    def _by_triton(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple, keep: bool) -> None:
         """Triton's own path; with ``keep`` it keeps the kernel under ``key`` if later calls may launch it directly."""
         device = tensors[0].device
         known = key, *[not t.data_ptr() & 15 for t in tensors]
@@ -194,6 +200,17 @@ class Launch:
                 return
         self.binaries[key] = compiled
         self.keep[key] = _fire(compiled, tuple(self.constants.values()))
+
+
+@contextlib.contextmanager
+def noted_by(recorder):
+    """Every launch of this thread runs within ``recorder.noting(launch, key, blocks, tensors, scalars)``."""
+    thread = threading.get_ident()
+    _noting[thread] = recorder
+    try:
+        yield
+    finally:
+        del _noting[thread]
 
 
 def by_table(table, *tensors: torch.Tensor | None):
@@ -214,16 +231,6 @@ def by_table(table, *tensors: torch.Tensor | None):
     return module.again(table, _raw_stream, *tensors)
 
 
-def forward_alone(example: torch.Tensor, plan: tuple, inputs: int = 1):
-    """A pair without a backward, for calls that autograd does not record; the result is the first tensor that the plan makes."""
-    return _native.module.make_pair(example.detach(), plan, ((), ()), (inputs,), (), (), (), None)
-
-
-def layout(t: torch.Tensor) -> tuple:
-    """A tensor as a plan has it."""
-    return tuple(t.shape), t.stride(), t.dtype
-
-
 class Repeated(NamedTuple):
     """A launch that many calls make: with these scalars, of tensors of the same dtypes on one device."""
 
@@ -242,22 +249,6 @@ class Repeated(NamedTuple):
     def of(self, *tensors: torch.Tensor) -> None:
         self.launch(self.blocks, tensors, self.scalars)
 
-    def step(self, numbers: tuple) -> tuple | None:
-        """The launch as a plan of ``trinix.kernels._native`` has it, its tensors being those of the plan with these ``numbers``; None
-        where no binary is kept."""
-        compiled = self.launch.binaries.get(self.key)
-        types = compiled and _argument_types(compiled)
-        if not types:
-            return None
-        facts = compiled.metadata
-        numbered = zip(types[len(numbers) :], self.scalars, strict=True)
-        scalars = [struct.pack({"i": "i", "l": "q", "f": "f"}[letter], value) for letter, value in numbered]
-        # unused scratch pointers are parameters of the binary all the same
-        unused = [bytes(8) for name in ("global", "profile") if hasattr(facts, f"{name}_scratch_size")]
-        early = bool(getattr(facts, "launch_pdl", False))
-        threads = 32 * facts.num_warps
-        return compiled.function, self.blocks, threads, facts.shared, early, (*numbers, *scalars, *unused)
-
 
 def _keepable(kernel, compiled) -> bool:
     if compiled is None or kernel.used_global_vals:
@@ -270,7 +261,7 @@ def _keepable(kernel, compiled) -> bool:
 def _fire(compiled, constants: tuple):
     """A function (blocks, stream, arguments without constants) that launches a compiled kernel, and nothing else."""
     function, facts = compiled.function, compiled.metadata
-    types = _argument_types(compiled)
+    types = argument_types(compiled)
     if _State.static and types and not getattr(facts, "launch_pdl", False):  # PyTorch's launcher has no such attribute
         launch, num_warps, shared = _static_launcher._launch_kernel, facts.num_warps, facts.shared
         # unused scratch pointers are parameters of the binary all the same
@@ -315,7 +306,7 @@ def _tritons_fire(function, run, packed, constants):
 _TYPE_LETTERS = {"i32": "i", "i64": "l", "fp32": "f"}
 
 
-def _argument_types(compiled) -> str | None:
+def argument_types(compiled) -> str | None:
     """The static launcher's letter for every parameter that the binary has, or None for a type that it lacks.
 
     An integer equal to 1 became a constant: Triton's launcher skips it, so the call must not pass it. Rather than build

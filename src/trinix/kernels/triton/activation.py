@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from trinix.kernels import _native
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import (
     INTERPRETED,
@@ -22,8 +21,6 @@ from trinix.kernels.triton._launch import (
     Launcher,
     Repeated,
     by_table,  # noqa: F401  (the op's)
-    forward_alone,
-    layout,
 )
 
 # ---- formulas: value(x) and dx(x, dy), float32 in and out; a, b are the kind's parameters ------------------------------
@@ -546,35 +543,6 @@ def backward(saved: torch.Tensor, dy: torch.Tensor, kind: str, a: float, b: floa
         }
         _strided(dx, (saved, dy), (a, b), _BACKWARD_STRIDED, constants)
     return dx
-
-
-def make_pair(x: torch.Tensor, kind: str, a: float, b: float, otherwise):
-    """Both passes as plans of ``trinix.kernels._native``; None where x is not dense, or a pass was never launched on its like.
-
-    ``otherwise(kind, a, b, layout, saved, dy)``: dx of a gradient that lies in another way, or is more than memory; None: of a call
-    that autograd does not record, forward alone.
-    """
-    index, dtype, masked = x.get_device(), x.dtype, otherwise is not None and kind in MASKED
-    mask_bytes = 0
-    if masked:
-        forward, mask_bytes = _masked_forward(kind, dtype, x.shape, x.stride(), a, index) or (None, 0)
-    else:
-        forward = _dense_forward(kind, dtype, x.shape, x.stride(), a, b, index)
-    step = forward and forward.step((0, 1, 2) if masked else (0, 1))
-    if step is None:
-        return None
-    like = layout(torch.empty_like(x, device="meta"))
-    if otherwise is None:
-        return forward_alone(x, ((like,), (step,)))
-    backward = _dense_backward(kind, torch.uint8 if masked else dtype, dtype, x.numel(), a, b, index).step((0, 1, 2))
-    if backward is None:
-        return None
-    mask = (mask_bytes,), (1,), torch.uint8
-    plans = ((like, mask) if masked else (like,), (step,)), ((like,), (backward,))
-    kept = 2 if masked else 0  # the mask, or x
-    back = functools.partial(otherwise, kind, a, b, like[1])
-    given = mask if masked else layout(x), like
-    return _native.module.make_pair(x.detach(), *plans, (1,), (kept,), given, (2,), lambda *tensors: (back(*tensors),))
 
 
 def unpack_mask(mask: torch.Tensor, shape: tuple, layout: tuple) -> torch.Tensor:

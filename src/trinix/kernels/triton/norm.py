@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from trinix.kernels import _native
 from trinix.kernels.triton import activation
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import (
@@ -24,8 +23,6 @@ from trinix.kernels.triton._launch import (
     Launcher,
     Repeated,
     by_table,  # noqa: F401  (the op's)
-    forward_alone,
-    layout,
 )
 
 
@@ -1032,51 +1029,6 @@ def backward(x, dy, dh, weight, bias, stats, seed, n: int, norm: Norm, offset: f
     if sums_wanted:
         _run_add(_add_plan(n, programs, wanted, w.dtype, b.dtype, index, dependent), partial, dw, db)
     return dx, dr, dw, db
-
-
-def make_pair(forward: Forward, backward: Backward | None, x, weight, bias, otherwise):
-    """Both passes as plans of ``trinix.kernels._native``; None where a binary is not kept.
-
-    ``backward`` is that of a gradient which lies as y, None for a call that autograd does not record. ``otherwise(x, [weight],
-    [bias], statistics, dy)``: the gradients of those three that are there.
-    """
-    inputs = [t for t in (x, weight, bias) if t is not None]
-    # x stands for what is not there
-    of_weight, of_bias = 0 if weight is None else 1, 0 if bias is None else len(inputs) - 1
-    y, saved_stats = len(inputs), len(inputs) + 1
-    like = layout(
-        torch.empty_like(x, device="meta") if forward.dense else torch.empty(x.shape, dtype=x.dtype, device="meta")
-    )
-    if backward is None:
-        first = forward.launch.step((0, of_weight, of_bias, y, 0))
-        return None if first is None else forward_alone(x, ((like,), (first,)), y)
-    stats = (forward.stats,), (1,), torch.float32
-    # backward has the inputs, the statistics, dy, then what it makes
-    at_stats, dy, made = len(inputs), len(inputs) + 1, []
-
-    def make(what: tuple | None) -> int | None:
-        if what is None:
-            return None
-        made.append(what)
-        return dy + len(made)
-
-    wanted = backward.wanted
-    dx = make(like if wanted.dx else None)
-    dw = make(layout(weight) if wanted.dw else None)
-    db = make(layout(bias) if wanted.db else None)
-    partial = make(((backward.partial,), (1,), torch.float32) if backward.partial else None)
-    out, to_add = dx or 0, partial or 0
-    launches = [backward.launch.step((0, dy, 0, of_weight, of_bias, at_stats, 0, out, out, to_add))]
-    if backward.add:
-        launches.append(backward.add.step((to_add, dw or to_add, db or to_add)))
-    first = forward.launch.step((0, of_weight, of_bias, y, saved_stats))
-    if first is None or None in launches:
-        return None
-    gradients = [dx, *([dw] if weight is not None else []), *([db] if bias is not None else [])]
-    return _native.module.make_pair(
-        x.detach(), ((like, stats), (first,)), (tuple(made), tuple(launches)), (y,), (*range(len(inputs)), saved_stats),
-        (*map(layout, inputs), stats, like), tuple(-1 if t is None else t for t in gradients), otherwise,
-    )  # fmt: skip
 
 
 def _partial(x: torch.Tensor, size: int) -> torch.Tensor:

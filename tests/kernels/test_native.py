@@ -18,6 +18,7 @@ from trinix.kernels import _native
 pytest.importorskip("triton")
 
 from trinix.kernels.triton import _launch, _record
+from trinix.kernels.triton import activation as kernels
 
 op = importlib.import_module("trinix.ops.activation")  # the module: ``trinix.ops.activation`` is the function
 
@@ -430,7 +431,7 @@ def planned(native, monkeypatch):
     monkeypatch.setattr(importlib.import_module("trinix.ops.norm"), "_prepared", {})
 
 
-PLANNED = "activation", "norm"  # modules of ops
+PLANNED = "activation", "glu", "norm", "softmax"  # modules of ops
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -460,6 +461,29 @@ def test_relu_goes_by_its_plan(planned, monkeypatch, layout):
         assert "Trinix" not in ops.relu(part, backend="triton").grad_fn.name()
 
 
+def at_addresses(addresses, layouts):
+    """Tensors that lie there; those that overlap, of one storage, as the views of one tensor are."""
+    ends = [
+        address + (1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))) * dtype.itemsize
+        for address, (sizes, strides, dtype) in zip(addresses, layouts, strict=True)
+    ]
+    shared = []  # [begin, end] of storages
+    for begin, end in sorted(zip(addresses, ends, strict=True)):
+        if shared and begin < shared[-1][1]:
+            shared[-1][1] = max(shared[-1][1], end)
+        else:
+            shared.append([begin, end])
+    storages = {begin: (ctypes.c_char * (end - begin)).from_address(begin) for begin, end in shared}
+    of = [max(begin for begin in storages if begin <= address) for address in addresses]
+    bases = {}
+    for begin, (_, _, dtype) in zip(of, layouts, strict=True):
+        bases[begin, dtype] = torch.frombuffer(storages[begin], dtype=dtype)
+    return tuple(
+        bases[begin, dtype].as_strided(sizes, strides, (address - begin) // dtype.itemsize)
+        for begin, address, (sizes, strides, dtype) in zip(of, addresses, layouts, strict=True)
+    )
+
+
 @pytest.fixture
 def interpreted(planned, native, monkeypatch):
     """Every op by its plans, whose launches Triton's interpreter runs: the kernels' names."""
@@ -474,13 +498,9 @@ def interpreted(planned, native, monkeypatch):
     def launch(config, function, params, extra):
         try:
             kept, layouts, scalars = steps[function - 1]
-            tensors = []
-            for i, (sizes, strides, dtype) in enumerate(layouts):
-                address = ctypes.cast(params[i], ctypes.POINTER(ctypes.c_uint64))[0]
-                numbers = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-                memory = (ctypes.c_char * (numbers * dtype.itemsize)).from_address(address)
-                tensors.append(torch.frombuffer(memory, dtype=dtype).as_strided(sizes, strides))
-            kept(config.contents.grid[0], tuple(tensors), scalars)
+            addresses = [ctypes.cast(params[i], ctypes.POINTER(ctypes.c_uint64))[0] for i in range(len(layouts))]
+            tensors = at_addresses(addresses, layouts)
+            kept(config.contents.grid[0], tensors, scalars)
             ran.append(kept.kernel.fn.__name__)
         except Exception as error:
             wrong.append(error)
@@ -578,7 +598,12 @@ def test_activations_that_are_not_recorded_go_by_plans_of_forward_alone(interpre
     recorded = torch.randn(7, 300, requires_grad=True)
     with off():
         results = []
-        for launches in (0, 0, 1, 2):  # by C++: many calls look like no other, so the first is not planned, the second is
+        for launches in (
+            0,
+            0,
+            1,
+            2,
+        ):  # by C++: many calls look like no other, so the first is not planned, the second is
             results.append(ops.activation(x, kind, backend="triton"))
             assert len(interpreted) == launches
             assert results[-1].grad_fn is None
@@ -645,6 +670,147 @@ def test_what_is_more_than_memory_does_not_go_by_a_plan_of_forward_alone(interpr
     assert len(interpreted) == count + 2
     negative = torch.complex(torch.zeros(6, 8), x).conj().imag
     same([mish(negative)], [mish(-x)])
+
+
+BEFORE = torch.ones(6, 8)
+NO_PLANS = {
+    "another operator": lambda x: kernels.forward(x, "mish", 0.0, 0.0) + 1,
+    "a view of what it makes": lambda x: kernels.forward(x, "mish", 0.0, 0.0)[:, 1:],
+    "the input": lambda x: (kernels.forward(x, "mish", 0.0, 0.0), x)[1],
+    "memory that nothing wrote to": lambda x: (kernels.forward(x, "mish", 0.0, 0.0), torch.empty_like(x))[1],
+    "nothing launched": torch.empty_like,
+    "an input copied first": lambda x: kernels.forward(x.t().contiguous(), "mish", 0.0, 0.0),
+    "made by filling": lambda x: kernels.forward(torch.zeros(6, 8), "mish", 0.0, 0.0),
+    "memory from before": lambda x: kernels.forward(BEFORE, "mish", 0.0, 0.0),
+    "an input that begins at an odd address": None,
+    "no elements": None,
+}
+
+
+@pytest.mark.parametrize("what", list(NO_PLANS))
+def test_what_has_no_plan(interpreted, what):
+    plans, x = _native.Plans(), torch.randn(6, 8)
+    run = NO_PLANS[what] or (lambda x: kernels.forward(x, "mish", 0.0, 0.0))
+    x = {"an input that begins at an odd address": torch.randn(49)[1:].view(6, 8), "no elements": x[:0]}.get(what, x)
+    want = run(x)
+    for call in range(_native._MOST_TRIES + 1):
+        pending = plans.begin((), x)
+        assert (pending is not None) == (0 < call < _native._MOST_TRIES)
+        if pending is not None and not what.startswith("memory that"):
+            same([pending.alone(lambda: run(x))], [want])
+        elif pending is not None:
+            pending.alone(lambda: run(x))
+    assert not plans.of
+    assert not _launch._noting
+
+
+def test_a_call_that_fails_while_it_is_noted(interpreted):
+    def run():
+        raise ValueError("no")
+
+    pending = None
+    plans, x = _native.Plans(), torch.randn(6, 8)
+    while pending is None:
+        pending = plans.begin((), x)
+    with pytest.raises(ValueError, match="no"):
+        pending.alone(run)
+    assert not _launch._noting
+    assert not plans.of
+
+
+def goes_by_plans(interpreted, function, leaves, dy, by_plan=True):
+    """Like calls give the same bits, with a gradient and without one, the later ones by plans; and as the formula does."""
+    wanted = [t for t in leaves if t.requires_grad]
+    dy = torch.empty_like(function("torch")).copy_(dy)  # lies as y does
+
+    def run(gradient=dy, **options):
+        y = function("triton")
+        return y, *torch.autograd.grad(y, wanted, gradient, retain_graph=True, **options)
+
+    first = run()
+    assert "Trinix" not in first[0].grad_fn.name()
+    run(), run()
+    later = run()
+    assert ("Trinix" in later[0].grad_fn.name()) == by_plan
+    same(later, first)
+    y = function("torch")
+    torch.testing.assert_close(later, (y, *torch.autograd.grad(y, wanted, dy)), rtol=1e-4, atol=1e-4)
+    broad = dy.flatten()[:1].expand(dy.shape)
+    torch.testing.assert_close(
+        torch.autograd.grad(later[0], wanted, broad), torch.autograd.grad(first[0], wanted, broad)
+    )
+    for again, want in zip(run(dy.clone().requires_grad_(), create_graph=True)[1:], first[1:], strict=True):
+        assert again.requires_grad
+        torch.testing.assert_close(again.detach(), want, rtol=1e-4, atol=1e-4)
+    count = len(interpreted)
+    with torch.no_grad():
+        results = [function("triton") for _ in range(4)]
+    assert (len(interpreted) > count) == by_plan
+    same(results, [first[0].detach()] * 4)
+
+
+GLUS = {
+    "two": lambda: (torch.randn(6, 40), torch.randn(6, 40)),
+    "packed": lambda: (torch.randn(6, 80), None),
+    "gate of a larger": lambda: (torch.randn(6, 96)[:, 16:56], torch.randn(6, 40)),
+    "transposed": lambda: (torch.randn(40, 6).t(), torch.randn(40, 6).t()),
+    "in one row": lambda: torch.randn(6, 80).chunk(2, dim=-1),
+    "packed and transposed": lambda: (torch.randn(80, 6).t(), None),
+    "packed and spread": lambda: (torch.randn(6, 160)[:, ::2], None),  # kernels get up's first address
+}
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+@pytest.mark.parametrize("lies", list(GLUS))
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("swiglu", "gate_first"), ("reglu", "interleaved"), ("geglu", "gate_last")]
+)
+def test_glus_go_by_their_plans(interpreted, lies, kind, layout, frozen):
+    gate, up = (t if t is None else t.detach().requires_grad_(i != frozen) for i, t in enumerate(GLUS[lies]()))
+    leaves = [t for t in (gate, up) if t is not None]
+    if not any(t.requires_grad for t in leaves):
+        return
+    aligned = layout != "interleaved" or lies != "packed and spread"  # there up begins 8 bytes behind gate
+    goes_by_plans(
+        interpreted, lambda backend: ops.glu(gate, up, kind, layout=layout, backend=backend), leaves,
+        torch.randn(6, 40), aligned,
+    )  # fmt: skip
+
+
+SOFTMAXES = {
+    "rows": ((6, 40), -1, {}),
+    "columns": ((6, 40), 0, {"scale": 0.5}),
+    "middle": ((3, 16, 8), 1, {}),
+    "masked": ((6, 40), 1, {"mask": (6, 40)}),
+    "mask for all rows": ((6, 40), 1, {"mask": (40,), "scale": -2.0}),
+    "long": ((2, 70_000), 1, {}),
+    "odd": ((5, 1001), 1, {}),
+}
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("name", list(SOFTMAXES))
+def test_softmaxes_go_by_their_plans(interpreted, name, log):
+    shape, dim, options = SOFTMAXES[name]
+    options = options | ({"mask": torch.randn(options["mask"])} if "mask" in options else {})
+    x = torch.randn(shape).requires_grad_()
+    function = ops.log_softmax if log else ops.softmax
+    goes_by_plans(interpreted, lambda backend: function(x, dim, backend=backend, **options), [x], torch.randn(shape))
+
+
+def test_a_softmax_is_found_by_all_that_it_names(interpreted):
+    x = torch.randn(6, 8)
+    mask = torch.randn(8)
+    for _ in range(10):
+        for options in ({}, {"scale": 2.0}, {"dim": 0}, {"mask": mask}, {"mask": x}, {"scale": 2}):
+            for function in (ops.softmax, ops.log_softmax):
+                want = function(x, backend="torch", **options)
+                torch.testing.assert_close(function(x, backend="triton", **options), want)
+    assert len(interpreted) == 2 * 4 * (10 - 2)  # not x as its own mask, which may be another next time; nor an int
+    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
+        ops.softmax([1.0], backend="triton")
+    with pytest.raises(TypeError, match="mask must be a floating-point tensor"):
+        ops.softmax(x, mask="x", backend="triton")
 
 
 def test_only_what_is_memory_and_like_a_call_before_goes_by_a_plan(interpreted):

@@ -48,6 +48,7 @@ from torch.autograd import forward_ad
 
 from trinix import dispatch
 from trinix.dispatch import Explanation
+from trinix.kernels import _native
 from trinix.kernels.torch import glu as reference
 
 _triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
@@ -136,19 +137,30 @@ def _geglu_kind(approximate: str) -> str:
     return "geglu" if approximate == "none" else "geglu_tanh"
 
 
+_plans = _native.Plans()
+
+
 def _glu(gate, up, kind, layout, backend):
-    # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first, few calls.
+    # The eager path of small tensors is counted in tenths of a microsecond: what was called before is found first.
+    named = None
+    if not torch.compiler.is_compiling() and type(layout) is str and type(backend) is str:
+        named = kind, layout, backend, dispatch.forced
+        table = _plans.of.get(named)
+        if table is not None:
+            y = _triton_module.by_table(table, gate, up)
+            if y is not None:
+                return y
     _check(gate, up, layout)
     grad = (gate.requires_grad or (up is not None and up.requires_grad)) and torch.is_grad_enabled()
     if backend != "auto" or dispatch.forced is not None:
-        return _named(gate, up, kind, layout, backend, grad)
+        return _named(gate, up, kind, layout, backend, grad, named)
     least = _TRITON_FROM[kind][1 if grad else 0]
     if least is _NEVER or torch.compiler.is_compiling() or not gate.is_cuda or _elements(gate, up) < least:
         return reference.forward(gate, up, kind, layout)
     plain = dispatch.plain(gate) if up is None else dispatch.plain(gate, up)
     if not plain or _against_triton(gate, up):
         return reference.forward(gate, up, kind, layout)
-    return _Glu.apply(gate, up, kind, layout) if grad else _triton().forward(gate, up, kind, layout)
+    return _launched(gate, up, kind, layout, grad, named)
 
 
 def _check(gate, up, layout):
@@ -185,16 +197,25 @@ def _elements(gate, up) -> int:
     return gate.numel() if up is not None else gate.numel() // 2
 
 
-def _named(gate, up, kind, layout, backend, grad):
+def _named(gate, up, kind, layout, backend, grad, named):
     backend = dispatch.resolve(backend)
-    module = dispatch.load_named("glu", BACKENDS, backend, gate, up)
+    dispatch.load_named("glu", BACKENDS, backend, gate, up)
     if backend == "torch":
         return reference.forward(gate, up, kind, layout)
     if torch.compiler.is_compiling() or not (dispatch.plain(gate) if up is None else dispatch.plain(gate, up)):
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return _RegisteredGlu.apply(gate, up, kind, layout) if grad else _forward_op(gate, up, kind, layout)
-    return _Glu.apply(gate, up, kind, layout) if grad else module.forward(gate, up, kind, layout)
+    return _launched(gate, up, kind, layout, grad, named)
+
+
+def _launched(gate, up, kind, layout, grad, named):
+    """y of plain tensors. Where there is C++, calls like one that has run are its own."""
+    pending = None if named is None else _plans.begin(named, gate, up)
+    if grad:
+        return _apply(gate, up, kind, layout, pending)
+    run = functools.partial(_triton().forward, gate, up, kind, layout)
+    return run() if pending is None else pending.alone(run)
 
 
 def triton_can_run(gate: Tensor, up: Tensor | None = None) -> bool:
@@ -215,20 +236,33 @@ class _Glu(torch.autograd.Function):
     """The Triton kernels under autograd."""
 
     @staticmethod
-    def forward(ctx, gate, up, kind, layout):
+    def forward(ctx, gate, up, kind, layout, pending):
+        run = functools.partial(_triton().forward, gate, up, kind, layout)
+        y = run() if pending is None else pending.forward(run)
         ctx.save_for_backward(gate, up)
-        ctx.call = kind, layout
-        return _triton().forward(gate, up, kind, layout)
+        ctx.call, ctx.pending = (kind, layout, ctx.needs_input_grad[:2]), pending
+        if pending is not None:
+            pending.keeps((y,), (gate, up), functools.partial(_pull_back, *ctx.call))
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        if dispatch.pulled_back_plainly(dy):
-            grads = _triton().backward(gate, up, dy, *ctx.call, *wanted)
-        else:
-            grads = _formula_gradients(lambda gate, up: reference.forward(gate, up, *ctx.call), (gate, up), dy, wanted)
-        return _in_place(grads, wanted)
+        return *_pull_back(*ctx.call, *ctx.saved_tensors, dy, pending=ctx.pending), None, None, None
+
+
+def _pull_back(kind, layout, wanted, gate, up, dy, *, pending=None) -> tuple:
+    """(gate's gradient, up's)."""
+    if not dispatch.pulled_back_plainly(dy):
+        grads = _formula_gradients(lambda gate, up: reference.forward(gate, up, kind, layout), (gate, up), dy, wanted)
+        return _in_place(grads, wanted)[:2]
+
+    def run():
+        return _in_place(_triton().backward(gate, up, dy, kind, layout, *wanted), wanted)[:2]
+
+    return run() if pending is None else pending.backward(run, (gate, up), (dy,))
+
+
+_apply = dispatch.apply_of(_Glu)
 
 
 def _in_place(grads, wanted):

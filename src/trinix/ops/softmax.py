@@ -34,6 +34,7 @@ from torch.autograd import forward_ad
 
 from trinix import dispatch
 from trinix.dispatch import Explanation
+from trinix.kernels import _native
 from trinix.kernels.torch import softmax as reference
 
 _hopper_module = _triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
@@ -109,11 +110,29 @@ def log_softmax(
     return _softmax(x, dim, scale, mask, backend, True)
 
 
+_plans = _native.Plans()
+
+
 def _softmax(x, dim, scale, mask, backend, log):
+    # The eager path of small tensors is counted in tenths of a microsecond: what was called before is found first.
+    named = None
+    # numbers by type: a tensor would be found again by its identity, whatever its value has become
+    if (
+        not torch.compiler.is_compiling()
+        and type(dim) is int
+        and (scale is None or type(scale) is float)
+        and type(backend) is str
+    ):
+        named = dim, scale, log, backend, dispatch.forced
+        table = _plans.of.get(named)
+        if table is not None:
+            y = _triton_module.by_table(table, x, mask)
+            if y is not None:
+                return y
     dim, scale = _checked(x, dim, scale, mask, "log_softmax" if log else "softmax")
     grad = x.requires_grad and torch.is_grad_enabled()
     if backend != "auto" or dispatch.forced is not None:
-        return _named(x, mask, dim, scale, backend, log, grad)
+        return _named(x, mask, dim, scale, backend, log, grad, named)
     if (
         not x.is_cuda
         or torch.compiler.is_compiling()
@@ -123,9 +142,7 @@ def _softmax(x, dim, scale, mask, backend, log):
     ):
         return reference.forward(x, mask, dim, scale, log)
     backend = "hopper" if _hopper_wins(x, mask, dim, scale) else "triton"
-    if grad:
-        return _apply(x, mask, dim, scale, log, backend)
-    return BACKENDS[backend]().forward(x, mask, dim, scale, log)
+    return _launched(x, mask, dim, scale, log, backend, grad, named)
 
 
 def _hopper_wins(x, mask, dim, scale) -> bool:
@@ -180,10 +197,10 @@ def _refuse(op, name, got, cure):
     raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}; {cure}")
 
 
-def _named(x, mask, dim, scale, backend, log, grad):
+def _named(x, mask, dim, scale, backend, log, grad, named):
     backend = dispatch.resolve(backend)
     if not (backend == "hopper" and torch.compiler.is_compiling()):  # there the operator asks, when it has a tensor
-        module = _load(x, mask, dim, scale, log, backend)
+        _load(x, mask, dim, scale, log, backend)
     if backend == "torch":
         return reference.forward(x, mask, dim, scale, log)
     if torch.compiler.is_compiling() or not (dispatch.plain(x) if mask is None else dispatch.plain(x, mask)):
@@ -192,7 +209,16 @@ def _named(x, mask, dim, scale, backend, log, grad):
         if grad:
             return _RegisteredSoftmax.apply(x, mask, dim, scale, log, backend)
         return _forward_op(x, mask, dim, scale, log, backend)
-    return _apply(x, mask, dim, scale, log, backend) if grad else module.forward(x, mask, dim, scale, log)
+    return _launched(x, mask, dim, scale, log, backend, grad, named)
+
+
+def _launched(x, mask, dim, scale, log, backend, grad, named):
+    """y of plain tensors. Where there is C++, calls of the portable kernels like one that has run are its own."""
+    pending = _plans.begin(named, x, mask) if backend == "triton" and named is not None else None
+    if grad:
+        return _apply(x, mask, dim, scale, log, backend, pending)
+    run = functools.partial(BACKENDS[backend]().forward, x, mask, dim, scale, log)
+    return run() if pending is None else pending.alone(run)
 
 
 def _load(x, mask, dim, scale, log, backend):
@@ -217,18 +243,30 @@ class _Softmax(torch.autograd.Function):
     """The kernels of one backend under autograd."""
 
     @staticmethod
-    def forward(ctx, x, mask, dim, scale, log, backend):
-        y = BACKENDS[backend]().forward(x, mask, dim, scale, log)
+    def forward(ctx, x, mask, dim, scale, log, backend, pending):
+        run = functools.partial(BACKENDS[backend]().forward, x, mask, dim, scale, log)
+        y = run() if pending is None else pending.forward(run)
         ctx.save_for_backward(y)
-        ctx.call, ctx.backend = (dim, scale, log), backend
+        ctx.call, ctx.pending = (dim, scale, log, backend), pending
+        if pending is not None:
+            pending.keeps((y,), (y,), functools.partial(_pull_back, *ctx.call))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (y,) = ctx.saved_tensors
-        if dispatch.pulled_back_plainly(y, dy):  # else y carries the graph to x
-            return BACKENDS[ctx.backend]().backward(y, dy, *ctx.call), None, None, None, None, None
-        return reference.backward(y, dy, *ctx.call), None, None, None, None, None
+        dx, _ = _pull_back(*ctx.call, *ctx.saved_tensors, dy, pending=ctx.pending)
+        return dx, None, None, None, None, None, None
+
+
+def _pull_back(dim, scale, log, backend, y, dy, *, pending=None) -> tuple:
+    """(dx, None for the mask)."""
+    if not dispatch.pulled_back_plainly(y, dy):  # else y carries the graph to x
+        return reference.backward(y, dy, dim, scale, log), None
+
+    def run():
+        return BACKENDS[backend]().backward(y, dy, dim, scale, log), None
+
+    return run() if pending is None else pending.backward(run, (y,), (dy,))
 
 
 _apply = dispatch.apply_of(_Softmax)

@@ -123,8 +123,10 @@ def _plan(recorder: Recorder, inputs: list[Tensor], out: list[Tensor | None]) ->
         number = -1 if t is None else numbers.of(t)
         if number == -1:
             found.append(-1)
-        elif type(number) is int and layout(t) == layout(numbers.known[number]) and (
-            number < numbers.inputs or number in touched
+        elif (
+            type(number) is int
+            and layout(t) == layout(numbers.known[number])
+            and (number < numbers.inputs or number in touched)
         ):
             found.append(number)
         else:  # a view, or memory that nothing wrote to

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from trinix.kernels.triton import activation, norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import Launch, Launcher
+from trinix.kernels.triton._launch import Launch, Launcher, by_table  # noqa: F401  (by_table: the op's)
 from trinix.kernels.triton.activation import FlatConfig, TileConfig, _row_offsets, merge_dims
 
 # ---- formulas: value(x) and dx(x, dy), float32 in and out; the activations' a and b mean nothing here -------------------

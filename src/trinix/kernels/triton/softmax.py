@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, by_table  # noqa: F401  (by_table: the op's)
 from trinix.kernels.triton.activation import merge_dims
 
 # ---- addresses ---------------------------------------------------------------------------------------------------------

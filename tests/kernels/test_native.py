@@ -431,7 +431,7 @@ def planned(native, monkeypatch):
     monkeypatch.setattr(importlib.import_module("trinix.ops.norm"), "_prepared", {})
 
 
-PLANNED = "activation", "glu", "norm", "softmax"  # modules of ops
+PLANNED = "activation", "glu", "norm", "rope", "softmax"  # modules of ops
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -718,35 +718,59 @@ def test_a_call_that_fails_while_it_is_noted(interpreted):
     assert not plans.of
 
 
-def goes_by_plans(interpreted, function, leaves, dy, by_plan=True):
-    """Like calls give the same bits, with a gradient and without one, the later ones by plans; and as the formula does."""
+def goes_by_plans(interpreted, function, leaves, by_plan=True, calls=3):
+    """After so many, like calls go by plans, with a gradient and without one: the same bits, and what the formula gives."""
     wanted = [t for t in leaves if t.requires_grad]
-    dy = torch.empty_like(function("torch")).copy_(dy)  # lies as y does
+    formula = function("torch")
+    formula = formula if isinstance(formula, tuple) else (formula,)
+    with torch.no_grad():  # gradients lie as the results do
+        like = function("triton")
+    dys = [torch.empty_like(y).copy_(torch.randn(y.shape)) for y in (like if isinstance(like, tuple) else (like,))]
 
-    def run(gradient=dy, **options):
-        y = function("triton")
-        return y, *torch.autograd.grad(y, wanted, gradient, retain_graph=True, **options)
+    def run(*, of=slice(None), gradients=dys, **options):
+        results = function("triton")
+        results = results if isinstance(results, tuple) else (results,)
+        grads = torch.autograd.grad(results[of], wanted, gradients[of], retain_graph=True, allow_unused=True, **options)
+        return [*results], [*grads]
 
-    first = run()
-    assert "Trinix" not in first[0].grad_fn.name()
-    run(), run()
-    later = run()
-    assert ("Trinix" in later[0].grad_fn.name()) == by_plan
+    def close(got, want):
+        for t, one, other in zip(wanted, got, want, strict=True):
+            one, other = (torch.zeros_like(t) if g is None else g.detach() for g in (one, other))
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+    def of_formula(of=slice(None), gradients=dys):
+        pairs = [(y, dy) for y, dy in zip(formula[of], gradients[of], strict=True) if y.requires_grad]
+        results, incoming = zip(*pairs, strict=True)
+        return torch.autograd.grad(results, wanted, incoming, retain_graph=True, allow_unused=True)
+
+    first, grads = run()
+    recorded = [y.requires_grad for y in first]
+    assert not any("Trinix" in y.grad_fn.name() for y in first if y.requires_grad)
+    for _ in range(calls - 1):
+        run()
+    count = len(interpreted)
+    later, again = run()
+    assert ["Trinix" in y.grad_fn.name() for y in later if y.requires_grad] == [by_plan] * sum(recorded)
+    assert (len(interpreted) >= count + 2) == by_plan  # both passes
     same(later, first)
-    y = function("torch")
-    torch.testing.assert_close(later, (y, *torch.autograd.grad(y, wanted, dy)), rtol=1e-4, atol=1e-4)
-    broad = dy.flatten()[:1].expand(dy.shape)
-    torch.testing.assert_close(
-        torch.autograd.grad(later[0], wanted, broad), torch.autograd.grad(first[0], wanted, broad)
-    )
-    for again, want in zip(run(dy.clone().requires_grad_(), create_graph=True)[1:], first[1:], strict=True):
-        assert again.requires_grad
-        torch.testing.assert_close(again.detach(), want, rtol=1e-4, atol=1e-4)
+    same([g for g in again if g is not None], [g for g in grads if g is not None])
+    for got, want in zip(later, formula, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    close(again, of_formula())
+    for i in range(len(dys)):  # of one result alone
+        if formula[i].requires_grad:
+            close(run(of=slice(i, i + 1))[1], of_formula(slice(i, i + 1)))
+    broad = [dy.flatten()[:1].expand(dy.shape) for dy in dys]
+    close(run(gradients=broad)[1], of_formula(gradients=broad))
+    twice = run(gradients=[dy.clone().requires_grad_() for dy in dys], create_graph=True)[1]
+    assert all(g.requires_grad for g in twice if g is not None)
+    close(twice, grads)
     count = len(interpreted)
     with torch.no_grad():
-        results = [function("triton") for _ in range(4)]
+        results = [function("triton") for _ in range(calls + 1)]
     assert (len(interpreted) > count) == by_plan
-    same(results, [first[0].detach()] * 4)
+    for one in results:
+        same(one if isinstance(one, tuple) else (one,), [y.detach() for y in first])
 
 
 GLUS = {
@@ -771,10 +795,7 @@ def test_glus_go_by_their_plans(interpreted, lies, kind, layout, frozen):
     if not any(t.requires_grad for t in leaves):
         return
     aligned = layout != "interleaved" or lies != "packed and spread"  # there up begins 8 bytes behind gate
-    goes_by_plans(
-        interpreted, lambda backend: ops.glu(gate, up, kind, layout=layout, backend=backend), leaves,
-        torch.randn(6, 40), aligned,
-    )  # fmt: skip
+    goes_by_plans(interpreted, lambda backend: ops.glu(gate, up, kind, layout=layout, backend=backend), leaves, aligned)
 
 
 SOFTMAXES = {
@@ -795,7 +816,71 @@ def test_softmaxes_go_by_their_plans(interpreted, name, log):
     options = options | ({"mask": torch.randn(options["mask"])} if "mask" in options else {})
     x = torch.randn(shape).requires_grad_()
     function = ops.log_softmax if log else ops.softmax
-    goes_by_plans(interpreted, lambda backend: function(x, dim, backend=backend, **options), [x], torch.randn(shape))
+    goes_by_plans(interpreted, lambda backend: function(x, dim, backend=backend, **options), [x])
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("residual", "weight"), ("weight", "bias")])
+@pytest.mark.parametrize(("center", "given"), [(True, "weight and bias"), (False, "weight"), (False, "")])
+def test_residual_norms_go_by_their_plans(interpreted, center, given, frozen):
+    leaves = {"x": torch.randn(3, 5, 40), "residual": torch.randn(3, 5, 40)}
+    leaves |= {name: torch.randn(40) for name in ("weight", "bias") if name in given}
+    leaves = {name: t.requires_grad_(name not in frozen) for name, t in leaves.items()}
+    x, residual, weight, bias = (leaves.get(name) for name in ("x", "residual", "weight", "bias"))
+
+    def function(backend):
+        if center:
+            return ops.layer_norm_residual(x, residual, 40, weight, bias, backend=backend)
+        return ops.rms_norm_residual(x, residual, 40, weight, 1e-6, backend=backend)
+
+    goes_by_plans(interpreted, function, list(leaves.values()), calls=4)
+
+
+PLACES = {
+    "offset 0": {},
+    "offsets": {"offset": torch.tensor([3, 0])},
+    "position_ids": {"position_ids": torch.randint(0, 16, (2, 5))},
+    "interleaved": {"interleaved": True},
+}
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+@pytest.mark.parametrize("places", list(PLACES))
+@pytest.mark.parametrize("op", ["q", "q and k", "with norm"])
+def test_rotations_go_by_their_plans(interpreted, op, places, frozen):
+    cos, sin = ops.rope_table(16, 8)
+    fused = torch.randn(2, 5, 6, 8)  # as a projection lays them
+    q, k = (t.detach().requires_grad_(i != frozen) for i, t in enumerate((fused[:, :, :4], fused[:, :, 4:])))
+    weights = [torch.randn(8, requires_grad=True) for _ in range(2)]
+    if op == "q" and frozen == 0:
+        return
+
+    def function(backend):
+        options = PLACES[places] | {"backend": backend}
+        if op == "with norm":
+            return ops.qk_norm_rope(q, k, *weights, cos, sin, **options)
+        return ops.rope(q, k if op == "q and k" else None, cos, sin, **options)
+
+    goes_by_plans(interpreted, function, [q] if op == "q" else [q, k, *(weights if op == "with norm" else [])])
+
+
+def test_a_rotation_is_found_by_all_that_it_names(interpreted):
+    cos, sin = ops.rope_table(16, 8)
+    q, k, ids = torch.randn(1, 5, 4, 8), torch.randn(1, 5, 2, 8), torch.arange(5)
+    calls = [{}, {"interleaved": True}, {"offset": torch.tensor([2])}, {"position_ids": ids + 1}]
+    others = [{"offset": 3}, {"offset": 4}]  # from one call to the next: these have none
+    for _ in range(10):
+        for options in (*calls, *others):
+            for mine in ((q, k), (q, None)):
+                want = ops.rope(*mine, cos, sin, backend="torch", **options)
+                torch.testing.assert_close(ops.rope(*mine, cos, sin, backend="triton", **options), want)
+    assert len(interpreted) == 2 * 8 * len(calls)
+    both = q.clone(), k.clone()
+    got = ops.rope(*both, cos, sin, inplace=True, backend="triton")
+    assert [a is b for a, b in zip(got, both, strict=True)] == [True, True]
+    assert len(interpreted) == 2 * 8 * len(calls)
+    same(got, ops.rope(q, k, cos, sin, backend="triton"))
+    with pytest.raises(ValueError, match="within the table's 16 rows"):
+        ops.rope(torch.randn(1, 17, 4, 8), None, cos, sin, backend="triton")
 
 
 def test_a_softmax_is_found_by_all_that_it_names(interpreted):

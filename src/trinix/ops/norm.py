@@ -491,19 +491,32 @@ def _checked_residual(op: str, x: Tensor, residual, p: float) -> tuple[Tensor, T
 
 
 def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset, center, p, backend):
-    key = None
+    key = numbers = None
+    compiling = torch.compiler.is_compiling()
     if (
-        not torch.compiler.is_compiling()
-        and isinstance(residual, Tensor)
-        and residual.dtype == getattr(x, "dtype", None)
-    ):
+        not compiling
+        and type(normalized_shape) in _HASHED and type(eps) is float and type(offset) is float and type(backend) is str
+        and type(p) is float and not p  # the seed of dropout is drawn by PyTorch, which no plan has
+    ):  # fmt: skip
+        numbers = "residual", normalized_shape, eps, offset, center, backend, dispatch.forced
+        table = _plans.of.get(numbers)
+        if table is not None:
+            results = _triton_module.by_table(table, x, residual, weight, bias)
+            if results is not None:
+                return results
+    if not compiling and isinstance(residual, Tensor) and residual.dtype == getattr(x, "dtype", None):
         key = _kind(x, residual, normalized_shape, weight, bias, eps, offset, center, "", p, backend)
         call = _prepared.get(key)
         if call is not None:
+            pending = _plans.begin(call.numbers, x, residual, weight, bias) if call.numbers else None
             if key[-1]:
-                return _apply_residual_norm(x, residual, weight, bias, call)
+                return _apply_residual_norm(x, residual, weight, bias, call, pending)
             seed = _seed(x) if p else None
-            return _triton_module.run_residual(call.forward, x, residual, weight, bias, seed)[:2]
+
+            def run():
+                return _triton_module.run_residual(call.forward, x, residual, weight, bias, seed)[:2]
+
+            return run() if pending is None else pending.alone(run)
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
     x, residual = _checked_residual(op, x, residual, p)
@@ -528,11 +541,11 @@ def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset,
     module, plan = _module(backend, tensors, n, None, p, False), None
     if key is not None and _settled(n, backend, module):
         plan = module.residual_plan(x, residual, weight, bias, p > 0, n, norm, eps, offset, p, grad)
-    call = _Call(shape, n, eps, offset, norm, backend, plan, {}, p)
+    call = _Call(shape, n, eps, offset, norm, backend, plan, {}, p, numbers)
     if plan is not None:
         _keep(key, call)
     if grad:
-        return _apply_residual_norm(x, residual, weight, bias, call)
+        return _apply_residual_norm(x, residual, weight, bias, call, None)
     seed = _seed(x) if p else None
     return module.forward_residual(x, residual, weight, bias, seed, n, norm, eps, offset, p, False)[:2]
 
@@ -544,40 +557,55 @@ def _seed(x: Tensor) -> Tensor:
 
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, call):
+    def forward(ctx, x, residual, weight, bias, call, pending):
         seed = _seed(x) if call.p else None
         if call.forward is not None:
-            y, h, stats = _triton_module.run_residual(call.forward, x, residual, weight, bias, seed)
+            run = functools.partial(_triton_module.run_residual, call.forward, x, residual, weight, bias, seed)
+            y, h, stats = run() if pending is None else pending.forward(run)
         else:
             n, norm, p = call.n, call.norm, call.p
             module = _module(call.backend, (x, residual, weight, bias), n, None, p, False)
             y, h, stats = module.forward_residual(
                 x, residual, weight, bias, seed, n, norm, call.eps, call.offset, p, True
             )
-        ctx.save_for_backward(h, weight, bias, stats, seed)
-        ctx.call = call
+        saved = h, weight, bias, stats, seed
+        ctx.save_for_backward(*saved)
+        ctx.call, ctx.pending = call, pending
+        if pending is not None:
+            pending.keeps((y, h), saved, functools.partial(_pull_back_residual, call, ctx.needs_input_grad[:4]))
         return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
-        h, weight, bias, stats, seed = ctx.saved_tensors
-        call, stats = ctx.call, stats.contiguous()
-        need_x, need_r, *wanted = ctx.needs_input_grad[:4]
-        if not dispatch.pulled_back_plainly(dy, dh):
-            center = call.norm.center
-            if call.p:
-                raise RuntimeError(
-                    f"{'layer' if center else 'rms'}_norm_residual: a second derivative with dropout_p > 0 is not "
-                    "supported; use backend='torch'"
-                )
-            d, dw, db = _formula_gradients(
-                lambda h, w, b: reference.forward(h, w, b, call.shape, call.eps, call.offset, center),
-                (h, weight, bias), (True, *wanted), dy,
-            )  # fmt: skip
-            d = d + dh
-            return d if need_x else None, d if need_r else None, dw, db, None
-        dx, dr, dw, db = _backward(call, h, dy, dh, weight, bias, stats, seed, (need_x or need_r, *wanted))
-        return dx if need_x else None, dr if need_r else None, dw, db, None
+        grads = _pull_back_residual(ctx.call, ctx.needs_input_grad[:4], *ctx.saved_tensors, dy, dh, pending=ctx.pending)
+        return *grads, None, None
+
+
+def _pull_back_residual(call: _Call, wanted: tuple, h, weight, bias, stats, seed, dy, dh, *, pending=None) -> tuple:
+    """(dx, d_residual, dw, db)."""
+    saved = h, weight, bias, stats, seed
+    dy, dh = (torch.zeros_like(h) if g is None else g for g in (dy, dh))
+    stats = stats.contiguous()
+    need_x, need_r, *of_parameters = wanted
+    if not dispatch.pulled_back_plainly(dy, dh):
+        center = call.norm.center
+        if call.p:
+            raise RuntimeError(
+                f"{'layer' if center else 'rms'}_norm_residual: a second derivative with dropout_p > 0 is not "
+                "supported; use backend='torch'"
+            )
+        d, dw, db = _formula_gradients(
+            lambda h, w, b: reference.forward(h, w, b, call.shape, call.eps, call.offset, center),
+            (h, weight, bias), (True, *of_parameters), dy,
+        )  # fmt: skip
+        d = d + dh
+        return d if need_x else None, d if need_r else None, dw, db
+
+    def run():
+        dx, dr, dw, db = _backward(call, h, dy, dh, weight, bias, stats, seed, (need_x or need_r, *of_parameters))
+        return dx if need_x else None, dr if need_r else None, dw, db
+
+    return run() if pending is None else pending.backward(run, saved, (dy, dh))
 
 
 _apply_residual_norm = dispatch.apply_of(_ResidualNorm)

@@ -41,6 +41,7 @@ from torch.autograd import forward_ad
 
 from trinix import dispatch
 from trinix.dispatch import Explanation
+from trinix.kernels import _native
 from trinix.kernels.torch import rope as reference
 
 _triton_module = None  # kept by hand: torch.compile traces through functools.cache, and says so
@@ -108,6 +109,12 @@ def rope(
     >>> [round(v, 4) for v in trinix.ops.rope(q, cos=cos, sin=sin, offset=3).flatten().tolist()]
     [-0.99, 0.0, 0.1411, 0.0]
     """
+    named = None if inplace is not False else _named(offset, backend, "rope", interleaved)
+    tensors = q, k, cos, sin, position_ids, offset if isinstance(offset, Tensor) else None, cu_seqlens
+    if named is not None and named in _plans.of:
+        results = _triton_module.by_table(_plans.of[named], *tensors)
+        if results is not None:
+            return results
     half = _check("rope", q, k, cos, sin, interleaved)
     places, mode, first = _positions("rope", q, cos, position_ids, offset, cu_seqlens)
     grad = torch.is_grad_enabled() and (
@@ -127,10 +134,13 @@ def rope(
         # autograd's checks do not see a raw launch
         torch.autograd.graph.increment_version([t for t in (q, k) if t is not None and not t.is_inference()])
         return q if k is None else (q, k)
-    elif grad:
-        results = _Rope.apply(q, k, cos, sin, *call)
     else:
-        results = module.rotate(q, k, cos, sin, *call)
+        pending = None if named is None else _plans.begin(named, *tensors)
+        if grad:
+            results = _apply_rope(q, k, cos, sin, *call, pending)
+        else:
+            run = functools.partial(module.rotate, q, k, cos, sin, *call)
+            results = run() if pending is None else pending.alone(run)
     if inplace:
         results = [t if t is None else t.copy_(y) for t, y in zip((q, k), results, strict=True)]
     return results[0] if k is None else tuple(results)
@@ -171,6 +181,24 @@ def qk_norm_rope(
     >>> [round(v, 4) for v in trinix.ops.qk_norm_rope(q, k, torch.ones(2), torch.ones(2), cos, sin)[0].flatten().tolist()]
     [0.8485, 1.1314]
     """
+    named = None
+    if type(eps) is float and type(weight_offset) is float:
+        named = _named(offset, backend, "qk_norm_rope", interleaved, eps, weight_offset)
+    tensors = (
+        q,
+        k,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        position_ids,
+        offset if isinstance(offset, Tensor) else None,
+        cu_seqlens,
+    )
+    if named is not None and named in _plans.of:
+        results = _triton_module.by_table(_plans.of[named], *tensors)
+        if results is not None:
+            return results
     half = _check("qk_norm_rope", q, k, cos, sin, interleaved)
     _check_weights(q, k, q_weight, k_weight)
     places, mode, first = _positions("qk_norm_rope", q, cos, position_ids, offset, cu_seqlens)
@@ -185,7 +213,26 @@ def qk_norm_rope(
         return _norm_formula(*inputs, *call)
     if not raw:
         return _RegisteredQkNormRope.apply(*inputs, *call) if _recorded(grad) else _norm_op(*inputs, *call)
-    return _QkNormRope.apply(*inputs, *call) if grad else module.norm_rotate(*inputs, *call)
+    pending = None if named is None else _plans.begin(named, *tensors)
+    if grad:
+        return _apply_norm_rope(*inputs, *call, pending)
+    run = functools.partial(module.norm_rotate, *inputs, *call)
+    return run() if pending is None else pending.alone(run)
+
+
+_plans = _native.Plans()
+
+
+def _named(offset, backend, *names) -> tuple | None:
+    """What a call names besides tensors, where C++ may have plans of it: an offset that is a number changes from call to call."""
+    if (
+        torch.compiler.is_compiling()
+        or type(backend) is not str
+        or not (isinstance(offset, Tensor) or (type(offset) is int and offset == 0))
+    ):
+        return None
+    interleaved = names[1]
+    return (*names, backend, dispatch.forced) if interleaved is True or interleaved is False else None
 
 
 def rope_table(
@@ -524,31 +571,47 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, *call):
-        yq, yk = _triton().rotate(q, k, cos, sin, *call)
-        ctx.save_for_backward(cos, sin, call[0])
-        ctx.call = call[1:]
-        ctx.layouts = yq.stride(), None if k is None else yk.stride()
+        *call, pending = call
+        run = functools.partial(_triton().rotate, q, k, cos, sin, *call)
+        yq, yk = run() if pending is None else pending.forward(run)
+        saved = cos, sin, call[0]
+        ctx.save_for_backward(*saved)
+        ctx.call = ctx.needs_input_grad[:2], (yq.stride(), None if k is None else yk.stride()), *call[1:]
+        ctx.pending = pending
         ctx.set_materialize_grads(False)
+        if pending is not None:
+            pending.keeps((yq,) if k is None else (yq, yk), saved, functools.partial(_turn_back, *ctx.call))
         return yq, yk
 
     @staticmethod
     def backward(ctx, gq, gk):
-        cos, sin, places = ctx.saved_tensors
-        places = _in_a_row(places)
-        none = (None,) * (2 + 5)
-        gradients = [g if needed else None for g, needed in zip((gq, gk), ctx.needs_input_grad[:2], strict=True)]
-        given = [g for g in gradients if g is not None]
-        if not given:
-            return (None, None, *none)
-        if not dispatch.pulled_back_plainly(*given):
-            return (*_formula(*gradients, cos, sin, places, *ctx.call, inverse=True), *none)
-        layouts = [layout for g, layout in zip(gradients, ctx.layouts, strict=True) if g is not None]
+        return *_turn_back(*ctx.call, *ctx.saved_tensors, gq, gk, pending=ctx.pending), None, None, None
+
+
+def _turn_back(
+    needed, layouts, mode, first, half, interleaved, cos, sin, places, gq, gk=None, *, pending=None
+) -> tuple:
+    """The gradients of (q, k, cos, sin, positions in three forms)."""
+    places = _in_a_row(places)
+    gradients = [g if n else None for g, n in zip((gq, gk), needed, strict=True)]
+    given = [g for g in gradients if g is not None]
+    call, none = (cos, sin, places, mode, first, half, interleaved), (None,) * 5
+    if not given:
+        return None, None, *none
+    if not dispatch.pulled_back_plainly(*given):
+        return *_formula(*gradients, *call, inverse=True), *none
+    layouts = [layout for g, layout in zip(gradients, layouts, strict=True) if g is not None]
+
+    def run():
         results = iter(
-            _triton().rotate(
-                *given, *[None] * (2 - len(given)), cos, sin, places, *ctx.call, inverse=True, layouts=(*layouts, None)
-            )
+            _triton().rotate(*given, *[None] * (2 - len(given)), *call, inverse=True, layouts=(*layouts, None))
         )
-        return (*[None if g is None else next(results) for g in gradients], *none)
+        return *[None if g is None else next(results) for g in gradients], *none
+
+    return run() if pending is None else pending.backward(run, (cos, sin, places), (gq, gk))
+
+
+_apply_rope = dispatch.apply_of(_Rope)
 
 
 def _in_a_row(t: Tensor | None) -> Tensor | None:
@@ -612,36 +675,54 @@ class _QkNormRope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, *call):
-        results = _triton().norm_rotate(q, k, q_weight, k_weight, cos, sin, *call)
-        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, call[0])
-        ctx.call = call[1:]
-        ctx.layouts = tuple([t.stride() for t in results])
+        *call, pending = call
+        run = functools.partial(_triton().norm_rotate, q, k, q_weight, k_weight, cos, sin, *call)
+        results = run() if pending is None else pending.forward(run)
+        saved = q, k, q_weight, k_weight, cos, sin, call[0]
+        ctx.save_for_backward(*saved)
+        ctx.call = ctx.needs_input_grad[:4], tuple([t.stride() for t in results]), call[1:]
+        ctx.pending = pending
+        if pending is not None:
+            pending.keeps(results, saved, functools.partial(_norm_turn_back, *ctx.call))
         return results
 
     @staticmethod
     def backward(ctx, gq, gk):
-        q, k, q_weight, k_weight, cos, sin, places = ctx.saved_tensors
-        inputs, places = [q, k, _in_a_row(q_weight), _in_a_row(k_weight)], _in_a_row(places)
-        needed = ctx.needs_input_grad[:4]
-        if dispatch.pulled_back_plainly(gq, gk):
+        return *_norm_turn_back(*ctx.call, *ctx.saved_tensors, gq, gk, pending=ctx.pending), *(None,) * 5
+
+
+def _norm_turn_back(
+    needed, layouts, call, q, k, q_weight, k_weight, cos, sin, places, gq, gk, *, pending=None
+) -> tuple:
+    """The gradients of (q, k, q_weight, k_weight, cos, sin, positions in three forms)."""
+    saved = q, k, q_weight, k_weight, cos, sin, places
+    gq, gk = (torch.zeros_like(t) if g is None else g for t, g in ((q, gq), (k, gk)))
+    inputs, places = [q, k, _in_a_row(q_weight), _in_a_row(k_weight)], _in_a_row(places)
+    none = (None,) * 5
+    if dispatch.pulled_back_plainly(gq, gk):
+
+        def run():
             gradients = _triton().norm_rotate_backward(
-                q, k, gq, gk, *inputs[2:], cos, sin, places, *ctx.call,
-                dx=needed[0] or needed[1], dw=needed[2] or needed[3], layouts=ctx.layouts,
+                q, k, gq, gk, *inputs[2:], cos, sin, places, *call,
+                dx=needed[0] or needed[1], dw=needed[2] or needed[3], layouts=layouts,
             )  # fmt: skip
-            return (*[g if n else None for g, n in zip(gradients, needed, strict=True)], *(None,) * 9)
-        again = torch.is_grad_enabled()  # create_graph=True
-        with torch.enable_grad():
-            if not again:
-                inputs = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
-            results = _norm_formula(*inputs, cos, sin, places, *ctx.call)
-        wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
-        # a side that no wanted input feeds has no graph
-        pairs = [(y, g) for y, g in zip(results, (gq, gk), strict=True) if y.requires_grad]
-        outputs, incoming = zip(*pairs, strict=True)
-        gradients = iter(torch.autograd.grad(outputs, wanted, incoming, create_graph=again))
-        return (*[next(gradients) if n else None for n in needed], *(None,) * 9)
+            return *[g if n else None for g, n in zip(gradients, needed, strict=True)], *none
+
+        return run() if pending is None else pending.backward(run, saved, (gq, gk))
+    again = torch.is_grad_enabled()  # create_graph=True
+    with torch.enable_grad():
+        if not again:
+            inputs = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+        results = _norm_formula(*inputs, cos, sin, places, *call)
+    wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
+    # a side that no wanted input feeds has no graph
+    pairs = [(y, g) for y, g in zip(results, (gq, gk), strict=True) if y.requires_grad]
+    outputs, incoming = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(outputs, wanted, incoming, create_graph=again))
+    return *[next(gradients) if n else None for n in needed], *none
 
 
+_apply_norm_rope = dispatch.apply_of(_QkNormRope)
 _NORM_ARGUMENTS = (
     "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? places, str mode, SymInt first, int half, "
     "bool interleaved, float eps, float weight_offset"

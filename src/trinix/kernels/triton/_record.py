@@ -144,9 +144,9 @@ class Pending:
         self.forward_plan = self.recorder = None
 
     def alone(self, run: Callable):
-        """The results, which ``run`` gives, of a call that autograd does not record."""
+        """The results, which ``run`` gives, None among them, of a call that autograd does not record."""
         out = self.forward(run)
-        self.keeps(out if isinstance(out, tuple) else (out,))
+        self.keeps(tuple([t for t in out if t is not None]) if isinstance(out, tuple) else (out,))
         return out
 
     def forward(self, run: Callable):

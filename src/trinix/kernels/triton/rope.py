@@ -20,7 +20,7 @@ import triton.language as tl
 
 from trinix.kernels.triton import norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, by_table  # noqa: F401  (by_table: the op's)
 
 # ---- positions and the table ------------------------------------------------------------------------------------------
 

@@ -1009,16 +1009,20 @@ def on_card(monkeypatch):
     module = _native.module
 
     def both(function, leaves, dy):
+        def run():
+            y = function()
+            y = y if isinstance(y, tuple) else (y,)
+            grads = torch.autograd.grad(y, leaves, dy if isinstance(dy, tuple) else (dy,))
+            return "Trinix" in y[0].grad_fn.name(), [*(one.detach() for one in y), *grads]
+
         monkeypatch.setattr(_native, "module", None)
-        y = function()
-        want = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-        assert "Trinix" not in y.grad_fn.name()
+        by_plan, want = run()
+        assert not by_plan
         monkeypatch.setattr(_native, "module", module)
-        for _ in range(2):
-            function().backward(dy, inputs=leaves)
-        y = function()
-        assert "Trinix" in y.grad_fn.name()
-        same([y.detach(), *torch.autograd.grad(y, leaves, dy)], want)
+        for _ in range(4):
+            by_plan, got = run()
+            same(got, want)
+        assert by_plan
 
     return both
 
@@ -1049,6 +1053,54 @@ def test_activations_have_the_same_bits(on_card, kind, shape, dtype):
 def test_norms_have_the_same_bits(on_card, parameters, shape):
     leaves = leaf(*shape), *(leaf(shape[-1]) for _ in range(parameters))
     on_card(lambda: norm_of(*leaves), leaves, torch.randn_like(leaves[0]))
+
+
+def like(*tensors):
+    return tuple([torch.randn_like(t) for t in tensors])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 100, 512), (1, 3, 7), (3, 40, 4096)])
+def test_other_ops_have_the_same_bits(on_card, shape, dtype):
+    gate, up, packed = (leaf(*shape[:-1], n * shape[-1], dtype=dtype) for n in (1, 1, 2))
+    weight, bias = (leaf(shape[-1], dtype=dtype) for _ in range(2))
+    (dy,) = like(gate)
+    for kind in ("swiglu", "geglu"):
+        on_card(lambda kind=kind: ops.glu(gate, up, kind, backend="triton"), [gate, up], dy)
+        on_card(lambda kind=kind: ops.glu(gate, up.detach(), kind, backend="triton"), [gate], dy)
+        for layout in ("gate_first", "interleaved"):
+            on_card(lambda k=kind, o=layout: ops.glu(packed, kind=k, layout=o, backend="triton"), [packed], dy)
+    mask = torch.randn(shape[-1], device="cuda", dtype=dtype)
+    for dim in (-1, 1):
+        on_card(lambda dim=dim: ops.softmax(gate, dim, backend="triton"), [gate], dy)
+    on_card(lambda: ops.log_softmax(gate, scale=0.5, mask=mask, backend="triton"), [gate], dy)
+    on_card(
+        lambda: ops.layer_norm_residual(gate, up, shape[-1], weight, bias, backend="triton"),
+        [gate, up, weight, bias], like(gate, gate),
+    )  # fmt: skip
+    on_card(
+        lambda: ops.rms_norm_residual(gate, up, shape[-1], weight, 1e-6, backend="triton"), [gate, up, weight],
+        like(gate, gate),
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "width"), [((32, 8), 128), ((5, 5), 40)])
+def test_rotations_have_the_same_bits(on_card, heads, width, dtype):
+    cos, sin = (t.cuda() for t in ops.rope_table(64, width))
+    fused = leaf(2, 50, sum(heads), width, dtype=dtype).detach()
+    q, k = (t.requires_grad_() for t in fused.split(heads, dim=2))
+    weights = [leaf(width, dtype=dtype) for _ in range(2)]
+    ids, ends = torch.randint(0, 64, (2, 50), device="cuda"), torch.tensor([3, 14], device="cuda")
+    for options in ({}, {"interleaved": True}, {"position_ids": ids}, {"offset": ends}):
+        dy = like(q, k)
+        dy = tuple([torch.empty_like(t.detach().contiguous()).copy_(g) for t, g in zip((q, k), dy, strict=True)])
+        on_card(lambda o=options: ops.rope(q, k, cos, sin, backend="triton", **o), [q, k], dy)
+        on_card(
+            lambda o=options: ops.qk_norm_rope(q, k, *weights, cos, sin, backend="triton", **o), [q, k, *weights], dy
+        )
 
 
 @pytest.mark.gpu

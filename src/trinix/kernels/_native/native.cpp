@@ -368,7 +368,7 @@ PyObject* again(PyObject*, PyObject* const* a, Py_ssize_t n) {
   for (Py_ssize_t i = 2; i < n; i++)
     if (a[i] != Py_None && !THPVariable_CheckTypeExact(Py_TYPE(a[i]))) Py_RETURN_NONE;
   for (const Entry& entry : table_of(a[0])) {
-    bool same = true;
+    bool same = entry.inputs.size() == static_cast<size_t>(n - 2);
     for (Py_ssize_t i = 2; same && i < n; i++) {
       const Input& input = entry.inputs[i - 2];
       same = input.given == (a[i] != Py_None);

@@ -76,8 +76,10 @@ class _Numbers:
     def __init__(self, inputs: list[Tensor], made: list[Tensor]):
         self.known = [*inputs, *(t for t in made if t.device == inputs[0].device)]
         self.first = {t.data_ptr(): number for number, t in enumerate(self.known)}
-        # two tensors at one address: another call's need not be
-        self.ambiguous = len(self.first) < len(self.known) or any(not t.numel() for t in self.known)
+        # two tensors at one address: another call's need not be; nor has it inputs at odd addresses
+        self.ambiguous = len(self.first) < len(self.known) or any(
+            not t.numel() or t.data_ptr() & 15 for t in self.known
+        )
         self.inputs = len(inputs)
 
     def of(self, t: Tensor) -> int | tuple[int, int] | None:

@@ -6,6 +6,7 @@ import importlib
 import struct
 import subprocess
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -644,6 +645,65 @@ def test_norms_that_are_not_recorded_go_by_plans_of_forward_alone(interpreted, g
     assert len(interpreted) == 2 + (not given)
 
 
+TABLE, WEIGHTS = ops.rope_table(6, 8), (torch.linspace(0.5, 2, 8), torch.linspace(2, 0.5, 8))
+SMALL = {  # of x [1, 6, 2, 8]
+    "mish": lambda x, backend: ops.mish(x, backend=backend),
+    "rms_norm": lambda x, backend: ops.rms_norm(x, 8, None, 1e-6, backend=backend),
+    "layer_norm_residual": lambda x, backend: ops.layer_norm_residual(x, x + 1, 8, backend=backend)[0],
+    "swiglu": lambda x, backend: ops.swiglu(x, x + 1, backend=backend),
+    "softmax": lambda x, backend: ops.softmax(x, 1, backend=backend),
+    "rope": lambda x, backend: ops.rope(x, x + 1, *TABLE, backend=backend)[1],
+    "qk_norm_rope": lambda x, backend: ops.qk_norm_rope(x, x + 1, *WEIGHTS, *TABLE, backend=backend)[0],
+}
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_planned_op_is_seen_by_who_has_to_see_it(interpreted, name):
+    def function(x, backend="triton"):
+        return SMALL[name](x, backend)
+
+    def close(got, x):
+        torch.testing.assert_close(got, function(x, "torch"), rtol=1e-5, atol=1e-5)
+
+    x = torch.randn(1, 6, 2, 8)
+    for _ in range(4):
+        close(function(x), x)
+    count = len(interpreted)
+    assert count
+    with Watch() as watch:
+        close(function(x), x)
+    assert any("trinix" in one for one in watch.seen)
+    many = torch.randn(3, 1, 6, 2, 8)
+    if name == "rope":  # whose list of results PyTorch cannot batch
+        with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+            torch.func.vmap(function)(many)
+    else:
+        close(torch.func.vmap(function)(many)[1], many[1])
+    with forward_ad.dual_level():
+        try:
+            tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, many[0]))).tangent
+        except RuntimeError:
+            pass  # a named backend may refuse; it may not lose it
+        else:
+            assert tangent is not None
+    (dx,) = torch.autograd.grad(function(leaf := x.clone().requires_grad_()).square().sum(), leaf)
+    (want,) = torch.autograd.grad(function(leaf, "torch").square().sum(), leaf)
+    torch.testing.assert_close(dx, want, rtol=1e-4, atol=1e-4)
+
+    class Sub(torch.Tensor):
+        pass
+
+    assert type(function(x.as_subclass(Sub))) is Sub
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negative.is_neg()
+    close(function(negative), x)
+    assert len(interpreted) == count
+    for other in (x.half(), x[:, :, :1], torch.randn(6, 1, 2, 8).transpose(0, 1)):
+        torch.testing.assert_close(function(other), function(other, "torch"), rtol=2e-3, atol=2e-3)
+    close(function(x), x)
+    assert len(interpreted) > count
+
+
 def test_what_is_more_than_memory_does_not_go_by_a_plan_of_forward_alone(interpreted):
     def mish(x):
         return ops.mish(x, backend="triton")
@@ -675,7 +735,9 @@ def test_what_is_more_than_memory_does_not_go_by_a_plan_of_forward_alone(interpr
 BEFORE = torch.ones(6, 8)
 NO_PLANS = {
     "another operator": lambda x: kernels.forward(x, "mish", 0.0, 0.0) + 1,
+    "a change by another operator": lambda x: kernels.forward(x, "mish", 0.0, 0.0).add_(1),
     "a view of what it makes": lambda x: kernels.forward(x, "mish", 0.0, 0.0)[:, 1:],
+    "the same memory in another shape": lambda x: kernels.forward(x, "mish", 0.0, 0.0).view(8, 6),
     "the input": lambda x: (kernels.forward(x, "mish", 0.0, 0.0), x)[1],
     "memory that nothing wrote to": lambda x: (kernels.forward(x, "mish", 0.0, 0.0), torch.empty_like(x))[1],
     "nothing launched": torch.empty_like,
@@ -708,6 +770,83 @@ def test_what_has_no_plan(interpreted, what):
             pending.alone(lambda: run(x))
     assert not plans.of
     assert not _launch._noting
+
+
+def test_an_address_within_two_inputs_has_no_plan(interpreted):
+    plans, fused = _native.Plans(), torch.randn(6, 24)
+    one, other = fused[:, :8], fused[:, 8:16]
+    for _ in range(3):
+        pending = plans.begin((), one, other)
+    want = kernels.forward(one[1:], "mish", 0.0, 0.0)
+    same([pending.alone(lambda: kernels.forward(one[1:], "mish", 0.0, 0.0))], [want])
+    assert not plans.of
+
+
+def test_kept_binaries_are_not_launched_while_somebody_notes(monkeypatch):
+    fired = []
+    monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7)
+    launch = object.__new__(_launch.Launch)
+    launch.kernel = SimpleNamespace(pre_run_hooks=[])
+    launch.keep = {(0,): lambda *call: fired.append(call)}
+    assert launch.again((0,), 16, 3, (16,), (5,))
+    with _record.recording():
+        assert not launch.again((0,), 16, 3, (16,), (5,))
+    assert fired == [(3, 7, (16, 5))]
+
+
+def test_gradients_that_lie_otherwise_at_first_do_not_settle_the_plan(interpreted):
+    x, dy = torch.randn(7, 300, requires_grad=True), torch.randn(7, 300)
+    for _ in range(5):
+        y = ops.mish(x, backend="triton")
+        y.sum().backward()
+        assert "Trinix" not in y.grad_fn.name()
+    for call in range(3):
+        y = ops.mish(x, backend="triton")
+        assert ("Trinix" in y.grad_fn.name()) == (call > 0)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        torch.testing.assert_close(dx, torch.autograd.grad(torch.nn.functional.mish(x), x, dy)[0])
+
+
+def named_calls():
+    """(all calls, of one tensor, that a table must tell apart, by family)."""
+    x, up, w, b = torch.randn(6, 8), torch.randn(6, 8), torch.randn(8), torch.randn(8)
+    packed = torch.randn(6, 16)
+    yield [lambda o, kind=kind: ops.activation(x, kind, **o) for kind in ops.KINDS]
+    yield [lambda o, slope=slope: ops.leaky_relu(x, slope, **o) for slope in (0.1, 0.2, -0.3)]
+    yield [lambda o, beta=beta, end=end: ops.softplus(x, beta, end, **o) for beta in (1.0, 2.0) for end in (0.5, 20.0)]
+    for layout in ("gate_first", "gate_last", "interleaved"):
+        yield [
+            lambda o, way=layout, k=kind: ops.glu(packed, kind=k, layout=way, **o)
+            for kind in ("swiglu", "geglu", "reglu")
+        ]
+    yield [lambda o, layout=layout: ops.glu(packed, layout=layout, **o) for layout in ("gate_first", "gate_last")]
+    numbers = [(eps, offset) for eps in (1e-6, 1.0) for offset in (0.0, 1.0)]
+    yield [lambda o, n=n: ops.rms_norm(x, 8, w, n[0], weight_offset=n[1], **o) for n in numbers]
+    yield [lambda o, n=n: ops.rms_norm_residual(x, up, 8, w, n[0], weight_offset=n[1], **o) for n in numbers]
+    yield [
+        lambda o: ops.layer_norm(x, 8, w, b, **o), lambda o: ops.layer_norm(x, 8, w, None, **o),
+        lambda o: ops.layer_norm(x, 8, None, b, **o), lambda o: ops.rms_norm(x, 8, w, 1e-5, **o),
+        lambda o: ops.layer_norm(x, (6, 8), **o), lambda o: ops.layer_norm(x, 8, **o),
+    ]  # fmt: skip
+    yield [lambda o, k=k: ops.rms_norm_activation(x, 8, w, k, 1e-6, **o) for k in ("quick_gelu", "mish")]
+    cos, sin = ops.rope_table(6, 8)
+    q, k = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 1, 8)
+    yield [lambda o, way=way: ops.rope(q, k, cos, sin, interleaved=way, **o) for way in (False, True)]
+    yield [
+        lambda o, e=eps, s=shift: ops.qk_norm_rope(q, k, w, b, cos, sin, eps=e, weight_offset=s, **o)
+        for eps, shift in numbers
+    ]
+
+
+def test_calls_are_found_by_all_that_they_name(interpreted):
+    count = 0
+    for calls in named_calls():
+        wanted = [call({"backend": "torch"}) for call in calls]
+        for _ in range(5):
+            for call, want in zip(calls, wanted, strict=True):
+                torch.testing.assert_close(call({"backend": "triton"}), want, rtol=1e-4, atol=1e-4)
+        assert len(interpreted) > count
+        count = len(interpreted)
 
 
 def test_a_call_that_fails_while_it_is_noted(interpreted):
@@ -744,15 +883,17 @@ def goes_by_plans(interpreted, function, leaves, by_plan=True, calls=3):
             one, other = (torch.zeros_like(t) if g is None else g.detach() for g in (one, other))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
-    def of_formula(of=slice(None), gradients=dys):
-        pairs = [(y, dy) for y, dy in zip(formula[of], gradients[of], strict=True) if y.requires_grad]
+    def of_formula(of=slice(None)):
+        pairs = [(y, dy) for y, dy in zip(formula[of], dys[of], strict=True) if y.requires_grad]
         results, incoming = zip(*pairs, strict=True)
         return torch.autograd.grad(results, wanted, incoming, retain_graph=True, allow_unused=True)
 
+    broad = [dy.flatten()[:1].expand(dy.shape) for dy in dys]
     first, grads = run()
+    _, of_broad = run(gradients=broad)
     recorded = [y.requires_grad for y in first]
     assert not any("Trinix" in y.grad_fn.name() for y in first if y.requires_grad)
-    for _ in range(calls - 1):
+    for _ in range(calls - 2):
         run()
     count = len(interpreted)
     later, again = run()
@@ -766,8 +907,7 @@ def goes_by_plans(interpreted, function, leaves, by_plan=True, calls=3):
     for i in range(len(dys)):  # of one result alone
         if formula[i].requires_grad:
             close(run(of=slice(i, i + 1))[1], of_formula(slice(i, i + 1)))
-    broad = [dy.flatten()[:1].expand(dy.shape) for dy in dys]
-    close(run(gradients=broad)[1], of_formula(gradients=broad))
+    same([g for g in run(gradients=broad)[1] if g is not None], [g for g in of_broad if g is not None])
     twice = run(gradients=[dy.clone().requires_grad_() for dy in dys], create_graph=True)[1]
     assert all(g.requires_grad for g in twice if g is not None)
     close(twice, grads)

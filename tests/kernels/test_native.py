@@ -782,6 +782,25 @@ def test_an_address_within_two_inputs_has_no_plan(interpreted):
     assert not plans.of
 
 
+def test_a_step_has_the_binarys_parameters():
+    names = ["x", "y", "n", "one", "far", "a", "BLOCK"]
+    signature = dict(zip(names, ["*bf16", "*fp32", "i32", "constexpr", "i64", "fp32", "constexpr"], strict=True))
+    params = [SimpleNamespace(name=name, is_constexpr=name == "BLOCK") for name in names]
+    facts = {"num_warps": 8, "shared": 1024, "global_scratch_size": 0, "profile_scratch_size": 0, "launch_pdl": True}
+    source = SimpleNamespace(signature=signature, fn=SimpleNamespace(params=params))
+    compiled = SimpleNamespace(src=source, metadata=SimpleNamespace(**facts), function=99)
+    launch = SimpleNamespace(binaries={"kept": compiled})
+
+    def step(key="kept"):
+        return _record.step(launch, key, 3, (None, None), (7, 1, 1 << 40, 0.5), (0, (1, 32)))
+
+    numbers = struct.pack("i", 7), struct.pack("q", 1 << 40), struct.pack("f", 0.5)
+    assert step() == (99, 3, 256, 1024, True, (0, (1, 32), *numbers, bytes(8), bytes(8)))
+    assert step("other") is None
+    signature["n"] = "u64"
+    assert step() is None
+
+
 def test_kept_binaries_are_not_launched_while_somebody_notes(monkeypatch):
     fired = []
     monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7)

@@ -261,7 +261,7 @@ def _keepable(kernel, compiled) -> bool:
 def _fire(compiled, constants: tuple):
     """A function (blocks, stream, arguments without constants) that launches a compiled kernel, and nothing else."""
     function, facts = compiled.function, compiled.metadata
-    types = argument_types(compiled)
+    types = _argument_types(compiled)
     if _State.static and types and not getattr(facts, "launch_pdl", False):  # PyTorch's launcher has no such attribute
         launch, num_warps, shared = _static_launcher._launch_kernel, facts.num_warps, facts.shared
         # unused scratch pointers are parameters of the binary all the same
@@ -306,7 +306,7 @@ def _tritons_fire(function, run, packed, constants):
 _TYPE_LETTERS = {"i32": "i", "i64": "l", "fp32": "f"}
 
 
-def argument_types(compiled) -> str | None:
+def _argument_types(compiled) -> str | None:
     """The static launcher's letter for every parameter that the binary has, or None for a type that it lacks.
 
     An integer equal to 1 became a constant: Triton's launcher skips it, so the call must not pass it. Rather than build

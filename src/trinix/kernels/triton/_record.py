@@ -21,6 +21,8 @@ _MEMORY = {  # operators that leave their result unwritten
     _aten.new_empty_strided.default,
 }  # fmt: skip
 
+_FORMATS = {"i32": "i", "i64": "q", "fp32": "f"}
+
 
 class Recorder(TorchDispatchMode):
     """Notes this thread's launches while it is entered, and all else that PyTorch is asked for."""
@@ -94,16 +96,22 @@ class _Numbers:
 def step(launch, key: tuple, blocks: int, tensors: tuple, scalars: tuple, parameters: tuple) -> tuple | None:
     """A launch as a plan has it, ``parameters`` being where its tensors are; None where no binary of it is kept."""
     compiled = launch.binaries.get(key)
-    types = compiled and _launch.argument_types(compiled)
-    if not types:
+    if compiled is None:
         return None
-    facts = compiled.metadata
-    numbered = zip(types[len(tensors) :], scalars, strict=True)
-    packed = [struct.pack({"i": "i", "l": "q", "f": "f"}[letter], value) for letter, value in numbered]
+    facts, source = compiled.metadata, compiled.src
+    kinds = [source.signature[p.name] for p in source.fn.params if not p.is_constexpr]
+    given = []
+    for kind, value in zip(kinds, (*parameters, *scalars), strict=True):
+        if kind.startswith("*"):
+            given.append(value)
+        elif kind in _FORMATS:
+            given.append(struct.pack(_FORMATS[kind], value))
+        elif kind != "constexpr":  # an integer equal to 1 is no parameter of the binary
+            return None
     # unused scratch pointers are parameters of the binary all the same
-    unused = [bytes(8) for name in ("global", "profile") if hasattr(facts, f"{name}_scratch_size")]
+    given += [bytes(8) for name in ("global", "profile") if hasattr(facts, f"{name}_scratch_size")]
     early = bool(getattr(facts, "launch_pdl", False))
-    return compiled.function, blocks, 32 * facts.num_warps, facts.shared, early, (*parameters, *packed, *unused)
+    return compiled.function, blocks, 32 * facts.num_warps, facts.shared, early, tuple(given)
 
 
 def _plan(recorder: Recorder, inputs: list[Tensor], out: list[Tensor | None]) -> tuple | None:

@@ -813,6 +813,17 @@ def test_kept_binaries_are_not_launched_while_somebody_notes(monkeypatch):
     assert fired == [(3, 7, (16, 5))]
 
 
+def test_another_threads_launches_are_not_noted(interpreted):
+    x, results = torch.randn(6, 8), []
+    with _record.recording() as recorder:
+        thread = threading.Thread(target=lambda: results.append(kernels.forward(x, "mish", 0.0, 0.0)))
+        thread.start()
+        thread.join()
+    assert not recorder.launches
+    assert not recorder.made
+    same(results, [kernels.forward(x, "mish", 0.0, 0.0)])
+
+
 def test_gradients_that_lie_otherwise_at_first_do_not_settle_the_plan(interpreted):
     x, dy = torch.randn(7, 300, requires_grad=True), torch.randn(7, 300)
     for _ in range(5):
@@ -1344,6 +1355,24 @@ def test_forward_alone_has_the_same_bits_in_a_graph_and_another_stream_too(on_ca
     same(results, [y])
     odd = torch.randn(512 * 384 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(512, 384)
     same([function(odd)], [function(odd.clone())])
+
+
+@pytest.mark.gpu
+def test_on_another_than_the_current_device(on_card):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs a second CUDA GPU, this machine has {torch.cuda.device_count()}")
+    for index in (1, 0):
+        x, weight = (t.to(f"cuda:{index}") for t in (torch.randn(64, 256), torch.randn(256)))
+        want = torch.nn.functional.rms_norm(x, (256,), weight, 1e-6)
+        for current in (0, 1, 0, 1, 1, 0, 0):
+            with torch.cuda.device(current):
+                got = ops.rms_norm(x, 256, weight, 1e-6, backend="triton")
+                leaf = x.clone().requires_grad_()
+                ops.mish(leaf, backend="triton").backward(want)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(
+                leaf.grad, torch.autograd.grad(torch.nn.functional.mish(leaf), leaf, want)[0], rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.gpu

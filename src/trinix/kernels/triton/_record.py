@@ -197,9 +197,11 @@ class Pending:
         return out
 
     def _pair(self, example, backward, given, gradients, otherwise):
-        return _native.module.make_pair(
-            example.detach(), self.forward_plan, backward, self.results, self.saved, given, gradients, otherwise
-        )
+        # a pair has the context of its device, which need not be the current one
+        with torch.cuda.device(example.device) if example.is_cuda else contextlib.nullcontext():
+            return _native.module.make_pair(
+                example.detach(), self.forward_plan, backward, self.results, self.saved, given, gradients, otherwise
+            )
 
 
 def _without_nones(function: Callable, there: list[bool], given: list[bool]) -> Callable:

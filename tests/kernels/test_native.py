@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 from trinix.kernels.triton import _launch, _record
 from trinix.kernels.triton import activation as kernels
 
+op_glu = importlib.import_module("trinix.ops.glu")
 op = importlib.import_module("trinix.ops.activation")  # the module: ``trinix.ops.activation`` is the function
 
 FAKE = r"""
@@ -972,6 +973,20 @@ def test_glus_go_by_their_plans(interpreted, lies, kind, layout, frozen):
         return
     aligned = layout != "interleaved" or lies != "packed and spread"  # there up begins 8 bytes behind gate
     goes_by_plans(interpreted, lambda backend: ops.glu(gate, up, kind, layout=layout, backend=backend), leaves, aligned)
+
+
+@pytest.mark.parametrize("frozen", [None, "weight"])
+@pytest.mark.parametrize("kind", ["swiglu", "reglu"])
+def test_glus_of_a_product_with_a_bias_go_by_their_plans(interpreted, kind, frozen):
+    x, weight, bias = torch.randn(6, 16), torch.randn(40, 16), torch.randn(40)
+    leaves = [t.requires_grad_(name != frozen) for name, t in (("x", x), ("weight", weight), ("bias", bias))]
+
+    def function(backend):
+        if backend == "torch" or not torch.is_grad_enabled():  # where the layer asks for no sums
+            return ops.glu(torch.nn.functional.linear(x, weight, bias), kind=kind, backend=backend)
+        return op_glu.linear_glu(x, weight, bias, kind)
+
+    goes_by_plans(interpreted, function, leaves)
 
 
 SOFTMAXES = {

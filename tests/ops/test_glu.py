@@ -691,7 +691,7 @@ def test_column_sums_come_in_the_biass_dtype_unrounded_and_alone(device):
 def summing(kind, sums):
     """glu of 2 x + bias as a layer calls it, or as autograd has it."""
     if sums:
-        return lambda x, bias: op._GluOfSum.apply(2 * x + bias.detach(), bias, kind)
+        return lambda x, bias: op._GluOfSum.apply(2 * x + bias.detach(), bias, kind, None)
     return lambda x, bias: call(kind, "torch")(2 * x + bias)
 
 

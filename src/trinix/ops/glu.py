@@ -306,33 +306,53 @@ def sums_bias(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> bool:
 
 def linear_glu(x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> Tensor:
     """``glu(F.linear(x, weight, bias), kind=kind)`` where ``sums_bias``."""
-    return _GluOfSum.apply(F.linear(x, weight, bias.detach()), bias, kind)
+    packed = F.linear(x, weight, bias.detach())
+    named = "sum", kind
+    table = _plans.of.get(named)
+    if table is not None:
+        y = _triton_module.by_table(table, packed, bias)
+        if y is not None:
+            return y
+    return _apply_of_sum(packed, bias, kind, _plans.begin(named, packed, bias))
 
 
 class _GluOfSum(torch.autograd.Function):
     """``_Glu`` of a packed tensor that holds a bias already, whose gradient this gives too."""
 
     @staticmethod
-    def forward(ctx, packed, bias, kind):
+    def forward(ctx, packed, bias, kind, pending):
+        run = functools.partial(_triton().forward, packed, None, kind, "gate_first")
+        y = run() if pending is None else pending.forward(run)
         ctx.save_for_backward(packed, bias)
-        ctx.kind = kind
-        return _triton().forward(packed, None, kind, "gate_first")
+        ctx.call, ctx.pending = (kind, ctx.needs_input_grad[:2]), pending
+        if pending is not None:
+            pending.keeps((y,), (packed, bias), functools.partial(_pull_back_sum, *ctx.call))
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        packed, bias = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        if dispatch.pulled_back_plainly(dy):
-            if wanted[1]:
-                return *_triton().backward_sums(packed, dy, ctx.kind, "gate_first", bias.dtype, wanted[0]), None
-            return _triton().backward(packed, None, dy, ctx.kind, "gate_first")[0], None, None
+        return *_pull_back_sum(*ctx.call, *ctx.saved_tensors, dy, pending=ctx.pending), None, None
+
+
+def _pull_back_sum(kind, wanted, packed, bias, dy, *, pending=None) -> tuple:
+    """(packed's gradient, bias's)."""
+    if not dispatch.pulled_back_plainly(dy):
 
         def formula(packed, bias):  # the bias changes y, and its value counts once
             shift = bias - bias.detach()
-            return reference.forward(packed + shift.to(packed.dtype), None, ctx.kind, "gate_first")
+            return reference.forward(packed + shift.to(packed.dtype), None, kind, "gate_first")
 
-        grads = _formula_gradients(formula, (packed, bias), dy, wanted)
-        return _in_place(grads, wanted)[:3]
+        return _in_place(_formula_gradients(formula, (packed, bias), dy, wanted), wanted)[:2]
+
+    def run():
+        if wanted[1]:
+            return _triton().backward_sums(packed, dy, kind, "gate_first", bias.dtype, wanted[0])
+        return _triton().backward(packed, None, dy, kind, "gate_first")[0], None
+
+    return run() if pending is None else pending.backward(run, (packed, bias), (dy,))
+
+
+_apply_of_sum = dispatch.apply_of(_GluOfSum)
 
 
 # The same kernels as registered operators, for calls that a raw launch must not see: torch.compile, fake tensors, dispatch

@@ -894,6 +894,13 @@ def test_a_call_that_fails_while_it_is_noted(interpreted):
     assert not plans.of
 
 
+def second_derivatives(grads, wanted):
+    squares = sum(g.square().sum() for g in grads if g is not None and g.requires_grad)
+    if not isinstance(squares, torch.Tensor):  # of linear functions
+        return [None for _ in wanted]
+    return torch.autograd.grad(squares, wanted, allow_unused=True, retain_graph=True)
+
+
 def goes_by_plans(interpreted, function, leaves, by_plan=True, calls=3):
     """After so many, like calls go by plans, with a gradient and without one: the same bits, and what the formula gives."""
     wanted = [t for t in leaves if t.requires_grad]
@@ -942,6 +949,10 @@ def goes_by_plans(interpreted, function, leaves, by_plan=True, calls=3):
     twice = run(gradients=[dy.clone().requires_grad_() for dy in dys], create_graph=True)[1]
     assert all(g.requires_grad for g in twice if g is not None)
     close(twice, grads)
+    pairs = [(y, dy) for y, dy in zip(formula, dys, strict=True) if y.requires_grad]
+    results, incoming = zip(*pairs, strict=True)
+    again = torch.autograd.grad(results, wanted, incoming, create_graph=True, allow_unused=True)
+    close(*(second_derivatives(grads, wanted) for grads in (twice, again)))
     count = len(interpreted)
     with torch.no_grad():
         results = [function("triton") for _ in range(calls + 1)]

@@ -705,6 +705,24 @@ def test_a_planned_op_is_seen_by_who_has_to_see_it(interpreted, name):
     assert len(interpreted) > count
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_torch_compile_does_not_watch_the_tables():
+    torch._dynamo.utils.counters.clear()
+    x = torch.randn(1, 6, 2, 8, requires_grad=True)
+    compiled = {
+        name: torch.compile(lambda x, f=f: f(x, "auto"), backend="eager", fullgraph=True) for name, f in SMALL.items()
+    }
+    for more in range(3):
+        for name, function in compiled.items():
+            torch.testing.assert_close(function(x), SMALL[name](x, "torch"))
+        for name in PLANNED:
+            importlib.import_module(f"trinix.ops.{name}")._plans.of["a test", more] = None
+    for name in PLANNED:
+        plans = importlib.import_module(f"trinix.ops.{name}")._plans
+        [plans.of.pop(("a test", more)) for more in range(3)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(SMALL)
+
+
 def test_what_is_more_than_memory_does_not_go_by_a_plan_of_forward_alone(interpreted):
     def mish(x):
         return ops.mish(x, backend="triton")

@@ -207,7 +207,7 @@ def _activation(x, kind, a, b, backend):
     if not grad and kind in _PYTORCHS and backend == "auto" and dispatch.forced is None:
         return reference.FORMULAS[kind](x, a, b) if x.is_floating_point() else _refuse(x)
     compiling = torch.compiler.is_compiling()
-    if _plans.of and not compiling and type(backend) is str:
+    if not compiling and _plans.of and type(backend) is str:  # torch.compile would watch a dictionary that grows
         table = _plans.of.get((kind, a, b, backend, dispatch.forced, grad))
         if table is not None:
             y = _triton_module.by_table(table, x)

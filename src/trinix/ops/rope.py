@@ -111,8 +111,9 @@ def rope(
     """
     named = None if inplace is not False else _named(offset, backend, "rope", interleaved)
     tensors = q, k, cos, sin, position_ids, offset if isinstance(offset, Tensor) else None, cu_seqlens
-    if named is not None and named in _plans.of:
-        results = _triton_module.by_table(_plans.of[named], *tensors)
+    table = None if named is None else _plans.of.get(named)
+    if table is not None:
+        results = _triton_module.by_table(table, *tensors)
         if results is not None:
             return results
     half = _check("rope", q, k, cos, sin, interleaved)
@@ -195,8 +196,9 @@ def qk_norm_rope(
         offset if isinstance(offset, Tensor) else None,
         cu_seqlens,
     )
-    if named is not None and named in _plans.of:
-        results = _triton_module.by_table(_plans.of[named], *tensors)
+    table = None if named is None else _plans.of.get(named)
+    if table is not None:
+        results = _triton_module.by_table(table, *tensors)
         if results is not None:
             return results
     half = _check("qk_norm_rope", q, k, cos, sin, interleaved)

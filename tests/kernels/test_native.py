@@ -1186,6 +1186,19 @@ def test_only_on_the_current_device_and_its_stream(native):
         set_driver(native, driver.launch, driver.get_context, driver.set_context)
 
 
+def test_a_table_may_grow_while_a_call_asks_for_its_stream(native):
+    table, x = native.table(), torch.randn(N)
+    looks = ((x.shape, x.stride(), x.dtype, False),)
+    native.add(table, relu_pair(native), looks)
+
+    def stream_of(index):
+        for _ in range(100):  # its entries move
+            native.add(table, relu_pair(native), looks)
+        return 7
+
+    same([native.again(table, stream_of, x)], [torch.relu(x)])
+
+
 def test_a_full_table_stays_as_it_is(interpreted):
     for n in range(1, 140):
         x = torch.randn(n, requires_grad=True)

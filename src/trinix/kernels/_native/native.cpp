@@ -378,16 +378,18 @@ PyObject* again(PyObject*, PyObject* const* a, Py_ssize_t n) {
           lies_as(input.layout, t) && !t._fw_grad(0).defined();
     }
     if (!same) continue;
-    if (elsewhere(*entry.pair)) Py_RETURN_NONE;
-    THPObjectPtr index(PyLong_FromLong(entry.device.index()));
+    const std::shared_ptr<Pair> pair = entry.pair;  // the table may grow while Python runs
+    const bool recorded = entry.recorded;
+    if (elsewhere(*pair)) Py_RETURN_NONE;
+    THPObjectPtr index(PyLong_FromLong(pair->options.device().index()));
     THPObjectPtr found(index ? PyObject_CallOneArg(a[1], index.get()) : nullptr);
     if (!found) return nullptr;
     void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(found.get()));
     std::vector<at::Tensor> tensors;
-    tensors.reserve(n - 2 + entry.pair->forward.made.size());
+    tensors.reserve(n - 2 + pair->forward.made.size());
     for (Py_ssize_t i = 2; i < n; i++)
       if (a[i] != Py_None) tensors.push_back(THPVariable_Unpack(a[i]));
-    return results_of(std::shared_ptr<Pair>(entry.pair), stream, std::move(tensors), entry.recorded);
+    return results_of(pair, stream, std::move(tensors), recorded);
   }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS

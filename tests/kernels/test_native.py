@@ -26,10 +26,17 @@ op = importlib.import_module("trinix.ops.activation")  # the module: ``trinix.op
 
 FAKE = r"""
 #include <pthread.h>
+#include <unistd.h>
 struct attribute { int id, pad; long value[8]; };
 struct config { unsigned grid[3], block[3], shared; void* stream; struct attribute* attributes; unsigned count; };
 static __thread long current = 0;
 int get_context(void** to) { *to = (void*)5; return 0; }
+volatile int let_go = 1;
+int launch(const struct config* c, void* f, void** p, void** extra);
+int waiting_launch(const struct config* c, void* f, void** p, void** extra) {
+  for (int i = 0; i < 20000 && !let_go; i++) usleep(500);
+  return let_go ? launch(c, f, p, extra) : 6;
+}
 int get_none(void** to) { *to = 0; return 0; }
 int get_other(void** to) { *to = (void*)6; return 0; }
 int set_context(void* to) { current = (long)to; return 0; }
@@ -1199,6 +1206,50 @@ def test_a_table_may_grow_while_a_call_asks_for_its_stream(native):
     same([native.again(table, stream_of, x)], [torch.relu(x)])
 
 
+def test_other_threads_run_while_a_launch_waits(native):
+    driver, x = native.library, torch.randn(N)
+    let_go = ctypes.c_int.in_dll(driver, "let_go")
+    set_driver(native, driver.waiting_launch, driver.get_context, driver.set_context)
+    pair = relu_pair(native)
+    let_go.value = 0
+    timer = threading.Timer(0.2, lambda: setattr(let_go, "value", 1))
+    timer.start()
+    try:
+        same([native.call(pair, 7, x)], [torch.relu(x)])
+    finally:
+        timer.join()
+        let_go.value = 1
+        set_driver(native, driver.launch, driver.get_context, driver.set_context)
+
+
+def test_two_threads_go_back_while_their_graph_is_noted(interpreted, monkeypatch):
+    x, dy, together = torch.randn(7, 30, requires_grad=True), torch.randn(7, 30), threading.Barrier(2, timeout=60)
+    ops.mish(x, backend="triton").backward(dy)
+    y = ops.mish(x, backend="triton")
+    want = torch.autograd.grad(torch.nn.functional.mish(x), x, dy)[0]
+    backward, got, lock = kernels.backward, [], threading.Lock()
+
+    def slowly(*call):
+        with lock:  # the interpreter runs one kernel at a time
+            dx = backward(*call)
+        together.wait()
+        return dx
+
+    monkeypatch.setattr(kernels, "backward", slowly)
+    threads = [
+        threading.Thread(target=lambda: got.extend(torch.autograd.grad(y, x, dy, retain_graph=True))) for _ in "ab"
+    ]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    for dx in got:
+        torch.testing.assert_close(dx, want)
+    assert len(got) == 2
+    monkeypatch.setattr(kernels, "backward", backward)
+    y = ops.mish(x, backend="triton")
+    assert "Trinix" in y.grad_fn.name()
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], want)
+
+
 def test_a_full_table_stays_as_it_is(interpreted):
     for n in range(1, 140):
         x = torch.randn(n, requires_grad=True)
@@ -1212,6 +1263,7 @@ def test_auto_takes_it_where_it_wins(monkeypatch):
     def wins(kind, n):
         return op._native_wins(torch.empty(n, device="meta"), kind)
 
+    monkeypatch.setattr(op, "_native_there", None)
     monkeypatch.setattr(_native, "module", object())
     assert [wins("relu", n) for n in ((1 << 22) - 1, 1 << 22, 1 << 23)] == [False, True, False]
     assert [wins("silu", n) for n in ((1 << 22) - 1, 1 << 22, 1 << 25)] == [False, True, False]
@@ -1219,6 +1271,10 @@ def test_auto_takes_it_where_it_wins(monkeypatch):
     assert not wins("tanh", 1 << 22)
     monkeypatch.setattr(_native, "module", None)
     monkeypatch.setattr(_native, "_asked", True)
+    assert wins("relu", 1 << 22)  # a call that is computed again goes the same way
+    monkeypatch.setattr(op, "_native_there", None)
+    assert not wins("relu", 1 << 22)
+    monkeypatch.setattr(_native, "module", object())  # the build has ended
     assert not wins("relu", 1 << 22)
 
 

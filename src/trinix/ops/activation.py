@@ -227,11 +227,24 @@ def _activation(x, kind, a, b, backend):
     return _launched(x, kind, a, b, backend, grad)
 
 
+_native_there = None  # whether the module was there when it was first asked for
+
+
 def _native_wins(x, kind, build=True) -> bool:
+    """The same for the whole process: a forward by PyTorch that is computed again for its backward must not go another way, because a
+    build has ended in between."""
+    global _native_there
     if kind not in _NATIVE_RANGE:
         return False
     least, most = _NATIVE_RANGE[kind]
-    return least <= x.numel() < most and (_native.module or _native.loaded(build)) is not None
+    if not least <= x.numel() < most:
+        return False
+    if _native_there is None:
+        there = (_native.module or _native.loaded(build)) is not None
+        if not build:
+            return there
+        _native_there = there
+    return _native_there
 
 
 def _refuse(x):

@@ -257,6 +257,7 @@ PyObject* make_pair(PyObject*, PyObject* const* a, Py_ssize_t) {
 PyObject* results_of(const std::shared_ptr<Pair>& pair, void* stream, std::vector<at::Tensor>&& tensors, bool recorded) {
   const size_t inputs = tensors.size();
   {
+    pybind11::gil_scoped_release free;  // the driver may wait for room in its queue, behind what another thread has yet to let go
     at::AutoDispatchBelowADInplaceOrView below;
     run(*pair, pair->forward, tensors, stream);
   }

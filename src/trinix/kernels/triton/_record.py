@@ -177,7 +177,7 @@ class Pending:
             self.results, self.saved = numbers[: len(results)], numbers[len(results) :]
             self.layouts = [*map(layout, saved), *map(layout, results)]
             if otherwise is None:
-                self.add(self._pair(self.inputs[0], ((), ()), (), (), None))
+                self.add(self._pair(self.inputs[0], self.forward_plan, ((), ()), (), (), None))
             else:
                 self.otherwise = _without_nones(otherwise, there, self.given)
         self.inputs = self.recorder = None
@@ -191,16 +191,18 @@ class Pending:
         with recording() as recorder:
             out = run()
         plan = _plan(recorder, read, [t for t, given in zip(out, self.given, strict=True) if given])
-        if plan is not None:
-            self.add(self._pair(read[0], plan[0], tuple(self.layouts), plan[1], self.otherwise))
-            self.forward_plan = None
+        forward, self.forward_plan = self.forward_plan, None  # another thread may be at the same graph
+        if plan is not None and forward is not None:
+            self.add(self._pair(read[0], forward, plan[0], tuple(self.layouts), plan[1], self.otherwise))
+        elif forward is not None:
+            self.forward_plan = forward
         return out
 
-    def _pair(self, example, backward, given, gradients, otherwise):
+    def _pair(self, example, forward, backward, given, gradients, otherwise):
         # a pair has the context of its device, which need not be the current one
         with torch.cuda.device(example.device) if example.is_cuda else contextlib.nullcontext():
             return _native.module.make_pair(
-                example.detach(), self.forward_plan, backward, self.results, self.saved, given, gradients, otherwise
+                example.detach(), forward, backward, self.results, self.saved, given, gradients, otherwise
             )
 
 

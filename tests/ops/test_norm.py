@@ -816,6 +816,8 @@ WRONG = {
     "bias's shape": (lambda b: ops.layer_norm(x33, 3, torch.ones(3), torch.ones(1, 3), backend=b), ValueError, r"bias must have the shape \[3\], got \[1, 3\]"),
     "weight's dtype": (lambda b: ops.layer_norm(x33, 3, torch.ones(3).int(), backend=b), TypeError, "layer_norm: weight must be a floating-point tensor, got torch.int32"),
     "a weight in the place of the shape": (lambda b: ops.rms_norm(x33, torch.ones(3), backend=b), TypeError, "rms_norm: normalized_shape must be an int or a tuple of ints, got Tensor; it stands before weight"),
+    "a shape within a shape": (lambda b: ops.rms_norm(x33, ([3],), backend=b), ValueError, r"rms_norm: normalized_shape must be .* got \[\[3\]\]"),
+    "a shape within a residual's": (lambda b: ops.layer_norm_residual(x33, x33, ([3],), backend=b), ValueError, r"layer_norm_residual: normalized_shape must be .* got \[\[3\]\]"),
     "a shape of no numbers": (lambda b: ops.layer_norm(x33, None, backend=b), TypeError, "layer_norm: normalized_shape must be .* got NoneType"),
     "weight is a list": (lambda b: ops.rms_norm(x33, 3, [1.0, 1.0, 1.0], backend=b), TypeError, "rms_norm: weight must be a tensor or None, got list"),
     "dropout is text": (lambda b: ops.rms_norm_residual(x33, x33, 3, dropout_p="a", backend=b), ValueError, "dropout_p .* got 'a'"),

@@ -339,7 +339,11 @@ def _norm(op, x, normalized_shape, weight, bias, eps, offset, center, kind, back
     if not torch.compiler.is_compiling():
         if type(normalized_shape) in _HASHED and type(eps) is float and type(offset) is float and type(backend) is str:
             numbers = normalized_shape, eps, offset, center, kind, backend, dispatch.forced
-            table = _plans.of.get(numbers)
+            try:
+                table = _plans.of.get(numbers)
+            except TypeError:  # a tuple that cannot be hashed is no shape
+                _checked_shape(op, x, normalized_shape, weight, bias)
+                raise
             if table is not None:
                 y = _triton_module.by_table(table, x, weight, bias)
                 if y is not None:
@@ -499,7 +503,11 @@ def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset,
         and type(p) is float and not p  # the seed of dropout is drawn by PyTorch, which no plan has
     ):  # fmt: skip
         numbers = "residual", normalized_shape, eps, offset, center, backend, dispatch.forced
-        table = _plans.of.get(numbers)
+        try:
+            table = _plans.of.get(numbers)
+        except TypeError:
+            _checked_shape(op, x, normalized_shape, weight, bias)
+            raise
         if table is not None:
             results = _triton_module.by_table(table, x, residual, weight, bias)
             if results is not None:

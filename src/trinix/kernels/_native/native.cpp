@@ -313,7 +313,6 @@ struct Input {
 };
 struct Entry {
   std::vector<Input> inputs;  // None among them
-  at::Device device;
   std::shared_ptr<Pair> pair;
   bool recorded = false;  // by autograd: else the pair may lack a backward
 };
@@ -331,7 +330,7 @@ PyObject* table(PyObject*, PyObject*) {
 PyObject* add(PyObject*, PyObject* const* a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   Table& known = table_of(a[0]);
-  Entry entry{{}, pair_of(a[1])->options.device(), pair_of(a[1])};
+  Entry entry{{}, pair_of(a[1])};
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[2]); i++) {
     PyObject* one = PyTuple_GET_ITEM(a[2], i);
     if (one == Py_None) {
@@ -375,8 +374,8 @@ PyObject* again(PyObject*, PyObject* const* a, Py_ssize_t n) {
       same = input.given == (a[i] != Py_None);
       if (!same || !input.given) continue;
       const at::Tensor& t = THPVariable_Unpack(a[i]);
-      same = (recording && t.requires_grad()) == input.wants_gradient && below_autograd(t) == entry.pair->plain && t.device() == entry.device &&
-          lies_as(input.layout, t) && !t._fw_grad(0).defined();
+      same = (recording && t.requires_grad()) == input.wants_gradient && below_autograd(t) == entry.pair->plain &&
+          t.device() == entry.pair->options.device() && lies_as(input.layout, t) && !t._fw_grad(0).defined();
     }
     if (!same) continue;
     const std::shared_ptr<Pair> pair = entry.pair;  // the table may grow while Python runs

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 
 from helpers import Watch, same
@@ -209,6 +210,50 @@ def test_a_second_derivative_goes_the_other_way(relu):
     (dx,) = torch.autograd.grad(function(x), x, dy, create_graph=True)
     same(torch.autograd.grad(dx.sum(), dy), [(x > 0).float()])
     assert others == [(1,)]
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_compiled_autograd_has_backward_in_its_graph(relu, backend):
+    function, others = relu
+    graphs = []
+
+    def compiler(graph):
+        graphs.append(graph)
+        return torch.compile(graph, backend=backend) if backend else graph
+
+    for count in (1, 2, 3):
+        x = torch.randn(N, requires_grad=True)
+        with compiled_autograd._enable(compiler):
+            y = function(2 * x)
+            y.pow(2).sum().backward()
+        same([x.grad], [8 * x * (x > 0)])
+        assert len(others) == count
+    assert len(graphs) == 1
+    with compiled_autograd._enable(compiler):
+        same(torch.autograd.grad(function(x), x, torch.ones(N)), [(x > 0).float()])
+
+
+def test_compiled_autograd_keeps_pairs_apart_and_unpacks_by_hooks(native):
+    def otherwise(factor):
+        return lambda mask, dy: (None if dy is None else factor * dy,)
+
+    two, three = (relu_pair(native, otherwise=otherwise(factor)) for factor in (2.0, 3.0))
+    with compiled_autograd._enable(lambda graph: graph):
+        for pair, factor in ((two, 2), (three, 3), (two, 2)):
+            x = torch.randn(N, requires_grad=True)
+            native.call(pair, 7, x).sum().backward()
+            same([x.grad], [torch.full((N,), float(factor))])
+    seen = []
+
+    def unpack(t):
+        seen.append(t.dtype)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = native.call(three, 7, x)
+    with compiled_autograd._enable(lambda graph: graph):
+        same(torch.autograd.grad(y.sum(), x), [torch.full((N,), 3.0)])
+    assert seen == [torch.uint8]
 
 
 def test_launches_take_their_attribute_and_context_and_failures_raise(native):
@@ -710,6 +755,23 @@ def test_a_planned_op_is_seen_by_who_has_to_see_it(interpreted, name):
         torch.testing.assert_close(function(other), function(other, "torch"), rtol=2e-3, atol=2e-3)
     close(function(x), x)
     assert len(interpreted) > count
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", list(SMALL))
+def test_compiled_autograd_has_the_gradient_of_a_planned_op(interpreted, name):
+    def function(x, backend="triton"):
+        return torch.cat(ops.rope(x, x + 1, *TABLE, backend=backend)) if name == "rope" else SMALL[name](x, backend)
+
+    x = torch.randn(1, 6, 2, 8, requires_grad=True)
+    for _ in range(5):
+        torch.autograd.grad((y := function(x)), x, torch.ones_like(y))
+    y = function(x)
+    assert "Trinix" in (y.grad_fn.next_functions[0][0] if name == "rope" else y.grad_fn).name()
+    (want,) = torch.autograd.grad(function(x, "torch").square().sum(), x)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        y.square().sum().backward()
+    torch.testing.assert_close(x.grad, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

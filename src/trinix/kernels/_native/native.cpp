@@ -22,6 +22,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/object_ptr.h>
 
 namespace {
@@ -112,6 +113,25 @@ void run(const Pair& pair, const Plan& plan, std::vector<at::Tensor>& tensors, v
   }
 }
 
+// Backward in Python: every input's gradient.
+variable_list otherwise(const Pair& pair, const std::vector<at::Tensor>& tensors) {
+  pybind11::gil_scoped_acquire gil;
+  THPObjectPtr arguments(PyTuple_New(tensors.size()));
+  for (size_t i = 0; i < tensors.size(); i++) PyTuple_SET_ITEM(arguments.get(), i, THPVariable_Wrap(tensors[i]));
+  THPObjectPtr result(PyObject_Call(pair.otherwise, arguments, nullptr));
+  if (!result) {  // the same error goes on to whoever asked for the gradient
+    python_error error;
+    error.persist();
+    throw std::move(error);
+  }
+  variable_list out;
+  for (size_t i = 0; i < pair.gradients.size(); i++) {
+    PyObject* one = PyTuple_GET_ITEM(result.get(), i);
+    out.push_back(one == Py_None ? at::Tensor() : THPVariable_Unpack(one));
+  }
+  return out;
+}
+
 struct PairNode : public torch::autograd::Node {
   std::shared_ptr<const Pair> pair;
   std::vector<torch::autograd::SavedVariable> saved;
@@ -134,29 +154,11 @@ struct PairNode : public torch::autograd::Node {
     for (size_t i = 0; planned && i < tensors.size(); i++)
       planned = tensors[i].defined() && below_autograd(tensors[i]) == pair->plain && lies_as(pair->given[i], tensors[i]) &&
                 !tensors[i]._fw_grad(0).defined();
-    if (!planned) return otherwise(tensors);
+    if (!planned) return otherwise(*pair, tensors);
     run(*pair, pair->backward, tensors, stream);
     variable_list out;
     out.reserve(pair->gradients.size());
     for (int t : pair->gradients) out.push_back(t < 0 ? at::Tensor() : tensors[t]);
-    return out;
-  }
-
-  variable_list otherwise(const std::vector<at::Tensor>& tensors) {
-    pybind11::gil_scoped_acquire gil;
-    THPObjectPtr arguments(PyTuple_New(tensors.size()));
-    for (size_t i = 0; i < tensors.size(); i++) PyTuple_SET_ITEM(arguments.get(), i, THPVariable_Wrap(tensors[i]));
-    THPObjectPtr result(PyObject_Call(pair->otherwise, arguments, nullptr));
-    if (!result) {  // the same error goes on to whoever asked for the gradient
-      python_error error;
-      error.persist();
-      throw std::move(error);
-    }
-    variable_list out;
-    for (size_t i = 0; i < pair->gradients.size(); i++) {
-      PyObject* one = PyTuple_GET_ITEM(result.get(), i);
-      out.push_back(one == Py_None ? at::Tensor() : THPVariable_Unpack(one));
-    }
     return out;
   }
 
@@ -165,6 +167,36 @@ struct PairNode : public torch::autograd::Node {
     for (auto& one : saved) one.reset_data();
   }
   std::string name() const override { return "TrinixBackward"; }
+
+  // For PyTorch's compiled autograd: what a compiled graph of nodes is kept by, and the call that goes into it.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(reinterpret_cast<uint64_t>(pair.get()));
+    args.collect(saved, true);
+  }
+  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& proxies) override {
+    proxies.before(saved);
+    std::vector<at::IValue> arguments;
+    for (auto& one : saved) arguments.emplace_back(one.unpack(getptr()));
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const auto name = compiler->bind_function(
+        proxies.get_py_compiler(), "Trinix",
+        [pair = pair](const variable_list& grads, const std::vector<at::IValue>& arguments) -> variable_list {
+          std::vector<at::Tensor> tensors;
+          bool any = false;
+          for (const auto& one : arguments) tensors.push_back(one.toTensor());
+          for (const auto& grad : grads) {
+            any |= grad.defined();
+            tensors.push_back(grad);
+          }
+          return any ? otherwise(*pair, tensors) : variable_list(pair->gradients.size());
+        },
+        std::vector<at::TypePtr>(arguments.size(), at::TensorType::get()), /*is_custom_function=*/true, /*is_traceable=*/false);
+    const auto results = torch::dynamo::autograd::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+        torch::dynamo::autograd::get_input_metadata(next_edges()));
+    auto out = compiler->call_function(proxies.get_py_compiler(), "apply_functional", name, grads, arguments, results);
+    proxies.after(saved);
+    return out;
+  }
 };
 
 // A node is counted by itself since PyTorch 2.13 or a little before, by a shared pointer in 2.11.

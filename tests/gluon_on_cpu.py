@@ -171,7 +171,7 @@ class Memory:
     def slice(self, start, length, dim=0):
         return Memory(self.a[tuple([slice(None)] * dim + [slice(start, start + length)])])
 
-    def _reinterpret(self, dtype, shape, layout):
+    def reinterpret(self, shape):
         flat = self.a.reshape(-1)
         return Memory(flat[: math.prod(shape)].reshape(shape))
 
@@ -332,10 +332,13 @@ class Exchange:
         return self.barriers[int(at)]
 
 
+def async_load(smem, pointer, mask=None):
+    _here.program.copies.copy(smem, pointer, mask)
+
+
 def async_copy():
     """Gluon's module of that name."""
     return _namespace(
-        async_copy_global_to_shared=lambda smem, pointer, mask=None: _here.program.copies.copy(smem, pointer, mask),
         commit_group=lambda: _here.program.copies.commit(), wait_group=lambda n: _here.program.copies.wait(n),
     )  # fmt: skip
 
@@ -557,7 +560,8 @@ def kernels(folder: Path, names) -> dict:
     g = language()
     own = hopper()
     compat = _namespace(
-        tma_load=tma_load, tma_store=tma_store, tma_reduce_add=tma_reduce_add, block_barrier=lambda: None
+        tma_load=tma_load, tma_store=tma_store, tma_reduce_add=tma_reduce_add, block_barrier=lambda: None,
+        reinterpret=lambda memory, dtype, shape, layout: memory.reinterpret(shape),
     )  # fmt: skip
     tl = types.SimpleNamespace(**vars(g))
     tl.sum = lambda x, axis: Tensor(x.a.astype(np.float32).sum(axis))

@@ -1,6 +1,7 @@
 """Triton's interpreter without what it works out again for every value: a third of its time goes into their types.
 
-``install`` is called once, before tests run. What is kept are shapes and names, never a value.
+``install`` is called once, before tests run; another Triton than the one it was written for runs as it is. What is kept are shapes
+and names, never a value.
 """
 
 import functools
@@ -8,9 +9,12 @@ import inspect
 import math
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
+
+KNOWN = triton.__version__.startswith("3.7.")
 
 _Semantic = type(interpreter.interpreter_semantic)
 _broadcast, _operands = _Semantic.broadcast_impl_value, _Semantic.binary_op_type_checking_impl
@@ -20,6 +24,8 @@ _ADDRESS = interpreter._get_np_dtype(tl.pointer_type(tl.int8))
 
 
 def install() -> None:
+    if not KNOWN:
+        return
     core.block_type.__init__ = _block_type_once
     core.tensor.__init__ = _tensor_once
     interpreter._get_np_dtype = _np_dtype_of_scalar

@@ -13,6 +13,8 @@ from triton.runtime import interpreter  # noqa: E402
 
 import quick_interpreter  # noqa: E402
 
+pytestmark = pytest.mark.skipif(not quick_interpreter.KNOWN, reason="written for Triton 3.7")
+
 NUMBERS = (
     0,
     -0.0,

@@ -174,7 +174,7 @@ def on_cpu(monkeypatch):
     names = (
         gluon_on_cpu.functions_of(row_vectors)
         | gluon_on_cpu.functions_of(early)
-        | {"async_copy": gluon_on_cpu.async_copy()}
+        | {"async_copy": gluon_on_cpu.async_copy(), "async_load": gluon_on_cpu.async_load}
     )
     names = gluon_on_cpu.functions_of(rows, **names, range=gluon_on_cpu.range_of_tensors)
     monkeypatch.setattr(

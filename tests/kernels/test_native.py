@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 from trinix.kernels.triton import _launch, _record
 from trinix.kernels.triton import activation as kernels
+from trinix.kernels.triton import head_mlp as kernels_mlp
 
 op_glu = importlib.import_module("trinix.ops.glu")
 op = importlib.import_module("trinix.ops.activation")  # the module: ``trinix.ops.activation`` is the function
@@ -482,10 +483,11 @@ def planned(native, monkeypatch):
     monkeypatch.setattr(_native, "module", native)
     for name in PLANNED:
         monkeypatch.setattr(importlib.import_module(f"trinix.ops.{name}"), "_plans", _native.Plans())
-    monkeypatch.setattr(importlib.import_module("trinix.ops.norm"), "_prepared", {})
+    for name in ("head_mlp", "norm"):
+        monkeypatch.setattr(importlib.import_module(f"trinix.ops.{name}"), "_prepared", {})
 
 
-PLANNED = "activation", "glu", "norm", "rope", "softmax"  # modules of ops
+PLANNED = "activation", "glu", "head_mlp", "norm", "rope", "softmax"  # modules of ops
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -698,7 +700,67 @@ def test_norms_that_are_not_recorded_go_by_plans_of_forward_alone(interpreted, g
     assert len(interpreted) == 2 + (not given)
 
 
+MLP_FORMS = {  # which of b1, b2, w_gate there are, whether x is shared, reduce
+    "plain": ("", False, None), "biases": ("b1 b2", False, None), "one bias": ("b2", False, None), "gated": ("w_gate b1", False, None),
+    "shared": ("", True, None), "mean": ("", False, "mean"), "shared, mean, all": ("b1 b2 w_gate", True, "mean"),
+}  # fmt: skip
+
+
+def mlp(leaves, reduce, backend="triton"):
+    x, w1, w2, *_ = leaves.values()
+    rest = {n: t for n, t in leaves.items() if n not in ("x", "w1", "w2")}
+    return ops.head_mlp(x, w1, w2, "gelu", **rest, reduce=reduce, backend=backend)
+
+
+@pytest.mark.parametrize(("form", "rows"), [*[(form, 7) for form in MLP_FORMS], ("plain", 300), ("gated", 300)])
+def test_per_head_mlps_go_by_their_plans(interpreted, form, rows, monkeypatch):
+    given, shared, reduce = MLP_FORMS[form]
+    if rows == 300:  # the weights' gradients in parts, which a third launch adds
+        monkeypatch.setattr(kernels_mlp, "_card", lambda index: (32, 227, False))
+    kernels_mlp._backward_plan.cache_clear()
+    shapes = {
+        "x": (rows, 16) if shared else (2, rows, 16), "w1": (2, 16, 40), "w2": (2, 40, 16), "b1": (2, 40), "b2": (2, 16),
+        "w_gate": (2, 16, 40),
+    }  # fmt: skip
+    there = [n for n in shapes if n in ("x", "w1", "w2") or n in given.split()]
+    generator = torch.Generator().manual_seed(0)
+    for frozen in ((), ("x",), ("w1", "b1", "b2"), ("w2", "w_gate", "x"))[: 4 if rows == 7 else 1]:
+        leaves = {n: torch.randn(shapes[n], generator=generator).requires_grad_(n not in frozen) for n in there}
+        wanted = [t for t in leaves.values() if t.requires_grad]
+
+        def run(dy=None, leaves=leaves, wanted=wanted, backend="triton", **options):
+            o = mlp(leaves, reduce, backend)
+            dy = torch.linspace(-1, 1, o.numel()).view(o.shape) if dy is None else dy(o)
+            return o, torch.autograd.grad(o, wanted, dy, retain_graph=True, **options)
+
+        results = [run() for _ in range(4)]
+        assert ["Trinix" in o.grad_fn.name() for o, _ in results] == [False, False, True, True]
+        for o, grads in results[1:]:
+            same([o, *grads], [results[0][0], *results[0][1]])
+        true = run(backend="torch")
+        torch.testing.assert_close(results[3], true, rtol=1e-4, atol=1e-4)
+        broad = run(torch.ones_like)[1]
+        torch.testing.assert_close(run(lambda o: torch.ones(()).expand(o.shape))[1], broad, rtol=1e-4, atol=1e-4)
+        twice = run(lambda o: torch.ones_like(o, requires_grad=True), create_graph=True)[1]
+        assert all(g.requires_grad for g in twice)
+        torch.testing.assert_close([g.detach() for g in twice], list(broad), rtol=1e-3, atol=1e-3)
+    kernels_mlp._backward_plan.cache_clear()
+    assert ("_add_partials" in interpreted) == (rows == 300)
+    with torch.no_grad():
+        alone = [mlp(leaves, reduce) for _ in range(4)]
+    same(alone[:1] * 3, alone[1:])
+    count = len(interpreted)
+    assert count
+    with torch.no_grad():
+        mlp(leaves, reduce)
+    assert len(interpreted) > count
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mlp(leaves, reduce).dtype == torch.bfloat16
+    assert len(interpreted) == count + 1
+
+
 TABLE, WEIGHTS = ops.rope_table(6, 8), (torch.linspace(0.5, 2, 8), torch.linspace(2, 0.5, 8))
+MLP = torch.linspace(-1, 1, 6 * 8 * 16).view(6, 8, 16), torch.linspace(1, -0.5, 6 * 8 * 16).view(6, 16, 8)
 SMALL = {  # of x [1, 6, 2, 8]
     "mish": lambda x, backend: ops.mish(x, backend=backend),
     "rms_norm": lambda x, backend: ops.rms_norm(x, 8, None, 1e-6, backend=backend),
@@ -707,6 +769,7 @@ SMALL = {  # of x [1, 6, 2, 8]
     "softmax": lambda x, backend: ops.softmax(x, 1, backend=backend),
     "rope": lambda x, backend: ops.rope(x, x + 1, *TABLE, backend=backend)[1],
     "qk_norm_rope": lambda x, backend: ops.qk_norm_rope(x, x + 1, *WEIGHTS, *TABLE, backend=backend)[0],
+    "head_mlp": lambda x, backend: ops.head_mlp(x[0], *[w.to(x.dtype) for w in MLP], backend=backend)[None],
 }
 
 
@@ -767,7 +830,7 @@ def test_compiled_autograd_has_the_gradient_of_a_planned_op(interpreted, name):
     for _ in range(5):
         torch.autograd.grad((y := function(x)), x, torch.ones_like(y))
     y = function(x)
-    assert "Trinix" in (y.grad_fn.next_functions[0][0] if name == "rope" else y.grad_fn).name()
+    assert "Trinix" in (y.grad_fn.next_functions[0][0] if name in ("rope", "head_mlp") else y.grad_fn).name()
     (want,) = torch.autograd.grad(function(x, "torch").square().sum(), x)
     with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
         y.square().sum().backward()

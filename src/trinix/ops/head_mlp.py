@@ -48,6 +48,7 @@ from torch.autograd import forward_ad
 
 from trinix import dispatch
 from trinix.dispatch import Explanation
+from trinix.kernels import _native
 from trinix.kernels.torch import head_mlp as reference
 from trinix.kernels.torch.activation import FORMULAS
 
@@ -121,14 +122,31 @@ def head_mlp(
     >>> trinix.ops.head_mlp(x, w1, w2, "relu").shape, float(trinix.ops.head_mlp(x, w1, w2, "relu")[0, 0, 0])
     (torch.Size([2, 3, 4]), 32.0)
     """
-    key = None
-    if not torch.compiler.is_compiling() and b1 is None and b2 is None and w_gate is None and reduce is None:
-        key = _key(x, w1, w2, kind, backend)
-        call = _prepared.get(key)
-        if call is not None:
-            if key[-1]:
-                return _apply_prepared(x, w1, w2, call)
-            return call.forward.forward(x, w1, w2, None, None, None, call.kind, False)
+    what = key = None
+    if (
+        not torch.compiler.is_compiling()
+        and type(kind) is str
+        and (reduce is None or type(reduce) is str)
+        and type(backend) is str
+        and isinstance(x, Tensor)
+        and not _autocast(x)
+    ):
+        what = kind, reduce, backend, dispatch.forced
+        table = _plans.of.get(what)
+        if table is not None:
+            o = _triton_module.by_table(table, x, w1, w2, b1, b2, w_gate)
+            if o is not None:
+                return o
+        if b1 is None and b2 is None and w_gate is None and reduce is None:
+            key = _key(x, w1, w2, kind, backend)
+            call = _prepared.get(key)
+            if call is not None:
+                pending = _plans.begin(what, x, w1, w2, b1, b2, w_gate) if call.by_pointers else None
+                if pending is not None:
+                    return _planned(x, w1, w2, None, None, None, call.kind, False, "triton", key[-1], pending)
+                if key[-1]:
+                    return _apply_prepared(x, w1, w2, call)
+                return call.forward.forward(x, w1, w2, None, None, None, call.kind, False)
     activation = _activation(kind, w_gate is not None)
     mean = _is_mean(reduce)
     inputs = _cast(x, w1, w2, b1, b2, w_gate)
@@ -149,9 +167,25 @@ def head_mlp(
         # in forward-mode differentiation the Function refuses, where the bare operator would lose the tangent
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return (_RegisteredHeadMLP.apply if grad else _forward_op)(*inputs, *call)
+    modules = [_module(named, inputs, activation, mean, backward) for backward in (False, grad)]
+    by_pointers = what is not None and modules == [_triton()] * 2
     if key is not None:
-        _prepare(key, inputs, activation, named)
-    return (_apply if grad else _run_forward)(*inputs, *call)
+        by_pointers = by_pointers and _triton().by_pointers(x, w1, w2, activation, grad)
+        _prepare(key, activation, modules, by_pointers)
+    pending = _plans.begin(what, *inputs) if by_pointers else None
+    return _planned(*inputs, *call, grad, pending)
+
+
+# Calls of the portable kernels like one that has run are C++'s, where there is that.
+_plans = _native.Plans()
+
+
+def _planned(x, w1, w2, b1, b2, w_gate, kind, mean, named, grad, pending):
+    """O of plain tensors."""
+    call = x, w1, w2, b1, b2, w_gate, kind, mean, named
+    if grad:
+        return _apply(*call, pending)
+    return _run_forward(*call) if pending is None else pending.alone(functools.partial(_run_forward, *call))
 
 
 # ---- calls like one before: without biases, gate and mean ----------------------------------------------------------------
@@ -178,14 +212,14 @@ class _Prepared(NamedTuple):
     kind: str
     forward: ModuleType
     backward: ModuleType
+    by_pointers: bool
 
 
-def _prepare(key, inputs, kind, named):
+def _prepare(key, kind, modules, by_pointers):
     """Keep what calls of this kind share."""
     if len(_prepared) >= 10_000:
         _prepared.clear()
-    forward, backward = (_module(named, inputs, kind, False, backward) for backward in (False, key[-1]))
-    _prepared[key] = _Prepared(kind, forward, backward)
+    _prepared[key] = _Prepared(kind, *modules, by_pointers)
 
 
 class _PreparedHeadMLP(torch.autograd.Function):
@@ -382,20 +416,28 @@ class _HeadMLP(torch.autograd.Function):
     """The kernels under autograd."""
 
     @staticmethod
-    def forward(ctx, x, w1, w2, b1, b2, w_gate, kind, mean, named):
-        ctx.save_for_backward(x, w1, w2, b1, b2, w_gate)
-        ctx.call = kind, mean, named
-        return _run_forward(x, w1, w2, b1, b2, w_gate, kind, mean, named)
+    def forward(ctx, x, w1, w2, b1, b2, w_gate, kind, mean, named, pending):
+        inputs, call, wanted = (x, w1, w2, b1, b2, w_gate), (kind, mean, named), ctx.needs_input_grad[:6]
+        run = functools.partial(_run_forward, *inputs, *call)
+        o = run() if pending is None else pending.forward(run)
+        ctx.save_for_backward(*inputs)
+        ctx.call, ctx.pending = (call, wanted), pending
+        if pending is not None:
+            pending.keeps((o,), inputs, functools.partial(_pull_back, call, wanted))
+        return o
 
     @staticmethod
     def backward(ctx, dy):
-        inputs = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:6]
-        if dispatch.pulled_back_plainly(dy):
-            grads = _run_backward(*inputs, dy, *ctx.call, wanted)
-        else:
-            grads = _formula_gradients(inputs, dy, *ctx.call[:2], wanted)
-        return *grads, None, None, None
+        return *_pull_back(*ctx.call, *ctx.saved_tensors, dy, pending=ctx.pending), None, None, None, None
+
+
+def _pull_back(call, wanted, x, w1, w2, b1, b2, w_gate, dy, *, pending=None):
+    """The inputs' gradients."""
+    inputs = x, w1, w2, b1, b2, w_gate
+    if not dispatch.pulled_back_plainly(dy):
+        return _formula_gradients(inputs, dy, *call[:2], wanted)
+    run = functools.partial(_run_backward, *inputs, dy, *call, wanted)
+    return run() if pending is None else pending.backward(run, inputs, (dy,))
 
 
 _apply = dispatch.apply_of(_HeadMLP)

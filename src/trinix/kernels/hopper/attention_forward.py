@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trinix.kernels.hopper._compat import block_barrier, tma_load, tma_store
+from trinix.kernels.hopper._compat import block_barrier, reinterpret, tma_load, tma_store
 from trinix.kernels.hopper.attention_scores import (
     follow,
     keep_columns,
@@ -380,7 +380,7 @@ def _tiles_of(part: gl.constexpr, first, last, whole_from, whole_to, PARTS: gl.c
 @gluon.jit
 def _store_block(o, o_desc, at, q_s):
     """Q is no longer needed: its buffer carries O out."""
-    o_s = q_s._reinterpret(o.dtype, [1, o.shape[0], 1, o.shape[1]], o_desc.layout)
+    o_s = reinterpret(q_s, o.dtype, [1, o.shape[0], 1, o.shape[1]], o_desc.layout)
     o_s.reshape(o.shape).store(o)
     fence_async_shared()  # ordinary stores before the copy engine reads them
     tma_store(o_desc, at, o_s)
@@ -769,7 +769,7 @@ def attention_forward_short(
     gl.store(lse + rows, m_i * LN2 + gl.log2(l_row) * LN2, mask=rows < seq_q)
     o = warpgroup_mma_wait(0, deps=(o,))
     o = (o * gl.expand_dims(gl.convert_layout(inv, o_row), 1)).to(q_desc.dtype)
-    o_s = q_s._reinterpret(q_desc.dtype, [1, M, 1, D], o_desc.layout)
+    o_s = reinterpret(q_s, q_desc.dtype, [1, M, 1, D], o_desc.layout)
     o_s.reshape([M, D]).store(o)
     fence_async_shared()
     tma_store(o_desc, [b, row, h, 0], o_s)

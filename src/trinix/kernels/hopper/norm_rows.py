@@ -25,6 +25,7 @@ from triton.runtime import driver
 from trinix.kernels._binary import Binary, raw_stream
 from trinix.kernels._binary import is_hopper as _is_hopper
 from trinix.kernels._binary import multiprocessors as _multiprocessors
+from trinix.kernels.hopper._compat import async_load
 from trinix.kernels.hopper.early import let_next_kernel_start, wait_for_kernel_before
 from trinix.kernels.hopper.row_vectors import load, load_all, store
 
@@ -253,11 +254,10 @@ def _forward(
 @gluon.jit
 def _fetch(x, ring, slot, row, rows, n, at, end, UNIT: gl.constexpr, SPAN: gl.constexpr, VECTORS: gl.constexpr):
     """A row on its way into a slot; zeros behind its end, and for all of a row that is not there."""
-    last = gl.where(row < rows, end, 0)
+    there = row < rows  # not in where(): Triton 3.9 then copies element by element
     for u in gl.static_range(VECTORS):
-        async_copy.async_copy_global_to_shared(
-            ring.index(slot * VECTORS + u), x + row * (n * UNIT) + u * SPAN + at, mask=at + u * SPAN < last
-        )
+        copied = (at + u * SPAN < end) & there
+        async_load(ring.index(slot * VECTORS + u), x + row * (n * UNIT) + u * SPAN + at, mask=copied)
 
 
 @gluon.jit
@@ -267,10 +267,10 @@ def _fetch_all(x, dy, dh, stats, xs, gs, hs, rings, slot, row, rows, n, at, end,
     _fetch(dy, gs, slot, row, rows, n, at, end, UNIT, SPAN, VECTORS)
     if RESIDUAL:
         _fetch(dh, hs, slot, row, rows, n, at, end, UNIT, SPAN, VECTORS)
-    async_copy.async_copy_global_to_shared(rings.index(slot * 2), stats + row + warp, mask=row + warp < rows)
+    async_load(rings.index(slot * 2), stats + row + warp, mask=row + warp < rows)
     if CENTER:
         means = stats + rows
-        async_copy.async_copy_global_to_shared(rings.index(slot * 2 + 1), means + row + warp, mask=row + warp < rows)
+        async_load(rings.index(slot * 2 + 1), means + row + warp, mask=row + warp < rows)
     async_copy.commit_group()
 
 

@@ -38,7 +38,7 @@ import triton.language as tl
 from trinix.kernels import _stages
 from trinix.kernels.triton import activation, norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, _State
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, _State, by_table  # noqa: F401  (by_table: the op's)
 from trinix.kernels.triton.activation import DTYPES, LANES
 
 MOST_D = 256  # a tile holds whole rows of X
@@ -1047,6 +1047,14 @@ def _plan_of(x, w1, w2, b1, b2, w_gate, kind, mean, o):
         (_strides(x), w1.stride(), _strides(w_gate, w1), w2.stride(), _strides(o)), x.get_device(),
         not _State.off and not (x.data_ptr() | w1.data_ptr() | w2.data_ptr()) & 15,
     )  # fmt: skip
+
+
+def by_pointers(x, w1, w2, kind: str, grad: bool) -> bool:
+    """Whether the kernels of a call without biases, gate and mean, with ``grad`` those of both passes, have no descriptors."""
+    if not x.numel() or (grad and by_stages(x, w1, w2, None, None, None, False)):
+        return False
+    o = empty_output(x.to("meta"), w1, False)
+    return isinstance(_plan_of(x, w1, w2, None, None, None, kind, False, o)[0], Launch)
 
 
 def forward(

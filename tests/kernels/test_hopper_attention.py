@@ -89,7 +89,7 @@ for case, (binary, log), lines in zip(cases, binaries, disassembled([binary.asm[
         "reductions": re.findall(r"\\b(?:RED|ATOM|UTMAREDG)[^;]*", sass),
         "hasty": hasty(binary.asm["ptx"]),
         "early": given_back_too_early(binary.asm["ptx"], r"ldmatrix|ld\\.shared\\.v"),  # an item's number is ordinarily stored
-        "turns": re.findall(r"relaxed\\.add\\.v4(?:(?!relaxed)[\\s\\S])*?atom\\.global\\.gpu\\.release", binary.asm["ptx"]),
+        "turns": re.findall(r"relaxed\\.add\\.v4(?:(?!relaxed)[\\s\\S])*?(?:atom|red)\\.global\\.gpu\\.release", binary.asm["ptx"]),
         "waits": binary.asm["ptx"].find("griddepcontrol.wait"),
         "reads": re.search(r"\\b(ld|st|red|atom)\\.global|\\bcp\\.async\\.bulk", binary.asm["ptx"]).start(),
     }))

@@ -1,8 +1,9 @@
-"""Corrections to Triton's interpreter (3.6 to 3.7, at least), installed only when it is on.
+"""Corrections to Triton's interpreter (3.6 to 3.9), installed only when it is on.
 
 float32 -> bfloat16 rounds to nearest even: the interpreter cuts the low bits off, an error of a whole unit in the last place
 that no GPU makes; tests against float64 would blame the kernels for it. A dot of bfloat16 multiplies their values: the
-interpreter multiplies their bits. A scalar that is annotated "i32" or "i64" has that type: the interpreter goes by its value.
+interpreter multiplies their bits. A scalar that is annotated "i32" or "i64" has that type: the interpreter goes by its value. A mask may be
+of integers (3.9 makes such ones where a loop's index is compared, and then refuses them).
 
 A dot's terms are added in float64, and the float32 sum is rounded once. NumPy adds them in its BLAS's order: not the kernel's,
 and another on every kind of processor. A budget is twice PyTorch's error, so for tensors of a few numbers that order decided
@@ -52,6 +53,19 @@ def _rounding_dot(self, a, b, start, *rest):
 
 
 InterpreterBuilder.create_dot = _rounding_dot
+
+
+_load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+
+def _boolean(mask):
+    return mask if mask.data.dtype == np.bool_ else TensorHandle(mask.data.astype(np.bool_), tl.int1)
+
+
+InterpreterBuilder.create_masked_load = lambda self, at, mask, *rest: _load(self, at, _boolean(mask), *rest)
+InterpreterBuilder.create_masked_store = lambda self, at, value, mask, *rest: _store(
+    self, at, value, _boolean(mask), *rest
+)
 
 
 _arguments = interpreter.GridExecutor._init_args_hst

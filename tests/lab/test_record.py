@@ -94,6 +94,7 @@ def test_finish_replaces_the_last_result_in_one_step_after_everything_is_on_disk
     old = ResultFile(tmp_path, "activation")
     old.add([some("old")])
     old.finish()
+    new = ResultFile(tmp_path, "activation")
     seen = []
 
     def fsync(number, real=os.fsync):
@@ -106,7 +107,6 @@ def test_finish_replaces_the_last_result_in_one_step_after_everything_is_on_disk
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    new = ResultFile(tmp_path, "activation")
     new.add([some("new")])
     assert [one["case"] for one in read(new.path)] == ["old"]
     new.finish()
@@ -137,6 +137,37 @@ def test_a_run_that_dies_without_a_word_keeps_the_last_result(tmp_path):
     assert [one["case"] for one in read(path)] == ["old"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_into_a_file_is_refused_and_spoils_no_line(resume, tmp_path):
+    first = ResultFile(tmp_path, "activation")
+    first.add([some("A")])
+    first.put("A", [some("A")])  # the lock goes on to the file that takes the partial one's place
+    with pytest.raises(OSError, match=r"activation\.jsonl\.partial: another run is writing it; wait .* another --out"):
+        ResultFile(tmp_path, "activation", resume=resume)
+    ResultFile(tmp_path, "softmax").interrupt()
+    first.add([some("B")])
+    assert [one["case"] for one in read(first.finish())] == ["A", "B"]
+    ResultFile(tmp_path, "activation").interrupt()
+
+
+@pytest.mark.parametrize("step", [ResultFile.finish, lambda file: file.put("A", [some("A")])], ids=["finish", "put"])
+def test_a_file_that_is_renamed_while_a_second_run_opens_it_is_not_the_second_s(step, tmp_path, monkeypatch):
+    first = ResultFile(tmp_path, "activation")
+    first.add([some("A")])
+    real = record.fcntl.flock
+
+    def flock(file, how):  # the first run's step falls between the second's opening and its lock
+        monkeypatch.setattr(record.fcntl, "flock", real)
+        step(first)
+        real(file, how)
+
+    monkeypatch.setattr(record.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="another run is writing it"):
+        ResultFile(tmp_path, "activation")
+    (path,) = tmp_path.iterdir()
+    assert [one["case"] for one in read(path)] == ["A"]
+
+
 @pytest.mark.parametrize(("name", "other"), [("commit", "0000000"), ("gpu", "another"), ("versions", {"torch": "0"})])
 def test_what_another_card_commit_or_version_left_is_neither_resumed_nor_lost(name, other, tmp_path):
     record.ResultFile(tmp_path, "activation").add([some() | {name: other}])
@@ -159,6 +190,8 @@ def test_what_this_run_s_like_left_is_resumed(tmp_path):
     assert again.lines == [one, two]
     again.add([some("three")])
     assert [line["case"] for line in record.read(again.finish())] == ["one", "two", "three"]
+    record.ResultFile(tmp_path, "activation").interrupt()  # in its first case
+    assert len(record.ResultFile(tmp_path, "activation", resume=True).lines) == 3
 
 
 @pytest.mark.parametrize(("name", "other"), [("commit", "0000000"), ("gpu", "another"), ("versions", {"torch": "0"})])

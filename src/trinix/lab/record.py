@@ -1,5 +1,6 @@
 """Result lines: one JSON object a line, a file written whole or not at all."""
 
+import fcntl
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -84,25 +86,33 @@ class ResultFile:
     """Lines of one op. ``add`` appends to ``<op>.jsonl.partial``, which ``finish`` renames: a complete run replaces the
     last result in one step; an interrupted one leaves its finished lines in the partial file and the last result alone.
 
-    ``resume`` keeps what the partial file holds: ``lines``, all of this card, these versions and this commit. Where there is none,
+    ``resume`` keeps what the partial file holds: ``lines``, all of this card, these versions and this commit. Where it holds none,
     what a finished file of such lines holds: of a suite that was interrupted the files before are not run again.
+
+    The partial file is locked from the first line to the last: a second run into it would write into the finished file.
     """
 
     def __init__(self, folder: Path, op: str, *, resume: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{op}.jsonl"
         self.partial = folder / f"{op}.jsonl.partial"
-        self.lines = kept(folder, op) if resume else []
-        going_on = resume and self.partial.exists()
-        self._file = self.partial.open("a" if going_on else "w", encoding="utf-8")
-        if not going_on:
-            self._write(self.lines)
+        self._file = _locked(self.partial)
+        self._keep(kept(folder, op) if resume else [])
 
     def add(self, lines: Iterable[dict]) -> None:
         """The lines of one case, in one write: a run that is killed leaves whole cases."""
         lines = list(lines)
         self._write(lines)
         self.lines += lines
+
+    def _keep(self, lines: list[dict]) -> None:
+        """These lines and no others, in one step. The new file is locked before it has the old one's name."""
+        rest = self.partial.with_suffix(".rest")
+        rest.unlink(missing_ok=True)
+        before, self._file, self.lines = self._file, _locked(rest), lines
+        self._write(lines)
+        os.replace(rest, self.partial)
+        before.close()
 
     def _write(self, lines: list[dict]) -> None:
         self._file.write("".join(json.dumps(one, allow_nan=False) + "\n" for one in lines))
@@ -111,12 +121,7 @@ class ResultFile:
     def put(self, case: str, lines: Iterable[dict]) -> None:
         """As ``add``, in the place of the lines that the case may have."""
         if any(one["case"] == case for one in self.lines):
-            self._file.close()
-            self.lines = [one for one in self.lines if one["case"] != case]
-            rest = self.partial.with_suffix(".rest")
-            rest.write_text("".join(json.dumps(one, allow_nan=False) + "\n" for one in self.lines), encoding="utf-8")
-            os.replace(rest, self.partial)
-            self._file = self.partial.open("a", encoding="utf-8")
+            self._keep([one for one in self.lines if one["case"] != case])
         self.add(lines)
 
     def lacks(self) -> set[tuple[str, str]]:
@@ -129,8 +134,8 @@ class ResultFile:
     def finish(self) -> Path:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         os.replace(self.partial, self.path)
+        self._file.close()
         return self.path
 
     def interrupt(self) -> Path:
@@ -139,10 +144,26 @@ class ResultFile:
         return self.partial
 
 
+def _locked(path: Path) -> TextIO:
+    """The file, open to append to, and nobody else's until it is closed."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samefile(file.fileno(), path)  # or another run has renamed it since it was opened
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    if not ours:
+        file.close()
+        raise OSError(f"{path}: another run is writing it; wait for its end, or use another --out")
+    return file
+
+
 def kept(folder: Path, op: str) -> list[dict]:
     """The lines that a resumed run does not take again."""
     partial = folder / f"{op}.jsonl.partial"
-    return _resumed(partial) if partial.exists() else _finished(folder / f"{op}.jsonl")
+    if partial.exists() and partial.stat().st_size:
+        return _resumed(partial)
+    return _finished(folder / f"{op}.jsonl")
 
 
 def _resumed(partial: Path) -> list[dict]:

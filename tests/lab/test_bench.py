@@ -91,6 +91,31 @@ def test_where_everything_is_built_there_is_no_such_table(tmp_path, screen):
     assert "not built" not in said
 
 
+@pytest.mark.parametrize("text", ['{"case": \n', '{"case": "mish-tiny"}\n'], ids=["cut off", "fields missing"])
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"kernels": True}])
+def test_a_last_result_that_cannot_be_read_is_an_error_before_anything_runs(
+    text, options, tmp_path, screen, monkeypatch
+):
+    asked = three_parts(monkeypatch)
+    stopping(monkeypatch, AssertionError("a case ran"), at=0)
+    softmax = next(c for c in load_cases("quick", ("softmax",)))
+    path = tmp_path / "cpu" / "softmax.jsonl"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"softmax\.jsonl: line 1 is not"):
+        bench_cases([*CASES, softmax], tmp_path, screen, **options)
+    assert names(path.parent) == ["softmax.jsonl"]
+    assert not asked
+
+
+def test_a_file_in_the_folder_s_place_is_an_error_before_anything_runs(tmp_path, screen, monkeypatch):
+    asked = three_parts(monkeypatch)
+    (tmp_path / "cpu").write_text("")
+    with pytest.raises(FileExistsError, match="cpu"):
+        bench_cases(CASES, tmp_path, screen, kernels=True)
+    assert not asked
+
+
 def test_only_ops_that_do_not_exist_write_no_file(tmp_path, screen):
     _, said = bench_cases(CASES[2:], tmp_path, screen)
     assert "no_such_op" in said

@@ -106,3 +106,13 @@ def test_the_commands_run_from_the_repository_root(name, words, op, tmp_path):
     assert {one["op"] for one in lines} == {op}
     assert [one["impl"] for one in lines if one["ok"] and one["pass"] == "fwd"][:2] == ["trinix", "eager"]
     assert all(one["ok"] or one["reason"].startswith("skipped: ") for one in lines)
+
+
+def test_a_last_result_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.device, "card", lambda index=0: None)
+    path = tmp_path / "cpu" / "norm.jsonl"
+    path.parent.mkdir()
+    path.write_text("nonsense\n")
+    with pytest.raises(SystemExit):
+        documents.benchmark_normalization(["--hidden_size", "64", "--seq_len", "4", "--out", str(tmp_path)])
+    assert f"--out {tmp_path}: {path}: line 1 is not JSON" in capsys.readouterr().err

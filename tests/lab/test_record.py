@@ -206,6 +206,24 @@ def test_a_finished_file_of_another_card_commit_or_version_is_measured_anew(name
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("cut", [1, 20])
+def test_of_a_file_that_was_cut_off_the_whole_cases_are_resumed(cut, tmp_path):
+    file = ResultFile(tmp_path, "activation")
+    file.add([some("A"), some("A", impl="eager")])
+    file.add([some("B"), some("B", impl="eager")])
+    partial = file.interrupt()
+    partial.write_bytes(partial.read_bytes()[:-cut])
+    again = ResultFile(tmp_path, "activation", resume=True)
+    assert [one["case"] for one in again.lines] == ["A", "A"], "B's other implementations may be lost, it is run again"
+    again.add([some("B")])
+    assert [one["case"] for one in read(again.finish())] == ["A", "A", "B"]
+
+
+def test_of_a_file_that_was_cut_off_in_its_first_line_nothing_is_resumed(tmp_path):
+    (tmp_path / "activation.jsonl.partial").write_text('{"case": "A"')
+    assert ResultFile(tmp_path, "activation", resume=True).lines == []
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_none_is_refused_and_spoils_no_line(number, tmp_path):
     file = ResultFile(tmp_path, "activation")

@@ -76,18 +76,19 @@ def bench_cases(
     ``runs`` is ``measure.Gpu``'s, ``ids`` and ``resume`` are ``_collect``'s, ``warm`` is ``bench``'s.
     """
     chosen = {"ids": ids, "resume": resume}
-    out.mkdir(parents=True, exist_ok=True)  # a file in its place is an error now, not after the first hour
     card = device.card()
+    folder = out / (card.slug if card else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)  # a file in its place is an error now, not after the first hour
+    todo = _chosen(cases, ids)
+    for name in _files(todo):  # and so is a last result that cannot be read
+        record.last(folder / f"{name}.jsonl")
+    found = _found(one for name in _files(todo) for one in record.kept(folder, name)) if resume else {}
     if card:
         console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
         _build_native(console)
         if warm:
-            todo = _chosen(cases, ids)
-            if resume:
-                found = _found(one for name in _files(todo) for one in record.kept(out / card.slug, name))
-                todo = [c for c in todo if _is_left(c, impls, found)]
-            _compile_ahead(todo, impls, warm, console)
-        return _on_gpu(cases, impls, out / card.slug, console, runs, chosen)
+            _compile_ahead([c for c in todo if _is_left(c, impls, found)], impls, warm, console)
+        return _on_gpu(cases, impls, folder, console, runs, chosen)
     if warm:
         console.print("No GPU here: nothing is compiled ahead (--warm).")
     if kernels:
@@ -96,7 +97,7 @@ def bench_cases(
         )
     else:
         console.print("No GPU here: PyTorch's CPU times only. They say nothing about a GPU kernel.")
-    return _without_gpu(cases, impls, out / "cpu", console, kernels, cpu_limits, chosen)
+    return _without_gpu(cases, impls, folder, console, kernels, cpu_limits, chosen)
 
 
 def _chosen(cases: Sequence[Case], ids: Sequence[str]) -> list[Case]:

@@ -198,5 +198,5 @@ def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequ
         return bench.bench_cases(
             cases, tuple(PREPARE), flags.out, console, kernels=False, **{"cpu_limits": (inf, inf)} | more
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a last result that cannot be read
         parser.error(f"--out {flags.out}: {error}")

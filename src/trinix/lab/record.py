@@ -126,10 +126,8 @@ class ResultFile:
 
     def lacks(self) -> set[tuple[str, str]]:
         """(case, implementation) that the last result has and this run does not: finishing would lose them."""
-        if not self.path.exists():
-            return set()
-        last = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines())
-        return {(one["case"], one["impl"]) for one in last} - {(one["case"], one["impl"]) for one in self.lines}
+        before, ours = ({(one["case"], one["impl"]) for one in lines} for lines in (last(self.path), self.lines))
+        return before - ours
 
     def finish(self) -> Path:
         self._file.flush()
@@ -166,8 +164,16 @@ def kept(folder: Path, op: str) -> list[dict]:
     return _finished(folder / f"{op}.jsonl")
 
 
+def last(path: Path) -> list[dict]:
+    """The lines of a finished file, none where there is none yet."""
+    return read(path) if path.exists() else []
+
+
 def _resumed(partial: Path) -> list[dict]:
-    lines = read(partial)
+    whole, _, cut = partial.read_bytes().rpartition(b"\n")
+    lines = _parsed(partial, whole)
+    if cut:  # by a full disk, say; the case of the line before may be half there too
+        lines = [one for one in lines if one["case"] != lines[-1]["case"]]
     for one in lines:
         for name, here in stamp().items():
             if one[name] != here:
@@ -180,16 +186,18 @@ def _resumed(partial: Path) -> list[dict]:
 
 def _finished(path: Path) -> list[dict]:
     """The lines of a finished file if they are of this card, these versions and this commit, else none."""
-    if not path.exists():
-        return []
-    lines, here = read(path), stamp()
+    lines, here = last(path), stamp()
     return lines if all(one[name] == here[name] for one in lines for name in here) else []
 
 
 def read(path: Path) -> list[dict]:
     """The lines of a result file; an error names the line that is not one."""
+    return _parsed(path, path.read_bytes())
+
+
+def _parsed(path: Path, data: bytes) -> list[dict]:
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(data.splitlines(), 1):
         try:
             one = json.loads(text)
         except ValueError as error:

@@ -127,6 +127,16 @@ def test_a_run_that_checked_nothing_does_not_say_that_all_checks_passed(tmp_path
     assert "All checks passed" not in said
 
 
+def test_where_no_kernel_is_of_the_cases_none_is_checked_and_nothing_is_said_to_have_passed(
+    tmp_path, screen, monkeypatch
+):
+    asked = three_parts(monkeypatch)
+    _, said = bench_cases(CASES[2:], tmp_path, screen, kernels=frozenset({"no_such_family"}))
+    assert not asked
+    assert "All checks passed" not in said
+    assert "Nothing was checked." in said
+
+
 def test_large_cases_are_left_to_a_gpu_and_counted(tmp_path, screen):
     cases = [*CASES[:2], tiny("large", shape=(1 << 12, 1 << 12))]
     code, said = bench_cases(cases, tmp_path, screen, cpu_limits=(1000, 1e12))
@@ -345,14 +355,17 @@ def three_parts(monkeypatch, *, kernel_ok=True, binary_ok=True):
 def test_kernels_are_those_of_the_cases_that_were_asked_for(screen, tmp_path, monkeypatch):
     asked = three_parts(monkeypatch)
     monkeypatch.setattr(bench, "_collect", lambda *call, **options: ([], False))
-    for more in ({"ops": ("softmax",)}, {"ids": ("A-MHSA-1",), "suite": "full"}, {}):
+    part = {"ops": ("alibi_bias",), "suite": "full"}  # of a family, with a result file of its own
+    for more in ({"ops": ("softmax",)}, {"ids": ("A-MHSA-1",), "suite": "full"}, part, {}):
         bench.bench(**{"suite": "quick", "impls": ("eager",), "out": tmp_path, "console": screen} | more)
-    assert asked == [["softmax"], ["rope", "attention", "linear"], list(interpret.CHECKS)]
+    assert asked == [["softmax"], ["rope", "attention", "linear"], ["rope"], list(interpret.CHECKS)]
+    for op in sorted({c.op for c in load_cases()}):
+        families = frozenset(c.family for c in load_cases("full", (op,)))
+        assert {name.partition("/")[0] for name in aot.case_names()}.intersection(bench._kernels_of(families)), op
     kernels = {name.partition("/")[0] for name in aot.case_names()}
-    assert kernels == set(bench._FILES_OF)
+    assert kernels == set(bench._FAMILIES_OF)
     assert set(interpret.CHECKS) <= kernels
-    files = {c.file or c.op for c in load_cases("full", ())}
-    assert {file for mine in bench._FILES_OF.values() for file in mine} == files
+    assert {family for mine in bench._FAMILIES_OF.values() for family in mine} == {c.family for c in load_cases()}
 
 
 @pytest.mark.parametrize(("kernel_ok", "binary_ok"), [(True, True), (False, True), (True, False), (False, False)])

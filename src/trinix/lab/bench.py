@@ -53,7 +53,7 @@ def bench(
             raise ValueError(
                 f"bench: case {pattern!r} matches none of the {len(cases)} cases that --suite and --op leave"
             )
-    kernels = frozenset(_files(_chosen(cases, ids))) if ops or ids else True
+    kernels = frozenset(c.family for c in _chosen(cases, ids)) if ops or ids else True
     return bench_cases(cases, impls or tuple(PREPARE), out, console, kernels=kernels, ids=ids, resume=resume, warm=warm)
 
 
@@ -71,7 +71,7 @@ def bench_cases(
     warm: int = 0,
 ) -> int:
     """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels``: whose are checked there, of which
-    files, or all; False leaves only the CPU times.
+    families, or all; False leaves only the CPU times.
 
     ``runs`` is ``measure.Gpu``'s, ``ids`` and ``resume`` are ``_collect``'s, ``warm`` is ``bench``'s.
     """
@@ -222,9 +222,9 @@ def _missing(case: Case, impls: Sequence[str], there: set[str]) -> bool:
 
 
 def _without_gpu(cases, impls, folder: Path, console: Console, kernels, cpu_limits, chosen: dict) -> int:
-    failed = 0
+    failed, kernels = 0, _kernels_of(kernels)
     if kernels:
-        failed += _interpret(console, _kernels_of(kernels))
+        failed += _interpret(console, kernels)
         console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
     small = [c for c in cases if _fits_cpu(c, *cpu_limits)]
     lines, interrupted = _collect(small, impls, folder, console, lambda *call: run.run_cpu(*call), **chosen)
@@ -238,7 +238,7 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels, cpu_limi
             f"Skipped: {skipped} built cases above {elements:,} elements or {flops / 1e9:g} GFLOP are timed on a GPU only."
         )
     if kernels:
-        failed += _compile(console, _kernels_of(kernels))
+        failed += _compile(console, kernels)
     _show_not_built(cases, console)
     checked = (kernels and importlib.util.find_spec("triton")) or any(one["ok"] for one in lines)
     passed = "All checks passed. The speed of a kernel needs a GPU." if checked else "Nothing was checked."
@@ -251,8 +251,8 @@ def _fits_cpu(case: Case, elements: float, flops: float) -> bool:
     return gate.elements(case) <= elements and (least is None or least.flops <= flops)
 
 
-# Kernels by the names of the interpreter's checks and of the compiler's cases -> the result files of what they are in.
-_FILES_OF = {
+# Kernels by the names of the interpreter's checks and of the compiler's cases -> the families of what they are in.
+_FAMILIES_OF = {
     "activation": ("activation",), "norm": ("norm",), "glu": ("glu", "glu_layers"), "softmax": ("softmax",), "log_softmax": ("softmax",),
     "rope": ("rope", "attention_layers"), "alibi": ("rope",), "attention": ("attention", "attention_layers"),
     "attention_decode": ("attention",), "head_mlp": ("head_mlp",), "linear": ("glu_layers", "attention_layers"),
@@ -260,13 +260,15 @@ _FILES_OF = {
 }  # fmt: skip
 
 
-def _kernels_of(files: bool | frozenset[str]) -> list[str]:
-    """Of these files, or all."""
-    return [kernel for kernel, mine in _FILES_OF.items() if files is True or files.intersection(mine)]
+def _kernels_of(families: bool | frozenset[str]) -> list[str]:
+    """Of these families, or all, or none."""
+    if isinstance(families, bool):
+        return list(_FAMILIES_OF) if families else []
+    return [kernel for kernel, mine in _FAMILIES_OF.items() if families.intersection(mine)]
 
 
 def _interpret(console: Console, kernels: Sequence[str]) -> int:
-    whose = "every portable kernel" if len(kernels) == len(_FILES_OF) else "these cases' portable kernels"
+    whose = "every portable kernel" if len(kernels) == len(_FAMILIES_OF) else "these cases' portable kernels"
     console.rule(f"1 of 3: {whose} in Triton's interpreter, against float64")
     if _triton_missing(console):
         return 0

@@ -50,6 +50,10 @@ class Case:
         named = (str(v) if isinstance(v, str) else f"{k}={v}" for k, v in self.args.items() if k != "eps")
         return " ".join((self.op, *named))
 
+    @property
+    def family(self) -> str:
+        return self.file.partition("-")[0]
+
     def published(self, pass_: str, unit: str = "ms") -> dict[str, float]:
         """The document's figures for a pass, all rows together."""
         return {k: v for row in self.rows if row.pass_ == pass_ and row.unit == unit for k, v in row.published.items()}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from datetime import datetime
 
 import pytest
@@ -45,12 +47,58 @@ def test_a_line_refuses_fields_that_it_does_not_know():
         some(device_mss=1.0)
 
 
-@pytest.mark.parametrize(("status", "wanted"), [("", "abc1234"), (" M src/trinix/cli.py", "abc1234+")])
-def test_the_commit_says_whether_the_sources_differ_from_it(status, wanted, monkeypatch):
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """``checkout(module)``: the root and the commit of a repository that has a copy of ``record`` there, which is the one that asks."""
     monkeypatch.delenv("TRINIX_COMMIT", raising=False)
-    answers = {"rev-parse": "abc1234", "status": status}
-    monkeypatch.setattr(record, "_run", lambda *command: answers[next(w for w in command if w in answers)])
-    assert record._commit() == wanted
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+
+    def git(*words):
+        who = ("-c", "user.name=trinix", "-c", "user.email=trinix@localhost")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    def make(module, ignored=""):
+        (tmp_path / module).parent.mkdir(parents=True)
+        shutil.copy(record.__file__, tmp_path / module)
+        (tmp_path / ".gitignore").write_text(f"__pycache__/\n{ignored}")
+        git("init", "-q")
+        git("add", ".")
+        git("commit", "-q", "-m", "one")
+        monkeypatch.setattr(record, "__file__", str(tmp_path / module))
+        return tmp_path, git("rev-parse", "--short", "HEAD").strip()
+
+    return make
+
+
+SOURCE = "src/trinix/lab/record.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [(SOURCE, "+"), ("src/trinix/new.py", "+"), ("src/trinix/lab/__pycache__/new.pyc", ""), ("out/new.py", "")],
+    ids=["changed", "new", "ignored", "no source"],
+)
+def test_the_commit_says_whether_the_sources_differ_from_it(name, wanted, checkout):
+    root, commit = checkout(SOURCE)
+    assert record._commit() == commit
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text("new")
+    assert record._commit() == commit + wanted
+
+
+@pytest.mark.parametrize(
+    ("module", "ignored"),
+    [
+        ("venv/lib/python3.12/site-packages/trinix/lab/record.py", "venv/"),
+        ("venv/lib/python3.12/site-packages/trinix/lab/record.py", ""),
+        (SOURCE, "src/"),
+    ],
+    ids=["installed", "installed and tracked", "a copy that is not tracked"],
+)
+def test_another_repository_s_commit_is_not_ours(module, ignored, checkout):
+    checkout(module, ignored)
+    assert record._commit() is None
 
 
 def test_the_environment_says_the_commit_of_a_copy_and_else_it_may_be_null(monkeypatch):

@@ -62,16 +62,18 @@ def version_of(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, "+" when its tracked files differ. TRINIX_COMMIT says it of a copy, whose history may be another's."""
+    """The checkout's commit, "+" when its sources differ. TRINIX_COMMIT says it of a copy, whose history may be another's."""
     if said := os.environ.get("TRINIX_COMMIT"):
         return said
-    root = Path(__file__).parents[3]
-    commit = _run("git", "-C", str(root), "rev-parse", "--short", "HEAD")
+    here = Path(__file__).resolve()
+    git = ("git", "-C", str(here.parents[3]))
+    own = here.relative_to(here.parents[3]).as_posix()
+    # an installed package may lie inside another project's repository
+    ours = _run(*git, "ls-files", "--full-name", own) == own
+    commit = _run(*git, "rev-parse", "--short", "HEAD") if ours else None
     if not commit:
         return None
-    return commit + (
-        "+" if _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "src") else ""
-    )
+    return commit + ("+" if _run(*git, "status", "--porcelain", "--untracked-files=normal", "src") else "")
 
 
 def _run(*command: str) -> str:

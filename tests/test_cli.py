@@ -256,7 +256,7 @@ def test_the_documents_command_takes_dtype_batch_and_several_kinds(tmp_path):
     words = "--hidden_size 8 --seq_len 4 --batch_size 3 --dtype float32 --kind mish --kind relu --out"
     assert benchmark_activation([*words.split(), str(tmp_path)]) == 0
     lines = record.read(tmp_path / "cpu" / "activation.jsonl")
-    assert {one["case"] for one in lines} == {"mish-3x4x8", "relu-3x4x8"}
+    assert {one["case"] for one in lines} == {"mish-3x4x8-float32", "relu-3x4x8-float32"}
 
 
 @pytest.mark.parametrize(

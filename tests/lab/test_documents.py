@@ -47,6 +47,15 @@ def test_normalization_takes_the_documents_flags(asked):
     assert (one.dtype, one.shape["x"]) == (torch.bfloat16, (1, 4096, 64))
 
 
+def test_another_dtype_has_ids_of_its_own(asked):
+    (own,) = asked("normalization", "--hidden_size", 64, "--op", "rms_norm", "--dtype", "float16")
+    (other,) = asked("normalization", "--hidden_size", 64, "--op", "rms_norm", "--dtype", "bfloat16")
+    assert (own.id, other.id) == ("rms_norm-1x4096x64", "rms_norm-1x4096x64-bfloat16")
+    rope, alibi = asked("embeddings", "--num_heads", 2, "--head_dim", 8, "--seq_len", 16, "--dtype", "float32")
+    assert (rope.id, rope.dtype) == ("rope-1x16x2x8-float32", torch.float32)
+    assert (alibi.id, alibi.dtype) == ("alibi_bias-2x16x16", torch.float32), "the slopes' own"
+
+
 def test_embeddings_without_flags_are_the_documents_rows(asked):
     assert [c.id for c in asked("embeddings")] == [
         *(f"E-rope-{i}" for i in (1, 2, 3, 4)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import small_layer
-from trinix.lab import bench, documents, layers, report, run
+from trinix.lab import bench, documents, layers, record, report, run
 from trinix.lab.case import load_cases
 from trinix.lab.peers import PREPARE
 
@@ -117,9 +117,52 @@ def test_without_flags_it_runs_the_documents_table(asked):
 
 def test_it_takes_models_runs_and_a_dtype(asked):
     cases, more = asked("--models", "deepseek_v3", "llama3_70b", "--num_runs", 200, "--dtype", "float16")
-    assert [(c.id, c.dtype) for c in cases] == [("A-deepseek-v3", torch.float16), ("A-llama3-70b", torch.float16)]
+    assert [(c.id, c.dtype) for c in cases] == [
+        ("A-deepseek-v3-float16", torch.float16),
+        ("A-llama3-70b-float16", torch.float16),
+    ]
     assert more["runs"] == 200
-    assert all(c.args["causal"] for c in asked("--causal")[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "ending", "dtype"),
+    [
+        (["--causal"], "-causal-float16", torch.float16),
+        (["--dtype", "float32"], "-float32", torch.float32),
+        (["--causal", "--dtype", "float32"], "-causal-float32", torch.float32),
+        (["--causal", "--dtype", "bfloat16"], "-causal", torch.bfloat16),  # as the lab's own
+        (["--dtype", "float16"], "", torch.float16),
+    ],
+)
+def test_what_is_not_the_documents_has_ids_of_its_own(words, ending, dtype, asked):
+    cases, _ = asked(*words)
+    own = {c.id: c for c in CASES}
+    assert [c.id for c in cases] == [f"{c.id}{ending}" for c in CASES if c.document == "004"]
+    assert all(c.dtype == dtype and c.args["causal"] is ("--causal" in words) for c in cases)
+    assert all(c == own.get(c.id, c) for c in cases), "an id of a file is that case, as the report describes it"
+
+
+def test_a_model_s_layer_as_the_model_has_it_keeps_its_id(asked):
+    assert [c.id for c in asked("--models", "llama3_70b", "--causal", "--dtype", "bfloat16")[0]] == ["A-llama3-70b"]
+
+
+def test_the_report_does_not_call_a_causal_layer_the_documents(asked):
+    ((case, *_), _) = asked("--causal", "--dtype", "float32")
+    known = {
+        "case": case.id,
+        "op": case.op,
+        "pass": "fwd",
+        "impl": "trinix",
+        "ok": True,
+        "host_us": 1.0,
+        "wall_ms": 1.0,
+    }
+    known |= {"device_ms": {"p20": 1.0, "p50": 1.0, "p80": 1.0}, "peak_mib": 1.0, "inputs_mib": 1.0, "error_ratio": 1.0}
+    text = report.markdown([record.line(**known) | {"gpu": "NVIDIA H100 80GB HBM3"}], "attention_layers.jsonl")
+    assert f"| {case.id} |" in text
+    assert "causal=False" not in text
+    assert "fp16" not in text
+    assert "(A100" not in text
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 
-import torch
-
 from trinix.lab.case import DTYPES, Case, load_cases
 
 KINDS = ("quick_gelu", "squared_relu", "mish")  # the activations of document 002 that need no projection
@@ -41,7 +39,7 @@ def benchmark_activation(argv: list[str] | None = None) -> int:
     else:
         sizes = _sizes(parser, flags, ("batch_size", "seq_len", "hidden_size"))
         cases = [
-            _case(f"{kind}-{_times(sizes)}", "activation", {"kind": kind}, {"x": sizes}, DTYPES[flags.dtype])
+            _case(f"{kind}-{_times(sizes)}", "activation", {"kind": kind}, {"x": sizes}, flags.dtype)
             for kind in flags.kind or KINDS
         ]
     return _run(parser, flags, cases)
@@ -58,7 +56,7 @@ def benchmark_normalization(argv: list[str] | None = None) -> int:
         cases = _document("norm", "NORMALIZATION.md", flags.op or NORMS)
     else:
         sizes = _sizes(parser, flags, ("batch_size", "seq_len", "hidden_size"))
-        cases = [_norm_case(op, sizes, DTYPES[flags.dtype]) for op in flags.op or NORMS]
+        cases = [_norm_case(op, sizes, flags.dtype) for op in flags.op or NORMS]
     return _run(parser, flags, cases)
 
 
@@ -78,7 +76,7 @@ def benchmark_embeddings(argv: list[str] | None = None) -> int:
         sizes = _sizes(parser, flags, ("batch_size", "seq_len", "num_heads", "head_dim"))
         if flags.head_dim % 2:
             parser.error(f"--head_dim must be even, got {flags.head_dim}")
-        cases = [_embedding_case(op, sizes, DTYPES[flags.dtype]) for op in flags.op or EMBEDDINGS]
+        cases = [_embedding_case(op, sizes, flags.dtype) for op in flags.op or EMBEDDINGS]
     return _run(parser, flags, cases)
 
 
@@ -108,10 +106,11 @@ def benchmark_attention(argv: list[str] | None = None) -> int:
         parser.error(f"--num_runs must be positive, got {flags.num_runs}")
     chosen = {c.id: c for c in load_cases("full", ("attention_layers",))}
     cases = [chosen[id_] for model in dict.fromkeys(flags.models) for id_ in MODELS[model]]
-    if flags.causal:
-        cases = [replace(c, args=c.args | {"causal": True}) for c in cases]
+    if flags.causal:  # the lab has the document's layers so, in bfloat16
+        dtype = flags.dtype or "float16"
+        cases = [c if c.args["causal"] else _in_dtype(chosen[f"{c.id}-causal"], dtype) for c in cases]
     if flags.dtype:
-        cases = [replace(c, dtype=DTYPES[flags.dtype]) for c in cases]
+        cases = [_in_dtype(c, flags.dtype) for c in cases]
     from trinix.lab.bench import CPU_LIMITS
 
     return _run(parser, flags, cases, runs=flags.num_runs, cpu_limits=CPU_LIMITS)
@@ -163,24 +162,34 @@ def _document(family: str, document: str, ops: Sequence[str]) -> list[Case]:
     return [c for c in load_cases("full", (family,)) if c.document == document and c.op in ops]
 
 
-def _norm_case(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Case:
+def _norm_case(op: str, sizes: tuple[int, ...], dtype: str) -> Case:
     shape = {"x": sizes, "weight": sizes[-1:]} | ({"bias": sizes[-1:]} if op == "layer_norm" else {})
     eps = 1e-5 if op == "layer_norm" else 1e-6
     return _case(f"{op}-{_times(sizes)}", op, {"eps": eps}, shape, dtype, "NORMALIZATION.md", "norm")
 
 
-def _embedding_case(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Case:
+def _embedding_case(op: str, sizes: tuple[int, ...], dtype: str) -> Case:
     _, length, heads, width = sizes
     if op == "alibi_bias":
         args, name = {"seq_q": length, "causal": False}, f"{op}-{heads}x{length}x{length}"
-        return _case(name, op, args, {"slopes": (heads,)}, torch.float32, "EMBEDDINGS.md", "rope", ("fwd",))
+        slopes = {"slopes": (heads,)}
+        return _case(name, op, args, slopes, "float32", "EMBEDDINGS.md", "rope", ("fwd",), own="float32")
     table = (length, width // 2)
     shape = {"q": sizes, "k": sizes, "cos": table, "sin": table}
     return _case(f"{op}-{_times(sizes)}", op, {}, shape, dtype, "EMBEDDINGS.md", "rope")
 
 
-def _case(name, op, args, shape, dtype, document="002", family="activation", passes=PASSES) -> Case:
-    return Case(name, op, args, shape, dtype, passes, document, "A100-SXM4-80GB", ("full",), file=family)
+def _case(name, op, args, shape, dtype, document="002", family="activation", passes=PASSES, own="float16") -> Case:
+    """A case of the flags; ``own`` is the document's dtype."""
+    case = Case(name, op, args, shape, DTYPES[own], passes, document, "A100-SXM4-80GB", ("full",), file=family)
+    return _in_dtype(case, dtype)
+
+
+def _in_dtype(case: Case, dtype: str) -> Case:
+    """In another dtype than its own a case is another, under an id of its own: no line of it stands beside the document's figures."""
+    if case.dtype == DTYPES[dtype]:
+        return case
+    return replace(case, id=f"{case.id}-{dtype}", dtype=DTYPES[dtype])
 
 
 def _times(sizes: Sequence[int]) -> str:

@@ -36,6 +36,9 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
     monkeypatch.setattr(device, "card", lambda index=0: None)
+    record.stamp.cache_clear()  # the card of the tests before
+    yield
+    record.stamp.cache_clear()
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from trinix.lab.record import FIELDS, ResultFile, line, read
 
 
 def some(case="X-relu-256", **known):
+    known = {"device_ms": {"p20": 0.1, "p50": 0.2, "p80": 0.3}, "wall_ms": 0.5} | known
     return line(**({"case": case, "op": "activation", "pass": "fwd", "impl": "trinix", "ok": True} | known))
 
 
 def test_a_line_has_every_field_in_order_and_null_for_what_was_not_said():
-    one = some(wall_ms=0.5)
+    one = some(device_ms=None)
     assert tuple(one) == FIELDS
     assert (one["case"], one["wall_ms"], one["ok"]) == ("X-relu-256", 0.5, True)
     stamped = {"case", "op", "pass", "impl", "ok", "wall_ms", "gpu", "versions", "commit", "time"}
@@ -112,7 +113,7 @@ def test_the_environment_says_the_commit_of_a_copy_and_else_it_may_be_null(monke
 
 def test_what_is_written_is_read_back(tmp_path):
     lines = [
-        some(device_ms={"p20": 0.1, "p50": 0.2, "p80": 0.3}),
+        some(),
         some("X-relu-512", ok=False, reason="a\nb | c é\u2028"),
     ]
     file = ResultFile(tmp_path / "not" / "there", "activation")
@@ -299,4 +300,43 @@ def test_read_names_the_file_and_the_line_that_is_none(text, tmp_path):
     path = tmp_path / "activation.jsonl"
     path.write_text(f"{json.dumps(some())}\n{text}\n{json.dumps(some())}\n")
     with pytest.raises(ValueError, match=r"activation\.jsonl: line 2 is not"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("versions", None, "versions must be dict, got null"),
+        ("reason", 5, r"reason must be str \| None, got 5"),
+        ("case", None, "case must be str, got null"),
+        ("ok", None, "ok must be bool, got null"),
+        ("host_us", "12", r"host_us must be int \| float \| None, got \"12\""),
+        ("device_ms", None, "device_ms must be there where ok is true, got null"),
+        ("device_ms", {"p20": 0.1, "p50": None, "p80": 0.3}, "device_ms must be numbers p20, p50 and p80, got .*null"),
+        ("device_ms", {"p20": 0.1}, "device_ms must be numbers p20, p50 and p80"),
+        ("device_ms", {}, "device_ms must be numbers p20, p50 and p80"),
+    ],
+)
+def test_read_names_the_field_that_is_none_of_a_result_line(field, value, message, tmp_path):
+    path = tmp_path / "activation.jsonl"
+    good = some() | {"gpu": "NVIDIA H100 80GB HBM3"}
+    path.write_text(f"{json.dumps(good)}\n{json.dumps(good | {field: value})}\n")
+    with pytest.raises(
+        ValueError,
+        match=rf"activation\.jsonl: line 2 is not a result line: {message}.*; mend the line, or move the file",
+    ):
+        read(path)
+
+
+def test_a_timed_line_of_a_cpu_has_a_wall_time(tmp_path):
+    path = tmp_path / "activation.jsonl"
+    path.write_text(json.dumps(some(wall_ms=None) | {"gpu": None}) + "\n")
+    with pytest.raises(ValueError, match="line 1 is not a result line: wall_ms must be there"):
+        read(path)
+
+
+def test_read_names_the_line_that_is_not_utf_8(tmp_path):
+    path = tmp_path / "activation.jsonl"
+    path.write_bytes(json.dumps(some()).encode() + b'\n{"case": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"activation\.jsonl: line 2 is not JSON: .*0xff"):
         read(path)

@@ -368,6 +368,25 @@ def test_a_broken_result_file_is_named_and_its_last_table_stays(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("commit", "0000000"), ("gpu", "NVIDIA H200"), ("gpu", None), ("versions", {"torch": "0"})]
+)
+def test_a_file_of_two_cards_commits_or_versions_has_no_one_head(name, other, tmp_path):
+    lines = [gpu_line("X-relu-256", "fwd", impl, 1.0) for impl in ("trinix", "eager", "compile")]
+    path = save(tmp_path / "h100", "activation", [*lines[:2], lines[2] | {name: other}])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: line 3 has {name} .*, the first line .*one card"):
+        report.write(tmp_path)
+    assert not list(tmp_path.rglob("*.md*"))
+
+
+@pytest.mark.parametrize("field", ["host_us", "wall_ms", "peak_mib", "inputs_mib", "ceiling_share", "error_ratio"])
+@pytest.mark.parametrize("op", ["activation", "train_step"])
+def test_a_field_that_does_not_apply_is_an_empty_cell(field, op):
+    case = "X-relu-256" if op == "activation" else "T-small-8x2048-1x4096"
+    lines = [gpu_line(case, "fwd", impl, 1.0, op=op) for impl in ("trinix", "eager", "compile")]
+    assert tables(report.markdown([lines[0] | {field: None}, lines[1] | {field: None}, lines[2]], "a.jsonl"))
+
+
 def test_nothing_to_write_is_an_empty_list(tmp_path):
     assert report.write(tmp_path) == []
     assert report.write(tmp_path / "not there") == []

@@ -16,10 +16,14 @@ import torch
 
 from trinix import device
 
-FIELDS = (
-    "case", "op", "pass", "impl", "backend", "device_ms", "host_us", "wall_ms", "graph_ms", "peak_mib", "inputs_mib",
-    "bytes", "flops", "ceiling", "ceiling_share", "error_ratio", "ok", "reason", "gpu", "versions", "commit", "time",
-)  # fmt: skip
+_TEXT, _NUMBER = str | None, int | float | None
+_TYPES = {
+    "case": str, "op": str, "pass": str, "impl": str, "backend": _TEXT, "device_ms": dict | None, "host_us": _NUMBER,
+    "wall_ms": _NUMBER, "graph_ms": _NUMBER, "peak_mib": _NUMBER, "inputs_mib": _NUMBER, "bytes": _NUMBER, "flops": _NUMBER,
+    "ceiling": _TEXT, "ceiling_share": _NUMBER, "error_ratio": _NUMBER, "ok": bool, "reason": _TEXT, "gpu": _TEXT,
+    "versions": dict, "commit": _TEXT, "time": str,
+}  # fmt: skip
+FIELDS = tuple(_TYPES)
 
 
 def line(**known) -> dict:
@@ -197,17 +201,40 @@ def read(path: Path) -> list[dict]:
     return _parsed(path, path.read_bytes())
 
 
+_CURE = "mend the line, or move the file away"
+
+
 def _parsed(path: Path, data: bytes) -> list[dict]:
     lines = []
     for number, text in enumerate(data.splitlines(), 1):
         try:
             one = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
-        if not isinstance(one, dict) or set(one) != set(FIELDS):
-            raise ValueError(f"{path}: line {number} is not a result line")
+            raise ValueError(f"{path}: line {number} is not JSON: {error}; {_CURE}") from None
+        if wrong := _wrong(one):
+            raise ValueError(f"{path}: line {number} is not a result line: {wrong}; {_CURE}")
         lines.append(one)
     return lines
+
+
+def _wrong(one) -> str | None:
+    """Why a parsed line is no result line."""
+    if not isinstance(one, dict) or set(one) != set(FIELDS):
+        got = list(one) if isinstance(one, dict) else json.dumps(one)
+        return f"it must be an object of {', '.join(FIELDS)}, got {got}"
+    clock = "wall_ms" if one["gpu"] is None else "device_ms"
+    for field, kind in _TYPES.items():
+        if not isinstance(one[field], kind):
+            wanted = kind.__name__ if isinstance(kind, type) else kind
+            return f"{field} must be {wanted}, got {json.dumps(one[field])}"
+    if one["ok"] and one[clock] is None:
+        return f"{clock} must be there where ok is true, got null"
+    spread = one["device_ms"]
+    if spread is not None and (
+        set(spread) != {"p20", "p50", "p80"} or not all(isinstance(ms, int | float) for ms in spread.values())
+    ):
+        return f"device_ms must be numbers p20, p50 and p80, got {json.dumps(spread)}"
+    return None
 
 
 def is_skip(one: dict) -> bool:

@@ -62,7 +62,7 @@ def write(folder: Path) -> list[Path]:
     written = []
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*/*.jsonl")]):
         target = path.with_suffix(".md")
-        text = markdown(record.read(path), path.name)
+        text = markdown(record.read(path), path)
         temporary = target.with_suffix(".md.partial")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(target)
@@ -70,13 +70,21 @@ def write(folder: Path) -> list[Path]:
     return written
 
 
-def markdown(lines: list[dict], source: str) -> str:
+def markdown(lines: list[dict], path: str | Path) -> str:
     """The report of one result file."""
+    source = Path(path).name
     cases = {c.id: c for c in load_cases("full")}
     out = ["# " + _cell(f"{source.removesuffix('.jsonl')}: results"), ""]
     if not lines:
         return "\n".join([*out, "No lines."]) + "\n"
     first = lines[0]
+    for number, one in enumerate(lines, 1):  # the head is true of every row
+        for name in ("gpu", "versions", "commit"):
+            if one[name] != first[name]:
+                raise ValueError(
+                    f"{path}: line {number} has {name} {one[name]}, the first line {first[name]}; one file is one card, one "
+                    "commit and one set of versions: move the others' lines into files of their own"
+                )
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
     out += [
         _cell(f"{first['gpu'] or 'CPU'}; {versions}; commit {first['commit']}; {first['time']}.")
@@ -133,7 +141,7 @@ def _speed_table(mine: list[ResultRow], cases: dict[str, Case], columns: list[st
         case, ours = cases.get(row.case), row.line("trinix")
         speedup = row.speedup()
         fine = bool(ours and ours["ok"])
-        walls = [row.lines[i]["wall_ms"] for i in RIVALS if i in row.lines and row.lines[i]["ok"]]
+        walls = [one["wall_ms"] for i in RIVALS if (one := row.line(i)) and one["ok"] and one["wall_ms"] is not None]
         share = ours["ceiling_share"] if fine else None
         table.append(
             _line(
@@ -172,7 +180,10 @@ def _tokens_table(steps: list[ResultRow], columns: list[str]) -> list[str]:
     ]
     for row in steps:
         timed = [row.line(impl) if (row.line(impl) or {}).get("ok") else None for impl in impls]
-        rates = [f"{train.tokens_of(row.case) / one['wall_ms'] * 1000:.0f}" if one else "" for one in timed]
+        rates = [
+            f"{train.tokens_of(row.case) / one['wall_ms'] * 1000:.0f}" if one and one["wall_ms"] else ""
+            for one in timed
+        ]
         out.append(_line([row.case, *rates, *(_number(one, "peak_mib", 0) for one in timed)]))
     return out
 
@@ -249,7 +260,9 @@ def _short(case: Case) -> str:
 
 
 def _total_mib(one: dict | None) -> str:
-    return f"{one['peak_mib'] + one['inputs_mib']:.2f}" if one and one["ok"] else ""
+    if not one or not one["ok"] or None in (one["peak_mib"], one["inputs_mib"]):
+        return ""
+    return f"{one['peak_mib'] + one['inputs_mib']:.2f}"
 
 
 def _ms(one: dict | None) -> str:

@@ -342,6 +342,34 @@ def test_where_nobody_looks_at_lengths_the_formula_gives_nan_and_touches_nothing
     assert (k != case.k).sum() * 2 == (good_k != right.k).sum() == 2 * new * 2 * 16
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("new", [1, 2])
+@pytest.mark.parametrize("lengths", [(3, -1), (3, 8), (-1, 3), (7, 0), (2**31 - 1, 0), (0, 2**31 - 1), (-1, 9)])
+def test_new_tokens_of_a_length_that_cannot_be_go_nowhere(lengths, new, backend, device, monkeypatch):
+    """Not into a page of the other sequence, and not beside the cache: no entry of the table is looked at."""
+    monkeypatch.setattr(dispatch, "readable", lambda t: False)
+    room = 8  # two pages a sequence
+    fit = [0 <= length <= room - new for length in lengths]
+    good = torch.tensor([[2, 1], [0, 3]], dtype=torch.int32, device=device)
+    for elsewhere in ([2, 1], [0, 3], [0, 0], [-1, -1], [9, 9]):
+        table = torch.tensor([elsewhere] * 2, dtype=torch.int32, device=device)
+        table[torch.tensor(fit)] = good[torch.tensor(fit)]
+        buffers = k, v = [normal((8, 4, 2, 16), torch.float32, seed=i, device=device) for i in (1, 2)]
+        k_new, v_new = (normal((2, new, 2, 16), torch.float32, seed=i, device=device) for i in (3, 4))
+        wanted = k.clone(), v.clone()
+        for b, n in itertools.product(range(2), range(new)):
+            if fit[b]:
+                page, token = divmod(lengths[b] + n, 4)
+                for buffer, tokens in zip(wanted, (k_new, v_new), strict=True):
+                    buffer[2 + good[b, page], token] = tokens[b, n]
+        out = attention_decode(
+            normal((2, 1, 4, 16), torch.float32, seed=5, device=device), k[2:6], v[2:6],
+            torch.tensor(lengths, dtype=torch.int32, device=device), k_new=k_new, v_new=v_new, page_table=table, backend=backend,
+        )  # fmt: skip
+        same(buffers, wanted)
+        assert out.isnan().all((1, 2, 3)).tolist() == out.isnan().any((1, 2, 3)).tolist() == [not one for one in fit]
+
+
 def test_views_of_a_cache_are_taken_as_they_are(device):
     base = normal((3, 4, 90, 48), torch.float32, seed=1, device=device)
     q = normal((3, 1, 4, 24), torch.float32, seed=2, device=device)
@@ -598,6 +626,15 @@ def test_no_sequence_no_query():
             out, lse = attention_decode(**call, return_lse=True, backend=backend)
             assert out.shape == (batch, seq, 4, 8)
             assert lse.shape == (batch, 4, seq)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("seq", "heads"), [(0, 2), (1, 0)])
+def test_without_a_query_tokens_are_appended_all_the_same(seq, heads, backend):
+    k, v, new = torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4), torch.ones(1, 1, 1, 4)
+    lengths = torch.tensor([2], dtype=torch.int32)
+    attention_decode(torch.zeros(1, seq, heads, 4), k, v, lengths, k_new=new, v_new=new, backend=backend)
+    assert k[0, :, 0, 0].tolist() == v[0, :, 0, 0].tolist() == [0, 0, 1]
 
 
 def test_a_dispatch_mode_sees_one_operator():

@@ -200,7 +200,7 @@ def _run(call, backend, kind):
             backend = "torch"
     else:
         dispatch.load_named("attention_decode", BACKENDS, backend, *call)
-    if backend == "torch":
+    if backend == "torch" or not call[0].numel():  # without a query there may be tokens to append all the same
         _check_lengths(*call[1:2], *call[3:7])
         return reference.forward(*call)
     if torch.compiler.is_compiling() or not dispatch.plain(*_tensors(call)):
@@ -421,6 +421,8 @@ def explain(op, *args, **kwargs) -> Explanation:
         return Explanation("attention_decode", backend, "named by the caller", config())
     if not tensors[0].is_cuda:
         against = f"needs a GPU tensor, got {tensors[0].device.type}"
+    elif not tensors[0].numel():
+        against = "no elements"
     else:
         against = _against_triton(call)
         if not against and not dispatch.plain(*_tensors(call)):

@@ -11,17 +11,22 @@ def unsupported(*arguments) -> str | None:
 def append(k_cache, v_cache, cache_seqlens, k_new, v_new, page_table) -> None:
     """Write the new tokens behind the cached ones, in place; none of a sequence whose length the cache cannot hold."""
     batch, new = k_new.shape[:2]
-    rows = torch.arange(batch, device=k_new.device)[:, None]
-    page = k_cache.shape[1]
+    pages, page = k_cache.shape[:2]
     room = page * (1 if page_table is None else page_table.shape[1])
-    if not room:
+    if not (batch and pages and room):
         return
+    rows = torch.arange(batch, device=k_new.device)
+    fits = (cache_seqlens >= 0) & (cache_seqlens <= room - new)  # their sum may pass 2^31
+    # a sequence that does not fit writes what one that does writes, in the same place: the old value there, or elsewhere, might
+    # come after a new one
+    rows = torch.where(fits, rows, torch.where(fits, rows, 0).amax())
     # no index outside ever reaches PyTorch: on a GPU that would end the process
-    at = (cache_seqlens[:, None] + torch.arange(new, device=k_new.device)).clamp(0, room - 1)
-    fits = ((cache_seqlens >= 0) & (cache_seqlens + new <= room))[:, None, None, None]
-    where = (rows, at) if page_table is None else (page_table[rows, at // page], at % page)
-    k_cache[where] = torch.where(fits, k_new, k_cache[where])
-    v_cache[where] = torch.where(fits, v_new, v_cache[where])
+    at = (cache_seqlens[rows, None] + torch.arange(new, device=k_new.device)).clamp(0, room - 1)
+    where = rows[:, None], at
+    if page_table is not None:
+        where = page_table[rows[:, None], at // page].clamp(0, pages - 1), at % page
+    for cache, tokens in ((k_cache, k_new), (v_cache, v_new)):
+        cache[where] = torch.where(fits.any(), tokens[rows], cache[where])
 
 
 def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options) -> tuple[Tensor, Tensor]:
@@ -29,10 +34,11 @@ def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, option
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # which would round scores to its dtype
         with torch.autocast(q.device.type, enabled=False):
             return forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options)
-    length = cache_seqlens
+    length, new = cache_seqlens, 0
     if k_new is not None:
         append(k_cache, v_cache, cache_seqlens, k_new, v_new, page_table)
-        length = cache_seqlens + k_new.shape[1]
+        new = k_new.shape[1]
+        length = cache_seqlens + new
     keys, values = k_cache, v_cache
     if page_table is not None:
         pages = page_table.clamp(0, max(k_cache.shape[0] - 1, 0)).long()  # entries behind a length may hold anything
@@ -42,7 +48,9 @@ def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, option
     wide = torch.promote_types(q.dtype, torch.float32)
     j = torch.arange(keys.shape[1], device=q.device)
     cached = j < length[:, None]  # [B, Smax]
-    impossible = ((cache_seqlens < 0) | (length > keys.shape[1]))[:, None, None]
+    impossible = ((cache_seqlens < 0) | (cache_seqlens > keys.shape[1] - new))[
+        :, None, None
+    ]  # length may have passed 2^31
     # what lies behind a length may be NaN: 0 times it is not 0
     keys, values = (t.masked_fill(~cached[:, :, None, None], 0).repeat_interleave(group, 2) for t in (keys, values))
     scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), keys.to(wide)) * options.scale

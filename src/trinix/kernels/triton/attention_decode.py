@@ -189,9 +189,9 @@ def _attend(
     split = entry % splits
     length = tl.load(lengths + b)
     outside = (length < 0) | (length > capacity - new)  # length + new may pass 2^31
-    length = tl.minimum(tl.maximum(length, 0), capacity)
+    length = tl.where(outside, 0, length)  # what its pages are nobody knows
     # 0, which the compiler does not know: it would keep addresses of every row in registers, and spill in float32
-    zero = (length == -2147483648).to(tl.int32)
+    zero = (capacity == -2147483648).to(tl.int32)
     row = tile * ROWS + tl.arange(0, ROWS) + zero
     i = row // GROUP
     h = kv * GROUP + row % GROUP
@@ -268,7 +268,7 @@ def _attend(
                 v = k0
             else:
                 v = _load_rows(v_new, n * (vs_new * UNIT), live, DV, 0, WIDTH)
-            keep = live & (j < capacity) & (tile == 0)
+            keep = live & (tile == 0) & (outside == 0)
             if PAGES == 0:
                 k_at = (b * kb + j * ks) * UNIT
                 v_at = (b * vb + j * vs) * UNIT
@@ -643,9 +643,6 @@ def _dense_last(t):
 
 def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options, config: Config | None = None):
     """(out [B, Sq, H, Dv], lse [B, H, Sq] float32)."""
-    if not q.numel():
-        batch, seq, heads, _ = q.shape
-        return q.new_empty(batch, seq, heads, v_cache.shape[3]), q.new_empty(batch, heads, seq, dtype=torch.float32)
     q, k_new, v_new, page_table = _dense_last(q), _dense_last(k_new), _dense_last(v_new), _dense_last(page_table)
     slopes, sink = _dense_last(options.alibi_slopes), _dense_last(options.sink)
     if slopes is not options.alibi_slopes:
@@ -655,9 +652,9 @@ def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, option
 
 
 def prepared(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, options) -> Plan | None:
-    """What ``run`` needs for all calls of one kind; None where something has to be copied, or there is nothing to do."""
+    """What ``run`` needs for all calls of one kind; None where something has to be copied."""
     read = q, cache_seqlens, k_new, v_new, page_table, options.alibi_slopes, options.sink
-    if not q.numel() or any(_dense_last(t) is not t for t in read):
+    if any(_dense_last(t) is not t for t in read):
         return None
     return _plan(q, k_cache, v_cache, k_new, v_new, page_table, options)
 

@@ -198,6 +198,7 @@ def test_the_second_derivative_is_that_of_a_linear_function(device):
         ((torch.ones(2, dtype=torch.int64), 3), {}, TypeError, "got torch.int64"),
         ((torch.ones(1, 2), 3), {}, ValueError, r"slopes must be \[H\], got \[1, 2\]; flatten"),
         ((torch.ones(2), -1), {}, ValueError, "seq_q must be an int from 0 on, got -1"),
+        ((torch.ones(2), 3), {"causal": "no"}, TypeError, "alibi_bias: causal must be True or False, got 'no'"),
         ((torch.ones(2), 3, 2.5), {}, ValueError, "seq_k must be an int from 0 on, got 2.5"),
         (
             (torch.ones(2), 3),

@@ -409,7 +409,7 @@ def test_a_position_outside_the_table_is_an_error_where_the_host_sees_it():
             call(*flat, cu_seqlens=torch.tensor([2, ROWS + 2]))
     with pytest.raises(ValueError, match="rope: position_ids must name positions within the table's 24 rows, got 24"):
         rope(q[:, :, :0], k, cos, sin, position_ids=torch.full((2,), ROWS))
-    with pytest.raises(ValueError, match="position_ids must name positions within the table's 0 rows, got 0"):
+    with pytest.raises(ValueError, match="cos and sin must have a row for every position, got none"):
         rope(q, k, cos[:0], sin[:0], position_ids=torch.zeros(2, dtype=torch.int64))
 
 
@@ -775,8 +775,15 @@ def test_inplace_is_refused_where_a_gradient_or_memory_would_break(device):
     for backend in ("auto", "triton", "torch"):
         with pytest.raises(ValueError, match=r"inplace=True needs a call without gradient.*no_grad"):
             rope(q, k.detach().requires_grad_(), cos, sin, inplace=True, backend=backend)
-        with pytest.raises(ValueError, match=r"needs a k without expanded dimensions; call k\.contiguous\(\) first"):
+        with pytest.raises(ValueError, match=r"needs a k without expanded dimensions.*call k\.contiguous\(\) first"):
             rope(q, k[:, :, :1].expand_as(k), cos, sin, inplace=True, backend=backend)
+        overlapping = torch.randn(40, device=device).as_strided((1, 3, 1, 16), (24, 4, 16, 1))
+        with pytest.raises(
+            ValueError, match=r"needs a q without .*others that share memory, got strides \[24, 4, 16, 1\]"
+        ):
+            rope(overlapping, None, cos, sin, inplace=True, backend=backend)
+        with pytest.raises(TypeError, match="rope: inplace must be True or False, got 'no'"):
+            rope(q, k, cos, sin, inplace="no", backend=backend)
         with torch.no_grad():
             rope(q.clone(), k.detach().clone().requires_grad_(), cos, sin, inplace=True, backend=backend)
     saved = q.clone().requires_grad_()
@@ -807,6 +814,8 @@ def refusals():
         "unequal tables": ((q, k, cos, sin[:3]), {}, ValueError, r"got \[24, 8\] and \[3, 8\]"),
         "tables too wide": ((q, k, *rope_table(ROWS, 18)), {}, ValueError, "R/2 columns, 1 to 8 for heads of 16 channels or, with repeated halves, 16, got 9"),
         "empty tables": ((q, k, cos[:, :0], sin[:, :0]), {}, ValueError, "got 0"),
+        "tables without rows": ((q, k, cos[:0], sin[:0]), {"position_ids": ids}, ValueError, r"cos and sin must have a row for every position, got none; .*rope_table\(3, "),
+        "a text for a bool": (here, {"interleaved": "no"}, TypeError, r"interleaved must be True or False, got 'no'; convert it with bool\(\)"),
         "k of another dtype": ((q, k.half(), cos, sin), {}, TypeError, r"k must have q's dtype torch.float32, got torch.float16; .*k\.to"),
         "k of another length": ((q, k[:, :2], cos, sin), {}, ValueError, r"k must be \[2, 3, Hk, 16\] for q \[2, 3, 4, 16\], got \[2, 2, 2, 16\]"),
         "k of another width": ((q, k[..., :8], cos, sin), {}, ValueError, r"got \[2, 3, 2, 8\]; only the heads may differ"),

@@ -95,7 +95,7 @@ def alibi_bias(
     >>> trinix.ops.alibi_bias(torch.tensor([0.5]), 2, 3, causal=True).tolist()
     [[[-0.5, 0.0, -inf], [-1.0, -0.5, 0.0]]]
     """
-    seq_k = _check(slopes, seq_q, seq_k, dtype)
+    seq_k = _check(slopes, seq_q, seq_k, causal, dtype)
     if device is not None:
         slopes = slopes.to(device)
     call = seq_q, seq_k, causal, dtype
@@ -115,8 +115,9 @@ def alibi_bias(
     return _AlibiBias.apply(slopes, _triton().forward, *call) if grad else _triton().forward(slopes, *call)
 
 
-def _check(slopes, seq_q, seq_k, dtype) -> int:
+def _check(slopes, seq_q, seq_k, causal, dtype) -> int:
     """Sk."""
+    dispatch.flags("alibi_bias", causal=causal)
     if not isinstance(slopes, Tensor) or not slopes.is_floating_point():
         got = str(slopes.dtype) if isinstance(slopes, Tensor) else type(slopes).__name__
         raise TypeError(
@@ -188,7 +189,7 @@ def explain(op, *args, **kwargs) -> Explanation:
     call.apply_defaults()
     given = call.arguments
     slopes, dtype = given["slopes"], given["dtype"]
-    seq_k = _check(slopes, given["seq_q"], given["seq_k"], dtype)
+    seq_k = _check(slopes, given["seq_q"], given["seq_k"], given["causal"], dtype)
     if given["device"] is not None:
         slopes = slopes.to(given["device"])
     backend = dispatch.resolve(given["backend"])

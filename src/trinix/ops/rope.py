@@ -116,7 +116,7 @@ def rope(
         results = _triton_module.by_table(table, *tensors)
         if results is not None:
             return results
-    half = _check("rope", q, k, cos, sin, interleaved)
+    half = _check("rope", q, k, cos, sin, interleaved, inplace)
     places, mode, first = _positions("rope", q, cos, position_ids, offset, cu_seqlens)
     grad = torch.is_grad_enabled() and (
         q.requires_grad or (k is not None and k.requires_grad) or cos.requires_grad or sin.requires_grad
@@ -323,8 +323,10 @@ def _check_scaling(scaling: dict | None) -> dict | None:
 # ---- checks: cheap tests first, few calls; a decoding step is bound by the host --------------------------------------
 
 
-def _check(op, q, k, cos, sin, interleaved) -> int:
+def _check(op, q, k, cos, sin, interleaved, inplace=False) -> int:
     """R / 2."""
+    if type(interleaved) is not bool or type(inplace) is not bool:
+        dispatch.flags(op, interleaved=interleaved, inplace=inplace)
     if not isinstance(q, Tensor) or not q.is_floating_point():
         _refuse_type(op, "q", q)
     shape = q.shape
@@ -367,6 +369,11 @@ def _check(op, q, k, cos, sin, interleaved) -> int:
             f"{op}: cos and sin must have R/2 columns, 1 to {width // 2} for heads of {width} channels{repeated}, got {half}; "
             "pass one half of a repeated table, cos[:, : R // 2]"
         )
+    if not table[0] and shape[-3]:  # kernels read row 0 for a position outside
+        raise ValueError(
+            f"{op}: cos and sin must have a row for every position, got none; make them with "
+            f"trinix.ops.rope_table({shape[-3]}, rotary_dim)"
+        )
     return half
 
 
@@ -400,9 +407,10 @@ def _check_inplace(q, k, grad):
             "under torch.no_grad()"
         )
     for name, t in (("q", q), ("k", k)):
-        if t is not None and any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride(), strict=True)):
+        if t is not None and not t.is_contiguous() and _laps(t):
             raise ValueError(
-                f"rope: inplace=True needs a {name} without expanded dimensions; call {name}.contiguous() first"
+                f"rope: inplace=True needs a {name} without expanded dimensions or others that share memory, got strides "
+                f"{list(t.stride())}; call {name}.contiguous() first"
             )
     if (
         k is not None and not torch.compiler.is_compiling() and _overlap(q, k)
@@ -410,6 +418,12 @@ def _check_inplace(q, k, grad):
         raise ValueError(
             "rope: inplace=True needs q and k that share no memory, got views of one another; pass k.clone()"
         )
+
+
+def _laps(t: Tensor) -> bool:
+    """Whether an element of t may be another one too: a step of a dimension is no longer than what the smaller ones reach."""
+    dims = [(n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1]
+    return any(s <= sum((m - 1) * r for m, r in dims if r <= s) - (n - 1) * s for n, s in dims)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
@@ -761,7 +775,7 @@ def explain(op, *args, **kwargs) -> Explanation:
     call.apply_defaults()
     given, name = call.arguments, op.__name__
     q, k = given["q"], given["k"]
-    half = _check(name, q, k, given["cos"], given["sin"], given["interleaved"])
+    half = _check(name, q, k, given["cos"], given["sin"], given["interleaved"], given.get("inplace", False))
     places, _, _ = _positions(name, q, given["cos"], given["position_ids"], given["offset"], given["cu_seqlens"])
     weights = [given[w] for w in ("q_weight", "k_weight") if w in given]
     if weights:

@@ -283,6 +283,11 @@ def test_an_infinite_gradient_is_cut_where_relu_is_flat(kind, layout, gradient_l
         same(gradient(kind, x, dy, "triton"), torch.tensor([0.0, 0.0, 0.0, size], device=device))
 
 
+def test_squared_relu_s_gradient_is_as_large_as_float32_holds(device):
+    x, dy = (torch.tensor(v, device=device) for v in ([2e38, 3e38], [1e-3, 0.0]))
+    torch.testing.assert_close(gradient("squared_relu", x, dy, "triton"), torch.tensor([4e35, 0.0], device=device))
+
+
 # ---- what backward keeps -----------------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ def _squared_relu(x, a, b):
 
 @triton.jit
 def _squared_relu_dx(x, dy, a, b):
-    return tl.where(x <= 0, 0.0, 2.0 * x * dy)
+    return tl.where(x <= 0, 0.0, 2.0 * (x * dy))  # 2 x may overflow
 
 
 @triton.jit

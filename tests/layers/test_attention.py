@@ -879,6 +879,10 @@ REFUSED = {
         "q_latent_dim must be an int from 1 on, got -1",
     ),
     "softcap": (lambda: trinix.FastMultiHeadAttention(12, 3, softcap=-1.0), "softcap must be .*, got -1.0"),
+    "softcap without an end": (
+        lambda: trinix.FastMultiHeadAttention(12, 3, softcap=float("inf")),
+        "softcap must be a finite number .*, got inf",
+    ),
     "softcap of a latent": (lambda: trinix.FastMultiHeadLatentAttention(12, 3, softcap=None), "softcap must be .*None"),
     "scale": (lambda: trinix.FastMultiQueryAttention(12, 3, scale="0.1"), "scale must be a number or None, got '0.1'"),
     "odd rope of a latent": (

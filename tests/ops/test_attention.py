@@ -1,6 +1,7 @@
 """Attention: every option and backend against float64, both passes; what is refused; what the dispatcher does."""
 
 import contextlib
+import itertools
 import random
 
 import pytest
@@ -378,6 +379,24 @@ def test_a_gradient_of_lse_alone():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"mask": True}, {"bias": True}, {"sink": True, "causal": True}], ids=str
+)
+def test_a_row_of_nan_has_a_nan_for_lse_and_one_that_sees_nothing_minus_infinity(options):
+    options = dict(options)
+    if "mask" in options:
+        options["mask"] = torch.arange(6)[:, None] >= torch.tensor([2, 2, 3, 4])
+    if "bias" in options:
+        options["bias"] = torch.zeros(6, 4).masked_fill(torch.arange(6)[:, None] < 2, float("-inf"))
+    if "sink" in options:
+        options["sink"] = torch.tensor([1.0, float("-inf")])
+    q, k, v = make(1, 6, 4, 2, 1, 8).inputs
+    q[:, 4] = float("nan")
+    got, wanted = (attention(q, k, v, return_lse=True, backend=backend, **options) for backend in ("triton", "torch"))
+    assert wanted[1].isnan().any()
+    torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
 def test_a_gradient_of_lse_with_values_alone_is_zero(again):
     q, k, v = make(1, 6, 7, 2, 1, 4).inputs
@@ -592,6 +611,7 @@ WRONG = {
     "softcap": ({"softcap": -1.0}, ValueError, "softcap"),
     "no softcap": ({"softcap": None}, ValueError, "softcap must be at least 0 .*, got None"),
     "softcap that is no number": ({"softcap": float("nan")}, ValueError, "softcap must be at least 0"),
+    "softcap without an end": ({"softcap": float("inf")}, ValueError, "softcap must be at least 0 .* and finite, got inf"),
     "dropout": ({"dropout_p": 1.0}, ValueError, "dropout_p"),
     "no dropout": ({"dropout_p": None}, ValueError, "dropout_p must be .*, got None"),
     "bias": ({"bias": torch.zeros(3, 3)}, ValueError, r"bias must be broadcastable to \[B, H, Sq, Sk\] = \[1, 2, 3, 4\]"),
@@ -620,11 +640,15 @@ def test_wrong_ends_are_refused():
     for wrong, error in ((ends(0, 6).long(), TypeError), (ends(0, 6)[None], ValueError)):
         with pytest.raises(error, match="cu_seqlens"):
             attention(q, q, q, cu_seqlens_q=wrong)
-    for wrong in ([1, 6], [0, 4, 2, 6], [0, 7]):
+    for wrong, longest, backend in itertools.product(([1, 6], [0, 4, 2, 6], [0, 4000]), (None, 6), ("torch", "triton")):
+        longest = {"max_seqlen_q": longest, "max_seqlen_k": longest, "backend": backend}
         with pytest.raises(ValueError, match="cu_seqlens_q must go from 0 to at most 6"):
-            attention(q, q, q, cu_seqlens_q=torch.tensor(wrong, dtype=torch.int32))
-    with pytest.raises(TypeError, match="max_seqlen_q must be an int"):
-        attention(q, q, q, cu_seqlens_q=ends(0, 6), max_seqlen_q=torch.tensor(6), max_seqlen_k=6)
+            attention(q, q, q, cu_seqlens_q=ends(*wrong), **longest)
+        with pytest.raises(ValueError, match="cu_seqlens_k must go from 0 to at most 6"):
+            attention(q, q, q, cu_seqlens_q=ends(*[0] * len(wrong)), cu_seqlens_k=ends(*wrong), **longest)
+    for given in (torch.tensor(6), True):
+        with pytest.raises(TypeError, match="max_seqlen_q must be an int"):
+            attention(q, q, q, cu_seqlens_q=ends(0, 6), max_seqlen_q=given, max_seqlen_k=6)
     with pytest.raises(ValueError, match="max_seqlen_k must be the greatest length, got -1"):
         attention(q, q, q, cu_seqlens_q=ends(0, 6), max_seqlen_q=6, max_seqlen_k=-1)
     with pytest.raises(ValueError, match="bias does not go with cu_seqlens_q"):

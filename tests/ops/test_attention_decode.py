@@ -493,6 +493,7 @@ def arguments(device="cpu", **changed):
         (ValueError, "window must be", {"window": 5}),
         (ValueError, "softcap must be", {"softcap": -1.0}),
         (ValueError, "softcap must be", {"softcap": None}),
+        (ValueError, "softcap must be .* finite, got inf", {"softcap": float("inf")}),
         (ValueError, "num_splits must be", {"num_splits": 0}),
         (ValueError, r"sink must be \[4\]", {"sink": torch.zeros(3)}),
         (TypeError, "alibi_slopes must be a floating-point", {"alibi_slopes": torch.zeros(4).int()}),

@@ -1,6 +1,7 @@
 """Checks of what modules are made with; ``name`` is the class that the user called."""
 
 import inspect
+import math
 
 from torch import Tensor, nn
 
@@ -17,8 +18,8 @@ def check_dropout(name: str, dropout: float) -> None:
 
 
 def check_scores(name: str, softcap: float, scale: float | None) -> None:
-    if not isinstance(softcap, int | float) or not softcap >= 0:
-        raise ValueError(f"{name}: softcap must be a number from 0 (none) on, got {softcap!r}")
+    if not isinstance(softcap, int | float) or not 0 <= softcap < math.inf:
+        raise ValueError(f"{name}: softcap must be a finite number from 0 (none) on, got {softcap!r}")
     if scale is not None and not isinstance(scale, int | float):
         raise ValueError(f"{name}: scale must be a number or None, got {scale!r}")
 

@@ -39,6 +39,7 @@ on a GPU stays one operator.
 
 import functools
 import inspect
+import itertools
 import math
 from typing import NamedTuple
 
@@ -192,7 +193,7 @@ def attention(
         causal: a query sees no key after it; with Sq != Sk the last query stands at the last key.
         window: (left, right), how many keys before and after its own place a query sees; None: no bound.
         scale: of q k^T; 1 / sqrt(D) if None.
-        softcap: the bound that tanh gives to scores; 0 for none.
+        softcap: the bound that tanh gives to scores, finite; 0 for none.
         bias: added to the scores, floating point, broadcastable to ``[B, H, Sq, Sk]``; gets a gradient of its own shape.
         mask: bool, broadcastable to ``[B, H, Sq, Sk]``, True where a key is seen; ``[B, 1, 1, Sk]`` hides padding.
         alibi_slopes: ``[H]`` or ``[B, H]``; no gradient.
@@ -201,7 +202,8 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 ``[sequences + 1]``, from 0 on, not falling, on q's device; cu_seqlens_k is
             cu_seqlens_q if None. Not with bias or mask.
         max_seqlen_q, max_seqlen_k: the greatest lengths, or more; if None they are read from the device, which waits for it. They are
-            not compared with cu_seqlens: queries behind a number that is too small are left out.
+            not compared with cu_seqlens: queries behind a number that is too small are left out. Nor are, where they are given
+            on a GPU, cu_seqlens compared with the rows that there are.
         return_lse: return (out, lse).
         deterministic: the same bits on every run, in backward too; also after ``torch.use_deterministic_algorithms(True)``.
         backend: "auto", "hopper", "cudnn", "flash_attn", "triton" or "torch". A named backend never falls back.
@@ -228,7 +230,7 @@ def attention(
     if (
         not compiling
         and bias is None and mask is None and alibi_slopes is None and sink is None and cu_seqlens_q is None
-        and cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None and dropout_p == 0
+        and cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None and type(dropout_p) in _NUMBERS and dropout_p == 0
     ):  # fmt: skip
         key = _kind(q, k, v, causal, window, scale, softcap, deterministic, backend)
         call = _prepared.get(key)
@@ -391,8 +393,8 @@ def checked(
     left, right = (-1, -1) if window is None else _window(window)
     if causal:
         right = 0
-    if softcap is None or not dispatch.number("attention", "softcap", softcap) >= 0:
-        raise ValueError(f"attention: softcap must be at least 0 (0 for none), got {softcap}")
+    if softcap is None or not 0 <= dispatch.number("attention", "softcap", softcap) < math.inf:
+        raise ValueError(f"attention: softcap must be at least 0 (0 for none) and finite, got {softcap}")
     if dropout_p is None or not 0 <= dispatch.number("attention", "dropout_p", dropout_p) < 1:
         raise ValueError(f"attention: dropout_p must be at least 0 and below 1, got {dropout_p}")
     if bias is not None:
@@ -409,8 +411,8 @@ def checked(
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         _check_ends(cu_seqlens_q, cu_seqlens_k, q)
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
-        max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+        max_seqlen_q = _longest("q", max_seqlen_q, cu_seqlens_q, q_shape[0])
+        max_seqlen_k = _longest("k", max_seqlen_k, cu_seqlens_k, k_shape[0])
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else dispatch.number("attention", "scale", scale)
     return Options(
@@ -519,18 +521,23 @@ def _check_ends(ends_q, ends_k, q):
             )
 
 
-def _longest(name, given, ends) -> int:
+def _longest(side, given, ends, rows) -> int:
+    """max_seqlen of ``side``; the ends are compared with the rows that there are where nobody has to wait for them."""
+    name = f"max_seqlen_{side}"
     if given is not None:
-        if not isinstance(given, (int, torch.SymInt)):
+        if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
             raise TypeError(f"attention: {name} must be an int, got {_name(given)}; convert it with int()")
         if isinstance(given, int) and given < 0:
             raise ValueError(
                 f"attention: {name} must be the greatest length, got {given}; leave it out to have it read"
             )
-        return given
-    if torch.compiler.is_compiling():
+        if not dispatch.readable(ends):
+            return given
+    elif torch.compiler.is_compiling():
         raise ValueError(f"attention: pass {name} under torch.compile, which cannot read it from cu_seqlens")
-    return int(ends.diff().max()) if ends.shape[0] > 1 else 0
+    ends = ends.tolist()
+    reference.check_ends(f"cu_seqlens_{side}", ends, rows)
+    return max((b - a for a, b in itertools.pairwise(ends)), default=0) if given is None else given
 
 
 # ---- which backend -----------------------------------------------------------------------------------------------------

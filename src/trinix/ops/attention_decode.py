@@ -41,6 +41,7 @@ Sources: split-KV decoding arXiv:2307.08691 and its "Flash-Decoding", pages arXi
 """
 
 import inspect
+import math
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ def attention_decode(
         page_table: int32 ``[B, most pages]``.
         causal: query i sees no key behind its own position; the last query stands at the last key.
         window: (left, right), how far a query sees to either side; None is unbounded.
-        softcap: bound of the logits, 0 for none.
+        softcap: bound of the logits, finite, 0 for none.
         alibi_slopes: ``[H]`` or ``[B, H]``.
         sink: ``[H]``.
         scale: of the logits, by default 1 / sqrt(D).
@@ -353,8 +354,10 @@ def _options(q, causal, window, softcap, alibi_slopes, sink, scale, num_splits) 
         left, right = (-1 if w is None or w >= 2**30 else w for w in window)
     if causal:
         right = 0
-    if softcap is None or not dispatch.number("attention_decode", "softcap", softcap) >= 0:
-        raise ValueError(f"attention_decode: softcap must be 0 (none) or above, got {softcap!r}; leave it out for none")
+    if softcap is None or not 0 <= dispatch.number("attention_decode", "softcap", softcap) < math.inf:
+        raise ValueError(
+            f"attention_decode: softcap must be 0 (none) or above, and finite, got {softcap!r}; leave it out for none"
+        )
     if num_splits is not None and (type(num_splits) is not int or not 1 <= num_splits <= 1024):
         raise ValueError(
             f"attention_decode: num_splits must be an int from 1 to 1024 or None, got {num_splits!r}; None lets the op choose"

@@ -27,8 +27,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     if options.cu_seqlens_q is None:
         return _dense(q, k, v, options, 0)
     ends_q, ends_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
-    _check_ends("cu_seqlens_q", ends_q, q.shape[0])
-    _check_ends("cu_seqlens_k", ends_k, k.shape[0])
+    check_ends("cu_seqlens_q", ends_q, q.shape[0])
+    check_ends("cu_seqlens_k", ends_k, k.shape[0])
     outs, sums = [], []
     for b in range(len(ends_q) - 1):
         rows, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
@@ -46,7 +46,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options) -> tuple[Tensor, Tensor]:
     return torch.cat(outs), torch.cat(sums, 1)
 
 
-def _check_ends(name, ends, rows):
+def check_ends(name, ends, rows):
     if ends[0] or ends[-1] > rows or any(a > b for a, b in itertools.pairwise(ends)):
         raise ValueError(
             f"attention: {name} must go from 0 to at most {rows}, the rows that there are, without falling, got {ends}; "

@@ -349,7 +349,7 @@ def _forward(
         total = tl.where(lost, total, 1.0)
         tl.store(out + 2 * lse_h + row, exact_log(total) if SIZE == 32 else tl.log2(total), mask=lost)
         return
-    total = tl.where(most == float("-inf"), 1.0, total)  # no key was seen: out 0, lse -inf
+    total = tl.where(total == 0.0, 1.0, total)  # no key was seen: out 0, lse -inf; a NaN passes
     factor = tl.math.div_rn(1.0, total) if SIZE == 32 else 1.0 / total
     if DROPOUT:
         factor = factor * keep_scale

@@ -77,11 +77,13 @@ def check_name(op: str, backends: Mapping, backend: str) -> None:
 
 def number(op: str, name: str, value) -> float:
     """``value`` as a float. What is none is refused by the argument's name; Python's own message would not have it."""
-    if isinstance(value, Tensor) and value.requires_grad:
+    tensor = isinstance(value, Tensor)
+    if tensor and value.requires_grad:
         raise TypeError(
             f"{op}: {name} is a number and gets no gradient, got a tensor that requires one; pass {name}.item()"
         )
-    if not isinstance(value, str):
+    # float() reads texts, and of tensors raises what a fault of the device raises too
+    if not isinstance(value, (str, bytes, bytearray)) and not (tensor and (value.is_complex() or value.numel() != 1)):
         try:
             return float(value)
         except OverflowError:

@@ -365,6 +365,7 @@ REFUSED = {
     "odd": (lambda: glu(torch.ones(2, 5)), ValueError, r"last dimension of a packed gate must be even, got shape \[2, 5\]"),
     "0-d packed": (lambda: glu(torch.ones(())), ValueError, r"must be even, got shape \[\]"),
     "kind": (lambda: glu(ONE, kind="silu"), ValueError, r"kind must be one of \['swiglu', .*got 'silu'"),
+    "layout of two": (lambda: glu(ONE, ONE, layout="first"), ValueError, "layout must be one of"),
     "layout": (lambda: glu(ONE, layout="first"), ValueError, r"layout must be one of \['gate_first', .*got 'first'"),
     "approximate": (lambda: geglu(ONE, ONE, "erf"), ValueError, r"approximate must be 'none' or 'tanh', got 'erf'"),
     "backend": (lambda: glu(ONE, backend="tritn"), ValueError, r"\['auto', 'triton', 'torch'\], got 'tritn'"),

@@ -8,6 +8,7 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -816,11 +817,13 @@ WRONG = {
     "bias's shape": (lambda b: ops.layer_norm(x33, 3, torch.ones(3), torch.ones(1, 3), backend=b), ValueError, r"bias must have the shape \[3\], got \[1, 3\]"),
     "weight's dtype": (lambda b: ops.layer_norm(x33, 3, torch.ones(3).int(), backend=b), TypeError, "layer_norm: weight must be a floating-point tensor, got torch.int32"),
     "a weight in the place of the shape": (lambda b: ops.rms_norm(x33, torch.ones(3), backend=b), TypeError, "rms_norm: normalized_shape must be an int or a tuple of ints, got Tensor; it stands before weight"),
-    "a shape within a shape": (lambda b: ops.rms_norm(x33, ([3],), backend=b), ValueError, r"rms_norm: normalized_shape must be .* got \[\[3\]\]"),
-    "a shape within a residual's": (lambda b: ops.layer_norm_residual(x33, x33, ([3],), backend=b), ValueError, r"layer_norm_residual: normalized_shape must be .* got \[\[3\]\]"),
+    "a shape within a shape": (lambda b: ops.rms_norm(x33, ([3],), backend=b), TypeError, r"rms_norm: normalized_shape must be .* got \(\[3\],\)"),
+    "a shape within a residual's": (lambda b: ops.layer_norm_residual(x33, x33, ([3],), backend=b), TypeError, r"layer_norm_residual: normalized_shape must be .* got \(\[3\],\)"),
+    "a shape of floats": (lambda b: ops.rms_norm(x33, (3.0,), backend=b), TypeError, r"rms_norm: normalized_shape must be an int or a tuple of ints, got \(3.0,\)"),
+    "a shape of tensors": (lambda b: ops.rms_norm(x33, (torch.tensor(3),), backend=b), TypeError, r"got \(tensor\(3\),\); convert them with int\(\)"),
     "a shape of no numbers": (lambda b: ops.layer_norm(x33, None, backend=b), TypeError, "layer_norm: normalized_shape must be .* got NoneType"),
     "weight is a list": (lambda b: ops.rms_norm(x33, 3, [1.0, 1.0, 1.0], backend=b), TypeError, "rms_norm: weight must be a tensor or None, got list"),
-    "dropout is text": (lambda b: ops.rms_norm_residual(x33, x33, 3, dropout_p="a", backend=b), ValueError, "dropout_p .* got 'a'"),
+    "dropout is text": (lambda b: ops.rms_norm_residual(x33, x33, 3, dropout_p="a", backend=b), TypeError, "dropout_p must be a number, got 'a'"),
     "residual's shape": (lambda b: ops.rms_norm_residual(x33, x33[:2], 3, backend=b), ValueError, r"rms_norm_residual: residual must have x's shape and dtype, \[3, 3\] torch.float32, got \[2, 3\]"),
     "residual's dtype": (lambda b: ops.layer_norm_residual(x33, x33.half(), 3, backend=b), ValueError, "layer_norm_residual: residual .* got .*torch.float16"),
     "no residual": (lambda b: ops.layer_norm_residual(x33, None, 3, backend=b), ValueError, "residual .* got NoneType"),
@@ -837,6 +840,23 @@ def test_wrong_arguments_are_named_with_what_was_wanted_and_got(case, backend):
     call, error, text = WRONG[case]
     with pytest.raises(error, match=text):
         call(backend)
+
+
+def test_numpy_s_integers_are_a_shape():
+    x, shape = normal((3, 8), torch.float32, seed=1), np.array([8])
+    for backend in ("auto", "triton", "torch"):
+        same(ops.rms_norm(x, tuple(shape), backend=backend), ops.rms_norm(x, 8, backend=backend))
+        ours, wanted = (ops.layer_norm_residual(x, x, n, backend=backend) for n in (list(shape), 8))
+        same(ours, wanted)
+
+
+def test_numpy_s_numbers_are_a_share_of_dropout():
+    x, p = normal((3, 8), torch.float32, seed=1), np.float32(0.5)
+    for backend in ("auto", "triton", "torch"):
+        torch.manual_seed(0)
+        ours = ops.rms_norm_residual(x, x, 8, dropout_p=p, backend=backend)
+        torch.manual_seed(0)
+        same(ours, ops.rms_norm_residual(x, x, 8, dropout_p=0.5, backend=backend))
 
 
 CALLS = {

@@ -86,7 +86,7 @@ def glu(
         gate: ``[..., H]``, floating point; without ``up`` the packed tensor ``[..., 2H]``.
         up: ``[..., H]``, of gate's dtype and device.
         kind: "swiglu", "geglu", "geglu_tanh", "reglu", "quick_geglu", "bilinear" or "glu"; see the top of this file.
-        layout: "gate_first", "gate_last" or "interleaved": where gate lies in a packed tensor. Two tensors ignore it.
+        layout: "gate_first", "gate_last" or "interleaved": where gate lies in a packed tensor. Two tensors ignore which.
         backend: "auto", "triton" or "torch". A named backend never falls back.
 
     Returns:
@@ -166,9 +166,9 @@ def _glu(gate, up, kind, layout, backend):
 def _check(gate, up, layout):
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
         raise TypeError(f"glu: gate must be a floating-point tensor, got {_name(gate)}; convert it with gate.float()")
+    if layout not in LAYOUTS:
+        raise ValueError(f"glu: layout must be one of {list(LAYOUTS)}, got {layout!r}")
     if up is None:
-        if layout not in LAYOUTS:
-            raise ValueError(f"glu: layout must be one of {list(LAYOUTS)}, got {layout!r}")
         if not gate.ndim or gate.shape[-1] % 2:
             raise ValueError(
                 f"glu: the last dimension of a packed gate must be even, got shape {list(gate.shape)}; "

@@ -23,6 +23,7 @@ for each pass anew which kernels run it: both save and read the same. Under ``to
 
 import functools
 import inspect
+import operator
 from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
@@ -212,6 +213,10 @@ def _checked_shape(op: str, x, normalized_shape, weight, bias) -> tuple[int, ...
         shape = (normalized_shape,)
     elif isinstance(normalized_shape, (tuple, list, Sequence)):  # a tuple is found without asking the abstract class
         shape = tuple(normalized_shape)
+        for n in shape:
+            if type(n) is not int:
+                shape = _whole(op, shape)
+                break
     else:
         got = type(normalized_shape).__name__
         raise TypeError(f"{op}: normalized_shape must be an int or a tuple of ints, got {got}; it stands before weight")
@@ -230,6 +235,16 @@ def _checked_shape(op: str, x, normalized_shape, weight, bias) -> tuple[int, ...
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {t.dtype}; convert it with .float()")
     return shape
+
+
+def _whole(op: str, shape: tuple) -> tuple[int, ...]:
+    """NumPy's integers as ints. A tensor is refused: a call like one before would not see its value change."""
+    if not any(isinstance(n, Tensor) for n in shape):
+        try:
+            return tuple([n if isinstance(n, torch.SymInt) else operator.index(n) for n in shape])
+        except TypeError:
+            pass
+    raise TypeError(f"{op}: normalized_shape must be an int or a tuple of ints, got {shape!r}; convert them with int()")
 
 
 def _numbers(op: str, eps, offset) -> tuple[float, float]:
@@ -477,17 +492,18 @@ def _formula_gradients(formula, inputs, wanted, dy):
     return [next(grads) if w else None for w in wanted]
 
 
-def _checked_residual(op: str, x: Tensor, residual, p: float) -> tuple[Tensor, Tensor]:
-    """(x, residual) after the checks, in one dtype."""
-    if not isinstance(p, (int, float)) or not 0 <= p < 1:
+def _checked_residual(op: str, x: Tensor, residual, p: float) -> tuple[Tensor, Tensor, float]:
+    """(x, residual, p) after the checks, the tensors in one dtype."""
+    p = dispatch.number(op, "dropout_p", p)
+    if not 0 <= p < 1:
         raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {p!r}")
     if isinstance(residual, Tensor) and residual.shape == x.shape:
         if residual.dtype == x.dtype:
-            return x, residual
+            return x, residual, p
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
         if autocast and residual.is_floating_point():
             wide = torch.promote_types(x.dtype, residual.dtype)
-            return x.to(wide), residual.to(wide)
+            return x.to(wide), residual.to(wide), p
     got = f"{list(residual.shape)} {residual.dtype}" if isinstance(residual, Tensor) else type(residual).__name__
     raise ValueError(
         f"{op}: residual must have x's shape and dtype, {list(x.shape)} {x.dtype}, got {got}; convert one of them"
@@ -527,7 +543,7 @@ def _norm_residual(op, x, residual, normalized_shape, weight, bias, eps, offset,
             return run() if pending is None else pending.alone(run)
     shape = _checked_shape(op, x, normalized_shape, weight, bias)
     eps, offset = _numbers(op, eps, offset)
-    x, residual = _checked_residual(op, x, residual, p)
+    x, residual, p = _checked_residual(op, x, residual, p)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
     if backend == "auto" and dispatch.forced is None:
@@ -744,7 +760,7 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     if "kind" in given:
         _check_kind(given["kind"])
     if "residual" in given:
-        x, residual = _checked_residual(name, x, residual, given["dropout_p"])
+        x, residual, given["dropout_p"] = _checked_residual(name, x, residual, given["dropout_p"])
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
     backend = dispatch.resolve(given["backend"])
     n, p = prod(shape), given.get("dropout_p", 0.0)

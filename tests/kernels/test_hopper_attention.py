@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -335,6 +336,19 @@ def test_rows_are_counted_in_32_bits():
 def test_a_cpu_tensor_is_refused_with_the_reason():
     x = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
     assert "needs a GPU tensor" in hopper.unsupported(x, x, x, Options(scale=1.0), False)
+
+
+def test_triton_38_is_not_given_values_narrower_than_keys(monkeypatch):
+    monkeypatch.setattr(hopper, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hopper, "copy_engine_reads", lambda t: True)
+    q, v = (
+        SimpleNamespace(is_cuda=True, device=None, dtype=torch.bfloat16, shape=(1, 8, 2, d), numel=lambda: 1)
+        for d in (192, 128)
+    )
+    for version, refused in ((False, False), (True, True)):
+        monkeypatch.setattr(hopper, "_ONE_WIDTH", version)
+        assert (hopper.unsupported(q, q, v, Options(scale=1.0), False) is not None) == refused
+        assert hopper.unsupported(v, v, v, Options(scale=1.0), False) is None
 
 
 # ---- the kernels themselves, in NumPy: warpgroups as threads, real barriers (gluon_on_cpu.py) -------------------------------

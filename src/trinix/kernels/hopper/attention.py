@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from trinix.kernels._binary import Binary, Box, raw_stream
@@ -23,6 +24,7 @@ from trinix.kernels.hopper import attention_forward as forward_kernels
 
 LOG2E = math.log2(math.e)
 _SHARED = 227 << 10  # bytes of shared memory that the programs of a multiprocessor have
+_ONE_WIDTH = triton.__version__.startswith("3.8.")  # whose compiler refuses O in the memory of a Q of another width
 _ROWS_LIMIT = 2**31 - 2**12  # coordinates of the copy engine are 32 bits wide
 
 
@@ -46,6 +48,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
     d, dv = q.shape[-1], v.shape[-1]
     if padded(d) is None or padded(dv) is None:
         return f"needs head dimensions up to 256, multiples of 8, got {d} and {dv}"
+    if _ONE_WIDTH and padded(d) != padded(dv):
+        return f"needs another Triton than {triton.__version__} for values of {dv} channels and keys of {d}"
     if backward and options.sink is not None and options.softcap and q.dtype == torch.float16 and max(d, dv) > 128:
         # P goes from one warpgroup to the other in 11 bits there: up to 2.8 times PyTorch's error of 3e-5
         return "has a sink's gradient with softcap beyond 128 channels in bfloat16 only"

@@ -48,9 +48,8 @@ def forward(q, k_cache, v_cache, cache_seqlens, k_new, v_new, page_table, option
     wide = torch.promote_types(q.dtype, torch.float32)
     j = torch.arange(keys.shape[1], device=q.device)
     cached = j < length[:, None]  # [B, Smax]
-    impossible = ((cache_seqlens < 0) | (cache_seqlens > keys.shape[1] - new))[
-        :, None, None
-    ]  # length may have passed 2^31
+    impossible = (cache_seqlens < 0) | (cache_seqlens > keys.shape[1] - new)  # length may have passed 2^31
+    impossible = impossible[:, None, None]
     # what lies behind a length may be NaN: 0 times it is not 0
     keys, values = (t.masked_fill(~cached[:, :, None, None], 0).repeat_interleave(group, 2) for t in (keys, values))
     scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), keys.to(wide)) * options.scale

@@ -1514,6 +1514,20 @@ def test_rotations_have_the_same_bits(on_card, heads, width, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(8, 512, 64, 512), (3, 77, 40, 100), (1, 3000, 32, 64)], ids=str)
+@pytest.mark.parametrize("form", MLP_FORMS)
+def test_per_head_mlps_have_the_same_bits(on_card, form, sizes):
+    given, shared, reduce = MLP_FORMS[form]
+    h, b, d, e = sizes
+    leaves = {"x": leaf(b, d) if shared else leaf(h, b, d), "w1": leaf(h, d, e), "w2": leaf(h, e, d)}
+    for name, shape in (("b1", (h, e)), ("b2", (h, d)), ("w_gate", (h, d, e))):
+        if name in given.split():
+            leaves[name] = leaf(*shape)
+    dy = torch.randn((b, d) if reduce else (h, b, d), device="cuda", dtype=torch.bfloat16)
+    on_card(lambda: mlp(leaves, reduce), [*leaves.values()], dy)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["relu", "norm"])
 def test_a_graph_and_another_stream_have_them_too(on_card, name):
     x, weight = leaf(512, 384), leaf(384)

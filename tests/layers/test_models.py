@@ -480,3 +480,42 @@ def test_the_embedding_may_be_the_output():
         for one in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other)), copy.deepcopy(other).bfloat16()):
             assert one.output.weight is one.embedding.weight
     assert trinix.models.Decoder is models.Decoder
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize(
+    "output", [lambda _: torch.nn.Linear(32, 10, bias=False), lambda _: torch.nn.Identity(), Wrapped]
+)
+@pytest.mark.parametrize("move", ["to", "load", "assign", "to_empty"])
+def test_what_was_put_in_the_outputs_place_stays_there(output, move):
+    model, tokens = made("gpt"), tokens_of("cpu", 1, 5)
+    model.output = output(model.output)
+    wanted, state = model(tokens), copy.deepcopy(model.state_dict())
+    tied = getattr(model.output, "base", None)
+    if move == "to":
+        model = model.double().float()
+    elif move == "to_empty":
+        model = model.to("meta").to_empty(device="cpu")
+    if move != "to":
+        model.load_state_dict(state, assign=move == "assign")
+    assert model.state_dict().keys() == state.keys()
+    torch.testing.assert_close(model(tokens), wanted)
+    assert tied is None or tied.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize("which", ["embedding", "output"])
+def test_a_tied_model_may_have_its_weights_made_of_others(which):
+    model, tokens = made("gpt"), tokens_of("cpu", 1, 5)
+    torch.nn.utils.parametrizations.weight_norm(getattr(model, which))
+    wanted = model(tokens)
+    model.to(torch.float64).half().float()
+    model.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(tokens), wanted, atol=0.02, rtol=0.02)

@@ -126,8 +126,10 @@ class Decoder(nn.Module):
         self.norm = norm(config.dim, 1e-5, **place)
         self.output = FastLinear(config.dim, config.vocabulary, False, **place)
         self._draw_tables()
-        _tie(self)
-        self.register_load_state_dict_post_hook(_tie)
+        if config.tied:
+            self.output.weight = self.embedding.weight
+        self.register_load_state_dict_pre_hook(_note_tied)
+        self.register_load_state_dict_post_hook(_tie_again)
 
     def reset_parameters(self) -> None:
         """New weights for the whole model: after ``to_empty()`` of one that was made on the meta device."""
@@ -143,8 +145,9 @@ class Decoder(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """to_empty() makes a new parameter for every place."""
+        _note_tied(self)
         super()._apply(fn, recurse)
-        _tie(self)
+        _tie_again(self)
         return self
 
     def forward(self, tokens: Tensor, caches: Sequence | None = None, *, last: bool = False) -> Tensor:
@@ -337,9 +340,16 @@ def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
             )
 
 
-def _tie(model: Decoder, _=None) -> None:
-    if model.config.tied:
-        model.output.weight = model.embedding.weight
+def _note_tied(model: Decoder, *_) -> None:
+    """Before every parameter may become another: which modules of the output have the embedding's, if still one has."""
+    weight = model.embedding._parameters.get("weight")
+    output = model.output.modules()
+    model._tied = [m for m in output if weight is not None and m._parameters.get("weight") is weight]
+
+
+def _tie_again(model: Decoder, *_) -> None:
+    for module in model.__dict__.pop("_tied"):
+        module.weight = model.embedding.weight
 
 
 def tiny_text() -> str:

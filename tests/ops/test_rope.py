@@ -1135,6 +1135,41 @@ def test_a_table_that_grows_without_autograd_serves_with_it(device):
     same(gradient, torch.autograd.grad(rope(q, None, *table(8, device), backend="torch").sum(), q)[0])
 
 
+TRANSFORMS = {
+    "grad": lambda f, q: torch.func.grad(lambda a: f(a).sum())(q),
+    "jvp": lambda f, q: torch.func.jvp(f, (q,), (q,)),
+    "vmap": lambda f, q: torch.func.vmap(f)(q[None]),
+    "fake tensors": lambda f, q: _without_values(f, q),
+}
+
+
+def _without_values(function, q):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return function(q)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_table_that_grows_in_a_transform_is_one_like_others(transform, device):
+    module, q = trinix.FastRoPEPositionEmbedding(8, 4).to(device), torch.ones(1, 10, 1, 8, device=device)
+    transform(module, q)
+    same(copy.deepcopy(module).cos, table(8, device)[0][:10])
+    torch.testing.assert_close(module(q), rope(q, None, *table(8, device), backend="torch"))
+
+
+@pytest.mark.parametrize("compiled_again", [False, True])
+def test_a_table_that_a_compiled_evaluation_grew_serves_training(compiled_again, fresh_dynamo, device):
+    module, q = trinix.FastRoPEPositionEmbedding(8, 4).to(device), torch.ones(1, 10, 1, 8, device=device)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        compiled(q)
+    q.requires_grad_()
+    (gradient,) = torch.autograd.grad((compiled if compiled_again else module)(q).sum(), q)
+    same(gradient, torch.autograd.grad(rope(q, None, *table(8, device), backend="torch").sum(), q)[0])
+    kept = module.longer
+    module(q)
+    assert module.longer is kept
+
+
 def test_a_module_leaves_what_is_no_query_to_the_op():
     module = trinix.FastRoPEPositionEmbedding(8)
     with pytest.raises(TypeError, match="rope: q must be floating-point, got list"):
@@ -1143,6 +1178,11 @@ def test_a_module_leaves_what_is_no_query_to_the_op():
         module(torch.ones(2, 8))
     with pytest.raises(TypeError, match="rope: offset must be an int"):
         module(torch.ones(1, 2, 1, 8), offset=None)
+    for offset in ("1", 1.5):
+        with pytest.raises(TypeError, match="rope: offset must be an int"):
+            module(torch.ones(1, 2, 1, 8), offset=offset)
+    with pytest.raises(ValueError, match="rope: offset must not be negative, got -20"):
+        module(torch.ones(1, 2, 1, 8), offset=-20)
 
 
 def test_a_module_with_wrong_arguments_is_refused_by_its_name():
@@ -1335,3 +1375,23 @@ def test_a_table_of_a_dynamic_length_is_exported():
     for length in (-1, 2.0, "3"):
         with pytest.raises(ValueError, match="FastRoPEPositionEmbedding: length must be an int from 0 on"):
             Layer().position.table(length)
+        with pytest.raises(ValueError, match="FastRoPEPositionEmbedding: length must be an int from 0 on"):
+            Layer().position.grow(length)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_table_that_grows_with_a_dynamic_length_is_exported_and_not_kept(strict, fresh_dynamo):
+    module, q = trinix.FastRoPEPositionEmbedding(8, 4), torch.ones(1, 6, 1, 8)
+    lengths = {"q": {1: torch.export.Dim("s", min=5, max=30)}}
+    exported = torch.export.export(module, (q,), dynamic_shapes=lengths, strict=strict).module()
+    assert module.longer is None
+    for length in (5, 6, 20):
+        longer = torch.ones(1, length, 1, 8)
+        torch.testing.assert_close(exported(longer), rope(longer, None, *table(8, "cpu"), backend="torch"))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_table_that_grows_is_traced():
+    module, q = trinix.FastRoPEPositionEmbedding(8, 4), torch.ones(1, 6, 1, 8)
+    traced = torch.jit.trace(module, (q,))
+    torch.testing.assert_close(traced(q), rope(q, None, *table(8, "cpu"), backend="torch"))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from trinix import dispatch, ops
 from trinix.layers.arguments import check_sizes, check_use_triton
@@ -57,6 +58,8 @@ class FastRoPEPositionEmbedding(nn.Module):
         self.register_buffer("first_sin", sin, persistent=False)
         # (cos, sin) once it has grown: no buffer, for DistributedDataParallel writes rank 0's over every rank's, of whatever length
         self.longer: tuple[Tensor, Tensor] | None = None
+        # a compiled call without gradients made it, in inference mode perhaps, which nobody can ask there: autograd may refuse to save it
+        self.evaluated = False
 
     def forward(
         self,
@@ -73,10 +76,9 @@ class FastRoPEPositionEmbedding(nn.Module):
             raise TypeError(
                 f"FastRoPEPositionEmbedding: k must be a tensor or None, got {k!r}; .table(length) returns cos and sin"
             )
-        counted = position_ids is None and offset is not None and not isinstance(offset, Tensor)  # a SymInt is no int
-        if counted and isinstance(q, Tensor) and q.dim() > 2:
-            self.grow(offset + q.shape[-3])
-        cos, sin = self._tables()
+        counted = position_ids is None and isinstance(offset, (int, torch.SymInt)) and offset >= 0
+        counted = counted and isinstance(q, Tensor) and q.dim() > 2
+        cos, sin = self.grow(offset + q.shape[-3]) if counted else self._tables()
         return ops.rope(
             q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids, offset=offset,
             cu_seqlens=cu_seqlens, inplace=inplace, backend=self._backend(q, k, cos, sin),
@@ -95,19 +97,29 @@ class FastRoPEPositionEmbedding(nn.Module):
         longer = self.longer  # DataParallel's replicas have that of the first card
         if longer is None or longer[0].device != self.first_cos.device:
             return self.first_cos, self.first_sin
+        if self.evaluated and torch.is_grad_enabled():
+            self.longer = longer = self._made(longer[0].shape[0])
+            self.evaluated = False
         return longer
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), ``[length, R/2]`` each."""
-        if not hasattr(length, "__index__") or length < 0:  # torch.SymInt's too, and NumPy's
-            raise ValueError(f"{type(self).__name__}: length must be an int from 0 on, got {length!r}")
-        self.grow(length)
-        return self.cos[:length], self.sin[:length]
+        cos, sin = self.grow(length)
+        return cos[:length], sin[:length]
 
-    def grow(self, length: int) -> None:
-        """Make the table at least ``length`` rows long; by a half at least, so that a growing cache seldom does it."""
-        if length > self.cos.shape[0]:
-            self.longer = self._made(max(length, self.cos.shape[0] * 3 // 2))
+    def grow(self, length: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of ``length`` rows at least; it grows by a half at least, so that a growing cache seldom does it."""
+        whole = isinstance(length, (int, torch.SymInt)) or hasattr(length, "__index__")  # NumPy's
+        if not whole or length < 0:
+            raise ValueError(f"{type(self).__name__}: length must be an int from 0 on, got {length!r}")
+        cos, sin = self._tables()
+        if length <= cos.shape[0]:
+            return cos, sin
+        if self._traced():  # what is made here belongs to the trace: not kept
+            return self._made(int(length) if torch.jit.is_tracing() else length)
+        self.longer = longer = self._made(max(length, cos.shape[0] * 3 // 2))
+        self.evaluated = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        return longer
 
     def apply_rotary_pos_emb(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None
@@ -123,9 +135,16 @@ class FastRoPEPositionEmbedding(nn.Module):
             return "torch"
         return "triton" if triton_can_rotate(*tensors) else "auto"
 
+    def _traced(self) -> bool:
+        return torch.compiler.is_exporting() or torch.jit.is_tracing() or type(self.first_cos) is not Tensor
+
     @torch.inference_mode(False)  # autograd refuses to save a table that an evaluation made
     def _made(self, length: int) -> tuple[Tensor, Tensor]:
-        return ops.rope_table(length, self.dim, base=self.base, scaling=self.scaling, device=self.first_cos.device)
+        options = {"base": self.base, "scaling": self.scaling, "device": self.first_cos.device}
+        if torch.compiler.is_dynamo_compiling() or self._traced():
+            return ops.rope_table(length, self.dim, **options)
+        with _disable_current_modes(), torch._C._DisableFuncTorch():  # their wrappers would stay behind in the module
+            return ops.rope_table(length, self.dim, **options)
 
     def _apply(self, fn, recurse=True):
         """half() would round the table, to_empty() would lose it: what moves is computed anew where it went."""
@@ -133,7 +152,7 @@ class FastRoPEPositionEmbedding(nn.Module):
         super()._apply(fn, recurse)
         if self.first_cos is not before:
             self.first_cos, self.first_sin = self._made(before.shape[0])
-            self.longer = self.longer and self._made(self.longer[0].shape[0])
+            self.longer, self.evaluated = self.longer and self._made(self.longer[0].shape[0]), False
         return self
 
     def extra_repr(self) -> str:

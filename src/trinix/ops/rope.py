@@ -274,7 +274,7 @@ def rope_table(
         if positions.ndim != 1:
             raise ValueError(f"rope_table: positions must be an int or [P], got {list(positions.shape)}; flatten them")
         places = positions.to(device or positions.device, torch.float64)
-    elif isinstance(positions, int) and positions >= 0:
+    elif isinstance(positions, (int, torch.SymInt)) and positions >= 0:
         places = torch.arange(positions, dtype=torch.float64, device=device)
     else:
         raise TypeError(f"rope_table: positions must be an int from 0 on or a tensor [P], got {positions!r}")

@@ -810,11 +810,13 @@ def test_parameters_may_be_a_checkpoint():
         assert all(p.is_leaf and p.requires_grad for p in other.parameters())
 
 
+@pytest.mark.parametrize("max_seq_len", [64, 2])
 @pytest.mark.parametrize("name", LAYERS)
-def test_it_exports_for_any_length(name):
-    layer, x, _ = made(name, {"position_method": "rope", "causal": True})
+def test_it_exports_for_any_length(name, max_seq_len):
+    qk_norm = {} if name == "latent" else {"qk_norm": True}
+    layer, x, _ = made(name, {"position_method": "rope", "causal": True, "max_seq_len": max_seq_len} | qk_norm)
     first = "query" if name == "separate" else "hidden_states"
-    exported = torch.export.export(layer, (x,), dynamic_shapes={first: {1: torch.export.Dim("length", min=2, max=64)}})
+    exported = torch.export.export(layer, (x,), dynamic_shapes={first: {1: torch.export.Dim("length", min=3, max=64)}})
     longer = torch.cat((x, x), 1)
     torch.testing.assert_close(exported.module()(longer), layer(longer))
 

@@ -414,6 +414,15 @@ def test_a_table_of_positions_reaches_as_far_as_the_cache():
     torch.testing.assert_close(in_parts(layer, x, cache_of(layer, "dynamic"), 1, 8), layer(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("qk_norm", [False, True])
+@torch.no_grad()
+def test_a_table_of_positions_that_was_given_reaches_as_far_as_the_cache(kind, qk_norm, device):
+    layer, x = made("grouped", {"position_method": trinix.FastRoPEPositionEmbedding(4, 2), "qk_norm": qk_norm}, device)
+    got = in_parts(layer, x, cache_of(layer, kind, device=device), 1, 7, 1)
+    torch.testing.assert_close(got, layer(x), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "kind"), [("grouped", "static"), ("grouped", "paged"), ("latent", "latent")])
 @torch.no_grad()

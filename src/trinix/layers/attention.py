@@ -154,11 +154,12 @@ class _FastAttention(nn.Module):
             )
         offset = cache.lengths if position_ids is None and cache is not None and cache.lengths is not None else 0
         together = q.shape[1] == k.shape[1]
-        if rotates and position_ids is None:
-            self.position.grow(max(q.shape[1], k.shape[1]) if cache is None else reach(cache, q.shape[1]))
+        if rotates or isinstance(self.position, FastRoPEPositionEmbedding):
+            longest = max(q.shape[1], k.shape[1]) if cache is None else reach(cache, q.shape[1])
+            cos, sin = self.position.grow(0 if position_ids is not None else longest)
         if rotates and together and unhooked(self.position) and _only_scale(self.q_norm, self.k_norm):
             return ops.qk_norm_rope(
-                q, k, self.q_norm.weight, self.k_norm.weight, self.position.cos, self.position.sin, eps=self.q_norm.eps,
+                q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, eps=self.q_norm.eps,
                 interleaved=self.position.interleaved, position_ids=position_ids, offset=offset,
             )  # fmt: skip
         if self.q_norm is not None:

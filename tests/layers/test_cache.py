@@ -148,6 +148,28 @@ def test_the_last_tokens_are_taken_back(name, kind, device):
 
 @pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
 @torch.no_grad()
+def test_no_more_is_taken_back_than_the_shortest_sequence_has(name, kind):
+    layer, x = made(name, {})
+    cache, follower = (cache_of(layer, kind) for _ in range(2))
+    if kind != "dynamic":
+        follower.follow(cache)
+    for one in (follower, cache):
+        layer(x[:, :5], cache=one)
+    for one in (follower, cache):
+        one.truncate(torch.tensor([1, 5, 2]))
+    for one in (follower, cache):
+        with pytest.raises(
+            ValueError, match=r"rewind by 3 of 1 tokens, where the shortest sequence ends; use truncate"
+        ):
+            one.rewind(3)
+    for one in (follower, cache):
+        one.rewind(1)
+        assert one.longest == 4
+    assert cache.lengths.tolist() == follower.lengths.tolist() == [0, 4, 1]
+
+
+@pytest.mark.parametrize(("name", "kind"), WITH_CACHE)
+@torch.no_grad()
 def test_there_is_room_again_where_the_longest_sequence_is_gone(name, kind, device):
     layer, x = made(name, {}, device)
     cache = cache_of(layer, kind, device=device)
@@ -299,6 +321,8 @@ def test_a_dynamic_cache_without_tokens_has_none_to_move():
     cache = trinix.DynamicCache()
     cache.reorder(torch.tensor([1, 0]))
     cache.truncate(0)
+    cache.rewind(0)
+    cache.sync()
     assert cache.lengths is None
 
 

@@ -84,13 +84,21 @@ class _Cache:
     def rewind(self, tokens: int) -> None:
         """Take back the last ``tokens`` of every sequence; all have them, and the host does not wait for the device."""
         check_sizes(type(self).__name__, 0, tokens=tokens)
-        if tokens > self.longest:
+        if tokens > (least := self._shortest()):
             raise ValueError(
-                f"{type(self).__name__}: rewind by {tokens} of {self.longest} tokens; use reset() for all of them"
+                f"{type(self).__name__}: rewind by {tokens} of {least} tokens, where the shortest sequence ends; use "
+                "truncate(lengths) for some of them, or reset() for all"
             )
-        if self.leader is None:
+        if tokens and self.leader is None:
             self.lengths.sub_(tokens)
         self.count(-tokens)
+
+    def _shortest(self) -> int:
+        """How many tokens the shortest sequence has, at most: a device is not asked, nor a leader whose turn comes later."""
+        counted = self.leader is None or self.leader.longest == self.longest
+        if self.longest and counted and dispatch.readable(self.lengths) and self.lengths.numel():
+            return int(self.lengths.min())
+        return self.longest
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
@@ -252,6 +260,10 @@ class DynamicCache(StaticCache):
         larger[:, : self.longest] = kept[:, : self.longest]
         return larger
 
+    def sync(self) -> None:
+        if self.lengths is not None:
+            super().sync()
+
     def truncate(self, lengths: Tensor | int) -> None:
         if self.lengths is not None:
             super().truncate(lengths)
@@ -348,6 +360,9 @@ class PagedCache(_Cache):
     def count(self, tokens: int) -> None:
         super().count(tokens)
         self._counts = [count + tokens for count in self._counts]
+
+    def _shortest(self) -> int:
+        return min(self._counts, default=self.longest)
 
     def sync(self) -> None:
         self._counts = self.lengths.tolist()

@@ -274,6 +274,23 @@ def test_a_step_that_fails_midway_can_be_taken_again(shape, kind, broken, device
     assert [cache.longest for cache in caches] == [7] * 3
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_prompt_that_fails_says_why_and_can_be_given_again(shape, kind):
+    model, tokens = made(shape, layers=3), tokens_of("cpu", 2, 5)
+    caches = model.caches(2, 5, kind)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = model.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(tokens, caches)
+    hook.remove()
+    torch.testing.assert_close(model(tokens, caches), model(tokens), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "what", [("reorder", "truncate"), ("rewind", "truncate"), ("truncate", "reorder"), ("rewind", "reorder")]
 )
@@ -379,6 +396,24 @@ def test_caches_of_another_batch_are_refused_before_they_are_read(shape, kind):
     for wrong, got in (([None, None], r"\['NoneType', 'NoneType'\]"), (3, "int"), (caches[0], r"\w+Cache")):
         with pytest.raises(TypeError, match=rf"^Decoder: caches must be a list of caches, got {got}; self\.caches"):
             model(tokens, wrong)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_caches_that_count_for_other_blocks_are_refused(shape, kind):
+    model, tokens = made(shape), torch.zeros(1, 3, dtype=torch.int64)
+    caches, more = (made(shape, layers=layers).caches(1, 8, kind) for layers in (2, 3))
+    wrong = [caches[:1] * 2, caches[1:] * 2]
+    if kind != "dynamic":  # whose caches count for themselves
+        wrong += [caches[::-1], more[:2], [caches[0], more[2]]]
+    for given in wrong:
+        with pytest.raises(
+            ValueError, match=r"^Decoder: caches must be one for every block, .* give all that one call"
+        ):
+            model(tokens, given)
+    model(tokens, caches)
+    assert [cache.longest for cache in caches] == [3, 3]
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "paged", None])

@@ -199,6 +199,12 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"Decoder: caches must be one a block, {len(self.blocks)}, got {len(caches)}; self.caches makes them"
             )
+        last = caches[-1]
+        if len({*map(id, caches)}) != len(caches) or not all(c.leader is None or c.leader is last for c in caches):
+            raise ValueError(
+                "Decoder: caches must be one for every block, which count for themselves or follow the last one, got a cache "
+                "twice, or one that follows another; give all that one call of self.caches made, in its order"
+            )
         caches[0].check(*tokens.shape)  # before its lengths choose positions; the others' blocks ask them
 
     def _check_positions(self, end: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import trinix
 from trinix.testing import normal, vjp
@@ -788,8 +788,43 @@ def test_a_checkpoint_has_no_place_in_a_weight_made_of_others_or_without_memory(
     with pytest.raises(ValueError, match=r"wants a module with memory for \w+.weight, got one on the meta device"):
         LAYERS[name](device="meta").load_checkpoint(state)
     parametrize.register_parametrization(layer.o_proj, "weight", nn.Identity())
-    with pytest.raises(ValueError, match=r"load_checkpoint has no place for \['o_proj.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"a ParametrizedFastLinear makes its weight of others; load before it is param"
+    ):
         layer.load_checkpoint(state)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+
+@pytest.mark.parametrize("name", ["grouped", "latent"])
+def test_a_checkpoint_has_the_weights_that_the_projections_work_with(name):
+    layer, _, _ = made(name, {} if name == "latent" else {"qk_norm": True})
+    state = layer.checkpoint("a.")
+    for module in layer.children():
+        if isinstance(module, nn.Linear):
+            nn.utils.parametrizations.weight_norm(module)
+    torch.testing.assert_close(layer.checkpoint("a."), state)
+    prune.random_unstructured(layer.q_norm, "weight", 0.5)
+    key = f"a.{'q_a_layernorm' if name == 'latent' else 'q_norm'}.weight"
+    assert layer.checkpoint("a.").keys() == state.keys()
+    torch.testing.assert_close(layer.checkpoint("a.")[key], layer.q_norm.weight.detach())
+    layer.q_norm = nn.Identity()
+    assert layer.checkpoint("a.").keys() == state.keys() - {key}
+    layer.o_proj = Wrapped(layer.o_proj)
+    with pytest.raises(ValueError, match="o_proj is a Wrapped, which has no weight to be named; merge or unwrap"):
+        layer.checkpoint()
+
+
+def test_a_checkpoint_is_without_the_positions_parameters():
+    layer, _, _ = made("grouped", {})
+    other = LAYERS["grouped"](position_method=nn.Linear(4, 4))
+    assert other.checkpoint().keys() == layer.checkpoint().keys()
+    other.load_checkpoint(layer.checkpoint())
+    torch.testing.assert_close(other.o_proj.weight, layer.o_proj.weight)
 
 
 def test_a_stretched_context_scales_deepseeks_scores():

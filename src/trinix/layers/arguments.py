@@ -29,6 +29,16 @@ def check_use_triton(name: str, use_triton: bool | None) -> None:
         raise TypeError(f"{name}: use_triton must be None, True or False, got {use_triton!r}; None lets trinix choose")
 
 
+def refuse_made_weights(name: str, *modules: nn.Module | None) -> None:
+    """A copy into what a parametrization, pruning or a wrapper has made would be lost."""
+    for module in modules:
+        if module is not None and "weight" not in module._parameters:
+            raise ValueError(
+                f"{name}: load_checkpoint writes parameters, and a {type(module).__name__} makes its weight of others; load before "
+                "it is parametrized, pruned or wrapped"
+            )
+
+
 def refuse_no_memory(name: str, key: str, place: Tensor, value: Tensor) -> None:
     """A copy to the meta device does nothing, and says nothing."""
     if place.is_meta and not value.is_meta:

@@ -20,11 +20,20 @@ broadcastable to [B, H, Sq, Sk]. ``key_padding_mask`` [B, Sk] and FastMultiHeadA
 Causal attention is aligned at the bottom right: the last query stands at the last key.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 
 from trinix import dispatch, ops
-from trinix.layers.arguments import check_dropout, check_scores, check_sizes, refuse_no_memory, refuse_unknown
+from trinix.layers.arguments import (
+    check_dropout,
+    check_scores,
+    check_sizes,
+    refuse_made_weights,
+    refuse_no_memory,
+    refuse_unknown,
+)
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
 from trinix.layers.linear import FastLinear, projected, unhooked
@@ -265,26 +274,33 @@ class FastGroupedQueryAttention(_FastAttention):
         return out if self.batch_first else out.transpose(0, 1)
 
     def checkpoint(self, prefix: str = "") -> dict[str, Tensor]:
-        """The parameters under the names that LLaMA's checkpoints use: q_proj, k_proj, v_proj, o_proj; detached views."""
+        """Weights and biases under the names that LLaMA's checkpoints use: q_proj, k_proj, v_proj, o_proj; detached views.
+
+        Raises:
+            ValueError: a projection or norm has no weight of its own (wrapped, quantised).
+        """
         state = {}
         sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        for name, parameter in self.named_parameters():
-            module, _, kind = name.rpartition(".")
+        for module, kind, value in entries(self, _LLAMA):
             if module == "qkv_proj":
-                parts = parameter.detach().split(sizes)
-                state |= {f"{prefix}{p}_proj.{kind}": t for p, t in zip("qkv", parts, strict=True)}
+                state |= {f"{prefix}{p}_proj.{kind}": t for p, t in zip("qkv", value.split(sizes), strict=True)}
             else:
-                state[prefix + name] = parameter.detach()
+                state[f"{prefix}{module}.{kind}"] = value
         return state
 
     def load_checkpoint(self, state: dict[str, Tensor], prefix: str = "") -> None:
         """Copy separate projections, under the names of ``checkpoint``, from ``state``; its other entries are left alone.
 
         Raises:
-            ValueError: an entry is missing, has another shape, or has no place here (a bias, a norm of q and k).
+            ValueError: an entry is missing, has another shape, or has no place here (a bias, a norm of q and k); a weight is
+                no parameter (parametrized, pruned, wrapped).
         """
+        refuse_made_weights(type(self).__name__, *weighted(self, _LLAMA).values())
         modules = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
         load_entries(type(self).__name__, state, self.checkpoint(prefix), prefix, modules)
+
+
+_LLAMA = ("qkv_proj", "o_proj", "q_norm", "k_norm")
 
 
 class FastMultiHeadSelfAttention(FastGroupedQueryAttention):
@@ -724,6 +740,30 @@ def _check_mask(name: str, argument: str, given, q: Tensor) -> None:
         raise ValueError(
             f"{name}: {argument} must be on {q.device}, where q is, got {given.device}; move it there with .to()"
         )
+
+
+def weighted(layer: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The layer's projections and norms of those names: not what it was made without, and no norm without parameters."""
+    found = {name: getattr(layer, name, None) for name in names}
+    return {
+        name: module
+        for name, module in found.items()
+        if module is not None and (name.endswith("_proj") or any(True for _ in module.parameters()))
+    }
+
+
+def entries(layer: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, Tensor]]:
+    """(module, "weight" or "bias", value) of what they multiply by and add, detached."""
+    for name, module in weighted(layer, names).items():
+        for kind in ("weight", "bias"):
+            value = getattr(module, kind, None)
+            if isinstance(value, Tensor):
+                yield name, kind, value.detach()
+            elif kind == "weight":
+                raise ValueError(
+                    f"{type(layer).__name__}: {name} is a {type(module).__name__}, which has no weight to be named; merge or unwrap "
+                    "it first"
+                )
 
 
 def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor], prefix: str, modules) -> None:

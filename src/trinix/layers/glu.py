@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trinix import dispatch, ops
 from trinix.layers.activation import choose_backend
-from trinix.layers.arguments import check_use_triton, refuse_no_memory, refuse_unknown
+from trinix.layers.arguments import check_use_triton, refuse_made_weights, refuse_no_memory, refuse_unknown
 from trinix.layers.linear import FastLinear, only_multiplies
 from trinix.ops.glu import BACKENDS, linear_glu, sums_bias, triton_can_run
 
@@ -104,12 +104,7 @@ class _FastGLU(nn.Module):
             ValueError: an entry is missing, is of another shape, or has no place in this module; a projection's weight is
                 no parameter of its own (parametrized, pruned, wrapped).
         """
-        for proj in (self.gate_up_proj, self.down_proj):
-            if proj is not None and "weight" not in proj._parameters:
-                raise ValueError(
-                    f"{type(self).__name__}: load_checkpoint writes parameters, and a {type(proj).__name__} makes its weight of "
-                    "others; load before it is parametrized, pruned or wrapped"
-                )
+        refuse_made_weights(type(self).__name__, self.gate_up_proj, self.down_proj)
         found = _entries(type(self).__name__, state, names, prefix)
         wanted = self.checkpoint(names, prefix)
         if found.keys() != wanted.keys():

@@ -22,17 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from trinix import dispatch, ops
-from trinix.layers.arguments import check_dropout, check_scores, check_sizes, refuse_unknown
+from trinix.layers.arguments import check_dropout, check_scores, check_sizes, refuse_made_weights, refuse_unknown
 from trinix.layers.attention import (
     check_cached_call,
     check_heads,
     check_input,
     draw,
+    entries,
     fill_tables,
     load_entries,
     merged,
     position_of,
     reach,
+    weighted,
     window_of,
 )
 from trinix.layers.cache import LatentCache
@@ -266,21 +268,25 @@ class FastMultiHeadLatentAttention(nn.Module):
         return torch.einsum("bshl,hvl->bshv", out, w_value)
 
     def checkpoint(self, prefix: str = "") -> dict[str, Tensor]:
-        """The parameters under the names of DeepSeek's checkpoints and in their order of channels; detached."""
-        state = {}
-        for name, parameter in self.named_parameters():
-            module, _, kind = name.rpartition(".")
-            value = self._rotated_last(parameter.detach()) if module == "q_up_proj" else parameter.detach()
-            known = DEEPSEEK | ({} if self.q_latent_dim else {"q_up_proj": "q_proj"})
-            state[f"{prefix}{known.get(module, module)}.{kind}"] = value
-        return state
+        """Weights and biases under the names of DeepSeek's checkpoints and in their order of channels; detached.
+
+        Raises:
+            ValueError: a projection or norm has no weight of its own (wrapped, quantised).
+        """
+        known = DEEPSEEK | ({} if self.q_latent_dim else {"q_up_proj": "q_proj"})
+        return {
+            f"{prefix}{known[module]}.{kind}": self._rotated_last(value) if module == "q_up_proj" else value
+            for module, kind, value in entries(self, DEEPSEEK)
+        }
 
     def load_checkpoint(self, state: dict[str, Tensor], prefix: str = "") -> None:
         """Copy an attention of DeepSeek-V2 or V3, under the names of ``checkpoint``, from ``state``.
 
         Raises:
-            ValueError: an entry is missing, has another shape, or has no place here.
+            ValueError: an entry is missing, has another shape, or has no place here; a weight is no parameter
+                (parametrized, pruned, wrapped).
         """
+        refuse_made_weights(type(self).__name__, *weighted(self, DEEPSEEK).values())
         places = self.checkpoint(prefix)
         load_entries(type(self).__name__, state, places, prefix, (*DEEPSEEK.values(), "q_proj"))
         up = "q_b_proj" if self.q_latent_dim else "q_proj"

@@ -9,6 +9,7 @@ from torch import nn
 
 import trinix
 from helpers import captured
+from trinix.layers.linear import FastLinear
 from trinix.testing import normal
 
 LAYERS = {
@@ -427,6 +428,37 @@ def test_steps_go_through_projections_that_do_more_than_multiply(name, kind, cha
     torch.testing.assert_close(
         in_parts(layer, x, cache_of(layer, kind, device=device), 4, 1, 4), layer(x), atol=1e-4, rtol=1e-4
     )
+
+
+def _with_bias(layer):
+    layer.kv_up_proj = FastLinear(layer.kv_up_proj.in_features, layer.kv_up_proj.out_features)
+
+
+def _with_a_hidden_bias(layer):
+    layer.kv_up_proj = nn.Sequential(nn.Linear(layer.kv_up_proj.in_features, layer.kv_up_proj.out_features))
+
+
+@pytest.mark.parametrize("change", [_with_bias, _with_a_hidden_bias])
+@torch.no_grad()
+def test_a_bias_of_latent_keys_and_values_is_added(change, device):
+    layer, x = made("latent", {"v_head_dim": 6}, device)
+    change(layer)
+    layer.kv_up_proj.to(device)
+    got = in_parts(layer, x, cache_of(layer, "latent", device=device), 4, 1, 4)
+    torch.testing.assert_close(got, layer(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [_with_bias, _with_a_hidden_bias])
+@pytest.mark.parametrize("option", ["softcap", "zero"])
+@torch.no_grad()
+def test_a_bias_of_latent_keys_is_refused_where_it_is_seen(change, option):
+    layer, x = made("latent", (OPTIONS | MORE)[option])
+    change(layer)
+    cache = cache_of(layer, "latent")
+    layer(x[:, :4], cache=cache)
+    with pytest.raises(ValueError, match="softcap and add_zero_attn want a kv_up_proj that adds nothing, got a"):
+        layer(x[:, 4:5], cache=cache)
+    assert cache.longest == 4
 
 
 @torch.no_grad()

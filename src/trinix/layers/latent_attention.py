@@ -11,7 +11,8 @@ For a token x, with R rotated channels that all heads share and N that are not (
 With a cache that holds tokens, Wk moves to the query, since q_h . c Wk_h = q_h Wk_h^T . c, and Wv behind the sum: attention reads
 the cached rows [c, k_rope], the same for every head, and never makes keys and values again.
 
-``kv_up_proj`` has no bias: in a key it would add the same number to all scores of a query, which softmax does not see.
+``kv_up_proj`` has no bias: in a key it would add the same number to all scores of a query, which softmax does not see. (What is
+put in its place may add one.)
 Rotated channels come first in a head here; DeepSeek's checkpoints have them last: ``load_checkpoint`` knows. Those rotate
 neighbouring channels: give ``rope_interleaved=True``.
 """
@@ -256,16 +257,32 @@ class FastMultiHeadLatentAttention(nn.Module):
 
     def _absorbed(self, q: Tensor, rows: Tensor, cache: LatentCache, options: dict) -> Tensor:
         """Attention over the cached rows, ``[B, S, H, Dv]``: Wk goes to the query, Wv behind the sum."""
-        if only_multiplies(self.kv_up_proj):
-            up = self.kv_up_proj.weight
-        else:  # LoRA, quantised, hooked: what it makes of an identity
-            up = self.kv_up_proj(torch.eye(self.latent_dim, dtype=rows.dtype, device=rows.device)).T
-        up = up.unflatten(0, (self.num_heads, -1))
+        up, bias = self._multiplied(rows)
         w_key, w_value = up.split((self.head_dim, self.v_head_dim), 1)
         rotated, plain = q.split((self.rope_head_dim, self.head_dim), -1)
         seen = torch.einsum("bshn,hnl->bshl", plain, w_key)
         out = cache.attend(torch.cat((seen, rotated), -1), rows, **options)
-        return torch.einsum("bshl,hvl->bshv", out, w_value)
+        out = torch.einsum("bshl,hvl->bshv", out, w_value)
+        return out if bias is None else out + bias[:, self.head_dim :]  # the weights of the values add up to 1
+
+    def _multiplied(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What ``kv_up_proj`` multiplies by, ``[H, N + Dv, L]``, and what it adds, ``[H, N + Dv]``."""
+        proj = self.kv_up_proj
+        if only_multiplies(proj):
+            up, bias = proj.weight, proj.bias
+        else:  # LoRA, quantised, hooked: what it makes of an identity and of zeros
+            up = proj(torch.eye(self.latent_dim + 1, self.latent_dim, dtype=rows.dtype, device=rows.device)).T
+            up, bias = up[:, :-1] - up[:, -1:], up[:, -1]
+        if bias is None:
+            return up.unflatten(0, (self.num_heads, -1)), None
+        if self.softcap or self.add_zero_attn:  # which see what is added to all scores of a query
+            known = getattr(proj, "bias", None) is not None
+            if known or (dispatch.readable(bias) and bool(bias.any())):
+                raise ValueError(
+                    f"{type(self).__name__}: over a cache softcap and add_zero_attn want a kv_up_proj that adds nothing, got a "
+                    f"{type(proj).__name__} that does; leave its bias out, or the cache"
+                )
+        return up.unflatten(0, (self.num_heads, -1)), bias.unflatten(0, (self.num_heads, -1))
 
     def checkpoint(self, prefix: str = "") -> dict[str, Tensor]:
         """Weights and biases under the names of DeepSeek's checkpoints and in their order of channels; detached.

@@ -533,6 +533,41 @@ def test_torchs_module_is_not_taken_over_without_its_weights(name):
         trinix.FastMultiHeadAttention.from_torch(theirs)
 
 
+@pytest.mark.parametrize("kdim", [None, 12, 7])
+def test_options_go_before_what_torchs_module_was_made_with(kdim):
+    theirs = nn.MultiheadAttention(12, 3, dropout=0.5, kdim=kdim)
+    ours = trinix.FastMultiHeadAttention.from_torch(theirs, batch_first=True, dropout=0.1, qk_norm=True)
+    assert (ours.batch_first, ours.dropout, ours.kdim) == (True, 0.1, kdim or 12)
+    torch.testing.assert_close(ours.o_proj.weight, theirs.out_proj.weight)
+    with pytest.raises(ValueError, match=r"from_torch has no place for the module's \['.*bias'\]; give no options"):
+        trinix.FastMultiHeadAttention.from_torch(theirs, bias=False)
+
+
+@pytest.mark.parametrize("kdim", [None, 7])
+def test_what_is_frozen_in_torchs_module_stays_frozen(kdim):
+    theirs = nn.MultiheadAttention(12, 3, kdim=kdim, add_bias_kv=True)
+    (theirs.in_proj_weight if kdim is None else theirs.k_proj_weight).requires_grad_(False)
+    theirs.out_proj.bias.requires_grad_(False)
+    theirs.bias_v.requires_grad_(False)
+    ours = trinix.FastMultiHeadAttention.from_torch(theirs, qk_norm=True)
+    frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
+    rows = ["k_proj.weight"] if kdim else [f"{p}_proj.weight" for p in "qkv"]
+    assert frozen == {*rows, "o_proj.bias", "bias_v"}
+
+
+def test_torchs_module_is_not_taken_over_without_its_hooks():
+    theirs = nn.MultiheadAttention(12, 3)
+    handle = theirs.register_forward_hook(lambda _, __, y: y)
+    with pytest.raises(
+        TypeError, match=r"from_torch got a module with hooks \(_forward_hooks\), which ours would not run"
+    ):
+        trinix.FastMultiHeadAttention.from_torch(theirs)
+    handle.remove()
+    theirs.forward = lambda x: x
+    with pytest.raises(TypeError, match="from_torch got a module with a forward of its own, which ours would not run"):
+        trinix.FastMultiHeadAttention.from_torch(theirs)
+
+
 def test_a_state_of_torchs_module_that_does_not_fit_is_refused_as_torch_does():
     ours = trinix.FastMultiHeadAttention(12, 3)
     for module, text in (

@@ -36,7 +36,7 @@ from trinix.layers.arguments import (
 )
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
-from trinix.layers.linear import FastLinear, projected, unhooked
+from trinix.layers.linear import HOOKS, FastLinear, projected, unhooked
 from trinix.layers.norm import FastLayerNorm, FastRMSNorm
 from trinix.ops.attention import BACKENDS
 from trinix.ops.linear import slices
@@ -553,10 +553,12 @@ class FastMultiHeadAttention(_FastAttention):
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options) -> "FastMultiHeadAttention":
-        """A module that computes what ``module`` computes, with copies of its parameters; ``options`` are added.
+        """A module that computes what ``module`` computes, with copies of its parameters, frozen where they are; ``options``
+        are added, and go before what ``module`` was made with.
 
         Raises:
-            ValueError: ``module`` makes its weights of others (parametrized, pruned).
+            TypeError: ``module`` has hooks or a forward of its own, which the new one would not run.
+            ValueError: ``module`` makes its weights of others (parametrized, pruned); options leave no place for its biases.
 
         >>> theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
         >>> ours, x = trinix.FastMultiHeadAttention.from_torch(theirs), torch.randn(2, 3, 8)
@@ -567,18 +569,36 @@ class FastMultiHeadAttention(_FastAttention):
             raise TypeError(
                 f"FastMultiHeadAttention: from_torch wants a torch.nn.MultiheadAttention, got {type(module).__name__}"
             )
+        if hooks := [name for name in HOOKS if getattr(module, name)]:
+            raise TypeError(
+                f"FastMultiHeadAttention: from_torch got a module with hooks ({hooks[0]}), which ours would not run; remove them first"
+            )
+        if "forward" in module.__dict__:
+            raise TypeError(
+                "FastMultiHeadAttention: from_torch got a module with a forward of its own, which ours would not run; delete it first"
+            )
         out = module.out_proj
-        ours = cls(
-            module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None, kdim=module.kdim,
-            vdim=module.vdim, add_bias_kv=module.bias_k is not None, add_zero_attn=module.add_zero_attn,
-            batch_first=module.batch_first,
-            **{"device": out.weight.device, "dtype": out.weight.dtype} | options,
-        )  # fmt: skip
-        missing, _ = ours.load_state_dict(module.state_dict(), strict=False)  # options may have added norms
+        theirs = {
+            "embed_dim": module.embed_dim, "num_heads": module.num_heads, "dropout": module.dropout,
+            "bias": module.in_proj_bias is not None, "kdim": module.kdim, "vdim": module.vdim,
+            "add_bias_kv": module.bias_k is not None, "add_zero_attn": module.add_zero_attn, "batch_first": module.batch_first,
+            "device": out.weight.device, "dtype": out.weight.dtype,
+        }  # fmt: skip
+        ours = cls(**theirs | options)
+        state = module.state_dict(keep_vars=True)
+        missing, left = ours.load_state_dict(state, strict=False)  # options may have added norms
         if lost := [key for key in missing if "_proj." in key or key in ("bias_k", "bias_v")]:
             raise ValueError(
                 f"FastMultiHeadAttention: from_torch found no {lost} in the module's state; remove parametrizations and pruning first"
             )
+        if left:
+            raise ValueError(
+                f"FastMultiHeadAttention: from_torch has no place for the module's {left}; give no options against bias or add_bias_kv"
+            )
+        _take_torchs_names(ours, state, "")
+        for key, parameter in ours.named_parameters():
+            if key in state:
+                parameter.requires_grad_(state[key].requires_grad)
         return ours.train(module.training)
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ from torch.nn.modules import module as torch_module
 
 from trinix.ops.linear import linear, linears
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FastLinear(nn.Linear):
@@ -35,6 +35,6 @@ def unhooked(module: nn.Module) -> bool:
     """Whether a call of ``module`` is its class's forward and nothing else."""
     return (
         "forward" not in module.__dict__
-        and not any(getattr(module, name) for name in _HOOKS)
+        and not any(getattr(module, name) for name in HOOKS)
         and not torch_module._has_any_global_hook()
     )

@@ -343,6 +343,12 @@ def test_a_module_of_ones_own_places_q_and_k(device):
     assert layer.position.given == (None, 0)
 
 
+def test_a_module_that_makes_a_bias_places_nothing():
+    for name in HEADED:
+        with pytest.raises(TypeError, match=r"got FastALiBiPositionEmbedding, which makes a bias; give 'alibi'"):
+            LAYERS[name](position_method=trinix.FastALiBiPositionEmbedding(4))
+
+
 def test_positions_that_nobody_reads_are_refused():
     layer, x, _ = made("self", {"position_method": "alibi"})
     with pytest.raises(ValueError, match="position_ids need position_method 'rope' or a module, this one has 'alibi'"):

@@ -200,9 +200,9 @@ def test_pages_are_taken_as_needed_and_given_back():
     assert all(cache.page_table[b, : len(pages)].tolist() == pages for b, pages in enumerate(owned))
     with pytest.raises(ValueError, match=r"9 more tokens need 13 pages, 4 are free"):
         cache.reserve(9)
-    for tokens in (-1, 14):
+    for tokens in (-1, 14, 2.5, True, None, "x"):
         with pytest.raises(
-            ValueError, match=f"reserve wants from 0 to 13 tokens, got {tokens}; make a cache of a larger"
+            ValueError, match=f"reserve wants from 0 to 13 tokens, got {tokens!r}; make a cache of a larger"
         ):
             cache.reserve(tokens)
     assert len(cache._free) == 4
@@ -353,6 +353,8 @@ def test_a_cache_follows_only_what_counts_for_it():
     for cache, leader in ((trinix.DynamicCache(), one), (one, trinix.DynamicCache())):
         with pytest.raises(ValueError, match="got a DynamicCache of 0 tokens"):
             cache.follow(leader)
+    with pytest.raises(TypeError, match="StaticCache: follow wants the cache of the layer that runs last, got str"):
+        one.follow("x")
     one.follow(other)
     with pytest.raises(ValueError, match="follow wants another cache, one that follows none"):
         trinix.StaticCache(BATCH, 4, 1, 2).follow(one)
@@ -363,6 +365,9 @@ def test_a_cache_follows_only_what_counts_for_it():
 
 def test_rows_go_to_an_empty_latent_cache_of_the_layers_widths():
     cache = trinix.LatentCache(BATCH, 8, 4)
+    for wrong, got in ((None, "NoneType"), (torch.ones(BATCH, 4), r"\[3, 4\]")):
+        with pytest.raises(ValueError, match=rf"append wants rows \[B, S, 1, 4\], got {got}; attention makes them"):
+            cache.append(wrong)
     cache.append(torch.ones(BATCH, 2, 1, 4))
     with pytest.raises(ValueError, match="append wants an empty cache, this one holds 2 tokens"):
         cache.append(torch.zeros(BATCH, 1, 1, 4))

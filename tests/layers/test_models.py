@@ -446,6 +446,25 @@ def test_tensors_are_where_the_model_is_whatever_the_default_device(shape):
     torch.testing.assert_close(got, wanted)
 
 
+def test_a_model_is_made_of_a_config():
+    with pytest.raises(TypeError, match="Decoder: config must be a Config, got dict; gpt"):
+        models.Decoder({})
+
+
+def test_what_nothing_can_be_learned_from_is_refused():
+    model, text = made("llama"), models.tiny_text()
+    with pytest.raises(TypeError, match="train: text must be a str, got NoneType; tiny_text"):
+        models.train(model, None, 1)
+    for wrong in (-1, 1.5, "1", None):
+        with pytest.raises(ValueError, match=f"train: steps must be an int from 0 on, got {wrong!r}"):
+            models.train(model, text, wrong)
+        for name in ("batch", "length"):
+            with pytest.raises(ValueError, match=f"train: {name} must be an int from 1 on, got {wrong!r}"):
+                models.train(model, text, 1, **{name: wrong})
+    with pytest.raises(ValueError, match="train: batch must be an int from 1 on, got 0"):
+        models.train(model, text, 1, batch=0)
+
+
 def test_a_config_says_true_or_false():
     for name in ("gated", "learned_positions", "tied"):
         with pytest.raises(TypeError, match=f"Config: {name} must be True or False, got 'no'; convert it with bool"):
@@ -473,6 +492,15 @@ def test_what_generation_cannot_do_is_refused():
     for steps in (-1, 2.0, None):
         with pytest.raises(ValueError, match="Decoder: steps must be an int from 0 on, got"):
             made("llama").generate(tokens, steps)
+    with pytest.raises(TypeError, match="Decoder: last must be True or False, got 'no'; convert it with bool"):
+        made("llama")(tokens, last="no")
+    with pytest.raises(TypeError, match="Decoder: graph must be True or False, got 'no'; convert it with bool"):
+        made("llama").generate(tokens, 2, graph="no")
+    for kind in ("static", None):
+        model = made("llama", dropout=0.1)
+        with pytest.raises(ValueError, match=r"Decoder: generate knows no dropout; call eval\(\) first"):
+            model.generate(tokens, 2, kind=kind)
+        assert model.eval().generate(tokens, 2, kind=kind).shape == (1, 5)
     model = models.Decoder(models.gpt(length=4, layers=1))
     for kind in ("static", "dynamic", None):
         with pytest.raises(ValueError, match="5 tokens exceed the table of 4 learned positions"):

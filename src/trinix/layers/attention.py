@@ -696,6 +696,11 @@ def window_of(name: str, size, causal: bool) -> tuple[int | None, int | None] | 
 
 def position_of(name, method, num_heads, rotary_dim, length, base, scaling, interleaved, device) -> nn.Module | None:
     """The module behind a ``position_method``."""
+    if isinstance(method, FastALiBiPositionEmbedding):
+        raise TypeError(
+            f"{name}: position_method must be a module that places q and k, got FastALiBiPositionEmbedding, which makes a bias; "
+            "give 'alibi'"
+        )
     if isinstance(method, nn.Module) or method == "none":
         return method if isinstance(method, nn.Module) else None
     if method == "rope":

@@ -40,6 +40,10 @@ class _Cache:
     def follow(self, leader: "_Cache") -> None:
         """Let ``leader``, the cache of the layer that runs last, count for this one too: a model's layers count alike, and one
         kernel a step does it. Both are empty and of one batch, and neither is a DynamicCache, which makes its lengths as it fills."""
+        if not isinstance(leader, _Cache):
+            raise TypeError(
+                f"{type(self).__name__}: follow wants the cache of the layer that runs last, got {type(leader).__name__}"
+            )
         if leader is self or leader.leader is not None:
             raise ValueError(
                 f"{type(self).__name__}: follow wants another cache, one that follows none; give the last layer's"
@@ -322,9 +326,10 @@ class PagedCache(_Cache):
             ValueError: the pool has too few, or a sequence would pass the capacity.
         """
         most = max([0, *self._counts])  # torch.compile knows no default=
-        if tokens < 0 or most + tokens > self.capacity:
+        whole = isinstance(tokens, (int, torch.SymInt)) and tokens is not True
+        if not whole or tokens < 0 or most + tokens > self.capacity:
             raise ValueError(
-                f"PagedCache: reserve wants from 0 to {self.capacity - most} tokens, got {tokens}; make a cache of a larger "
+                f"PagedCache: reserve wants from 0 to {self.capacity - most} tokens, got {tokens!r}; make a cache of a larger "
                 "capacity, or reset() it"
             )
         missing = [
@@ -445,6 +450,11 @@ class LatentCache(_Cache):
         if self.longest:
             raise ValueError(
                 f"LatentCache: append wants an empty cache, this one holds {self.longest} tokens; attend adds to it, or reset() it"
+            )
+        if not isinstance(rows, Tensor) or rows.dim() != 4:
+            got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(
+                f"LatentCache: append wants rows [B, S, 1, {self.rows.shape[-1]}], got {got}; attention makes them"
             )
         tokens = self._admit(rows)
         self._check_kind((self.rows, rows))

@@ -117,6 +117,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
+        if not isinstance(config, Config):
+            raise TypeError(
+                f"Decoder: config must be a Config, got {type(config).__name__}; gpt(), llama() and deepseek() make one"
+            )
         place = {"device": device, "dtype": dtype}
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.dim, **place)
@@ -158,6 +162,7 @@ class Decoder(nn.Module):
             caches: one a block, from ``self.caches``; the tokens follow what they hold.
         """
         _check_tokens(tokens, self.config.vocabulary)
+        dispatch.flags("Decoder", last=last)
         if caches is not None:
             self._check_caches(caches, tokens)
         x = self.embedding(tokens)
@@ -264,6 +269,9 @@ class Decoder(nn.Module):
                 f"Decoder: tokens must be [B, S] with a token at least, got {list(tokens.shape)}; begin with one"
             )
         check_sizes("Decoder", 0, steps=steps)
+        dispatch.flags("Decoder", graph=graph)
+        if self.training and self.config.dropout:
+            raise ValueError("Decoder: generate knows no dropout; call eval() first")
         if graph and kind in (None, "dynamic"):
             raise ValueError(
                 f"Decoder: graph=True needs kind 'static' or 'paged', whose memory stays in place, got {kind!r}"
@@ -367,6 +375,10 @@ def train(
     model: Decoder, text: str, steps: int, *, length: int = 64, batch: int = 16, rate: float = 3e-3, seed: int = 0
 ) -> list[float]:
     """AdamW on random pieces of ``text``, a token a byte; the loss of every step."""
+    if not isinstance(text, str):
+        raise TypeError(f"train: text must be a str, got {type(text).__name__}; tiny_text() is one")
+    check_sizes("train", 0, steps=steps)
+    check_sizes("train", length=length, batch=batch)
     data = torch.tensor(list(text.encode()), dtype=torch.int64, device="cpu")
     if len(data) <= length:
         raise ValueError(f"train: text must have more than length = {length} bytes, got {len(data)}; give a longer one")

@@ -22,7 +22,7 @@ Kernels: D up to 256; float16, bfloat16 and float32; any H, B, E (0 too) and str
 ``x.transpose(0, 1)`` without a copy. Sums are float32, and hidden values are rounded to the dtype between the two products, as
 PyTorch's are. float32 is never tf32: float64 inside where tensor cores take it (sm_80, sm_90), else float32 with sums over
 tiles in float64. Gradients are the same bits on every run. Where the heads and E are few, the weights' gradients are summed in
-float32 parts, which need at most dO's size of memory.
+float32 parts, which need at most twice dO's size of memory.
 A second derivative (``create_graph=True``) goes through the PyTorch formula.
 
 "auto" takes PyTorch's formula, which stores the hidden values, for CPU tensors, for float32 and float64, and for

@@ -62,10 +62,15 @@ def _boolean(mask):
     return mask if mask.data.dtype == np.bool_ else TensorHandle(mask.data.astype(np.bool_), tl.int1)
 
 
-InterpreterBuilder.create_masked_load = lambda self, at, mask, *rest: _load(self, at, _boolean(mask), *rest)
-InterpreterBuilder.create_masked_store = lambda self, at, value, mask, *rest: _store(
-    self, at, value, _boolean(mask), *rest
-)
+def _masked_load(self, at, mask, *rest, **named):
+    return _load(self, at, _boolean(mask), *rest, **named)
+
+
+def _masked_store(self, at, value, mask, *rest, **named):
+    return _store(self, at, value, _boolean(mask), *rest, **named)
+
+
+InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = _masked_load, _masked_store
 
 
 _arguments = interpreter.GridExecutor._init_args_hst

@@ -59,7 +59,9 @@ _load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create
 
 
 def _boolean(mask):
-    return mask if mask.data.dtype == np.bool_ else TensorHandle(mask.data.astype(np.bool_), tl.int1)
+    if isinstance(mask, np.ndarray) or mask.data.dtype == np.bool_:  # an array: of a descriptor's tile
+        return mask
+    return TensorHandle(mask.data.astype(np.bool_), tl.int1)
 
 
 def _masked_load(self, at, mask, *rest, **named):

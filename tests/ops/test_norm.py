@@ -807,6 +807,8 @@ def test_x_may_be_its_own_weight(device):
 x33 = torch.ones(3, 3)
 WRONG = {
     "x is no tensor": (lambda b: ops.layer_norm([1.0], 1, backend=b), TypeError, "layer_norm: x must be a floating-point tensor, got list; .*x.float"),
+    "x is None": (lambda b: ops.layer_norm(None, 1, backend=b), TypeError, "layer_norm: x must be a floating-point tensor, got NoneType"),
+    "weight's device": (lambda b: ops.rms_norm(x33, 3, torch.ones(3, device="meta"), backend=b), ValueError, "rms_norm: weight must be on x's device cpu, got meta; .*weight.to"),
     "x is integer": (lambda b: ops.rms_norm(x33.int(), 3, backend=b), TypeError, "rms_norm: x must be a floating-point tensor, got torch.int32"),
     "x is complex": (lambda b: ops.layer_norm(x33.cfloat(), 3, backend=b), TypeError, "got torch.complex64"),
     "another width": (lambda b: ops.layer_norm(x33, 4, backend=b), ValueError, r"layer_norm: normalized_shape must be the last dimensions of x, whose shape is \[3, 3\], got \[4\]"),

@@ -234,6 +234,10 @@ def _checked_shape(op: str, x, normalized_shape, weight, bias) -> tuple[int, ...
             raise ValueError(f"{op}: {name} must have the shape {list(shape)}, got {list(t.shape)}; reshape it")
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {t.dtype}; convert it with .float()")
+        if t.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be on x's device {x.device}, got {t.device}; move it with {name}.to(x.device)"
+            )
     return shape
 
 
@@ -319,7 +323,8 @@ def _kind(x, residual, normalized_shape, weight, bias, eps, offset, center, kind
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
     # numbers by type: a tensor would be found again by its identity, whatever its value has become
     if (
-        not dispatch.plain(*tensors)
+        x is None
+        or not dispatch.plain(*tensors)
         or type(normalized_shape) not in _HASHED
         or type(eps) is not float or type(offset) is not float or type(p) is not float or type(backend) is not str
     ):  # fmt: skip

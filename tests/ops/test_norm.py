@@ -895,7 +895,7 @@ def test_parameters_decide_too_whether_triton_can_run(device):
     with pytest.raises(trinix.Unsupported, match="got float64"):
         ops.rms_norm(x, 4, torch.ones(4, dtype=torch.float64, device=device), backend="triton")
     with pytest.raises(trinix.Unsupported, match=r"on one device, got .* and meta"):
-        ops.rms_norm(x, 4, torch.ones(4, device="meta"), backend="triton")
+        ops.rms_norm_residual(x, torch.ones(3, 4, device="meta"), 4, backend="triton")
     y = ops.rms_norm(x, 4, torch.ones(4, dtype=torch.float64, device=device))
     assert y.dtype == torch.float32
 

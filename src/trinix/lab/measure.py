@@ -160,7 +160,7 @@ class Gpu:
         with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in calls]
 
-        def replay(kept=kept):  # the results live as long as the graph that writes them
+        def replay(kept=(calls, kept)):  # what the graph reads and writes lives as long as it: nothing else holds its addresses
             graph.replay()
 
         return replay

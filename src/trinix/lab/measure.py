@@ -116,14 +116,15 @@ class Gpu:
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 25, budget_s: float = 0.2) -> dict[str, float]:
+    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 60, budget_s: float = 0.2) -> dict[str, float]:
         """Microseconds to enqueue a call: the best loop of many interleaved rounds, the GPU idle before each.
 
         The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival. A loop
-        is 40 calls, fewer where the GPU needs long for each.
+        is 12 calls, fewer where the GPU needs long for each: of loops of 40 few fitted into the budget, and in some rows all of
+        them were disturbed.
         """
         cost = {call: _loop_ms(call, 1, warm=1) for call in calls.values()}
-        count = {call: max(3, min(40, int(10 / ms))) for call, ms in cost.items()}
+        count = {call: max(3, min(12, int(10 / ms))) for call, ms in cost.items()}
         warm = {call: 1 if ms > 1.0 else _WARM for call, ms in cost.items()}
         rounds, _ = _plan(sum((count[c] + warm[c]) * cost[c] for c in cost) / 1000, budget_s, rounds, (1, 1))
         sample = _interleave(calls, rounds, lambda call: _enqueue_us(call, count[call], warm[call]))
@@ -135,14 +136,15 @@ class Gpu:
     ) -> dict[str, float]:
         """Milliseconds a call, back to back, one synchronisation at the end of each loop; medians of interleaved rounds.
 
-        Many short rounds: of 17 of 4 ms, the medians of two rivals that ran the same code were 4% apart, and once 19%.
+        Many short rounds: of 17 of 4 ms, the medians of two rivals that ran the same code were 4% apart, and once 19%. Each
+        round is first brought to one level: of 24 plain ones such medians were still 10% apart on an unsteady host.
         """
         cost = {call: _loop_ms(call, 2, warm=1) for call in calls.values()}
         count = {call: max(2, min(50, int(loop_ms / ms))) for call, ms in cost.items()}
         warm = {call: 1 if ms > 1.0 else _WARM for call, ms in cost.items()}
         rounds, _ = _plan(sum((count[c] + warm[c]) * cost[c] for c in cost) / 1000, budget_s, rounds, (1, 1))
         sample = _interleave(calls, rounds, lambda call: _loop_ms(call, count[call], warm[call]))
-        return {n: statistics.median(s) for n, s in sample.items()}
+        return _level_medians(sample)
 
     def captured(self, calls: Sequence[Callable]) -> Callable:
         """A replay of all of these, captured one behind the other in one CUDA graph.
@@ -160,7 +162,9 @@ class Gpu:
         with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in calls]
 
-        def replay(kept=(calls, kept)):  # what the graph reads and writes lives as long as it: nothing else holds its addresses
+        def replay(
+            kept=(calls, kept),
+        ):  # what the graph reads and writes lives as long as it: nothing else holds its addresses
             graph.replay()
 
         return replay
@@ -203,6 +207,14 @@ def _interleave(calls: Mapping, rounds: int, measure: Callable) -> dict[str, lis
         for name in draw.sample(names, len(names)):
             sample[name].append(measure(calls[name]))
     return sample
+
+
+def _level_medians(sample: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Medians over the rounds, each round divided by its geometric mean first and multiplied by the median one: a host is slow for
+    a whole round, and what is common to all then cancels out of their ratios."""
+    levels = [statistics.geometric_mean(one) for one in zip(*sample.values(), strict=True)]
+    usual = statistics.median(levels) if levels else 0.0
+    return {n: usual * statistics.median(ms / at for ms, at in zip(s, levels, strict=True)) for n, s in sample.items()}
 
 
 def _plan(cost_s: float, budget_s: float, rounds: int, reps: tuple[int, int], *, fewest: int = 3) -> tuple[int, int]:

@@ -239,8 +239,12 @@ def _graphs_ms(clock, pass_: str, subjects, inputs: Inputs, inputs_mib: float) -
     def time_them():
         broken = [impl for impl, replay in replays.items() if _fault(impl, replay)]
         live = {impl: replay for impl, replay in replays.items() if impl not in broken}
-        if live:
-            times.update({impl: round(ms, 6) for impl, ms in clock.graph_ms(live, count).items()})
+        try:
+            found = clock.graph_ms(live, count) if live else {}
+        except RuntimeError as error:
+            error.add_note(f"graphs that could not be replayed: {', '.join(broken) or 'none'}")
+            raise
+        times.update({impl: round(ms, 6) for impl, ms in found.items()})
         replays.clear()
         torch.cuda.empty_cache()
 

@@ -437,6 +437,18 @@ def test_summary_and_verdict_take_every_single_line_and_none(size):
         shown(bench.summary(lines), bench.verdict(lines))
 
 
+@pytest.mark.parametrize("width", [20, 80, 250, 400])
+def test_a_narrow_terminal_costs_no_number_of_a_table(width):
+    failed = cpu_line("X-relu-256", "fwd", "trinix", None, ok=False, reason="word " * 100)
+    for table in (bench.summary(MIXTURE), bench._cpu_table([failed, cpu_line("X-relu-256", "bwd", "eager", 1.0)])):
+        console = Console(file=io.StringIO(), width=width)
+        bench.show(console, table)
+        text = console.file.getvalue()
+        assert "X-relu-256" in text
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= max(width, bench.WIDEST)
+
+
 def test_the_rivals_are_known_implementations():
     assert set(report.RIVALS) <= set(PREPARE)
     assert not any(impl.startswith("trinix") or impl == "seed_formula" for impl in report.RIVALS)
@@ -459,6 +471,12 @@ def test_every_published_figure_of_a_measured_case_is_in_its_report(file, all_ca
         (row.id, name, value) for row in rows for name, value in row.published.items() if f"{value:.10g}" not in text
     ]
     assert not lost
+
+
+def test_the_widest_table_of_all_loses_no_number_either():
+    console = Console(file=io.StringIO(), width=80)
+    bench.show(console, bench.summary(record.read(RESULTS / "h100" / "attention.jsonl")))
+    assert "…" not in console.file.getvalue()
 
 
 @pytest.mark.parametrize("reason", ["needs quack; pip install 'trinix[peers]'", "pass [/x] failed"])

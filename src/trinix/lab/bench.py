@@ -130,7 +130,7 @@ def _on_gpu(cases, impls, folder: Path, console: Console, runs: int | None, chos
     lines, interrupted = _collect(
         cases, impls, folder, console, lambda case, impls: run.run_gpu(case, impls, clock), **chosen
     )
-    console.print(summary(lines))
+    show(console, summary(lines))
     _show_not_built(cases, console)
     console.print(verdict(lines))
     if interrupted:
@@ -228,7 +228,7 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels, cpu_limi
         console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
     small = [c for c in cases if _fits_cpu(c, *cpu_limits)]
     lines, interrupted = _collect(small, impls, folder, console, lambda *call: run.run_cpu(*call), **chosen)
-    console.print(_cpu_table(lines))
+    show(console, _cpu_table(lines))
     if interrupted:
         return 130
     failed += sum(not one["ok"] and _is_ours(one) and not record.is_skip(one) for one in lines)
@@ -278,7 +278,7 @@ def _interpret(console: Console, kernels: Sequence[str]) -> int:
         for one in interpret.check([name for name in interpret.CHECKS if name in kernels]):
             checks.append(one)
             progress.update(task, description=one["kernel"], completed=len(checks))
-    console.print(_interpreter_table(checks))
+    show(console, _interpreter_table(checks))
     return sum(not one["ok"] for one in checks)
 
 
@@ -292,7 +292,7 @@ def _compile(console: Console, kernels: Sequence[str]) -> int:
             [case for case in aot.first_cases() if case.partition("/")[0] in kernels],
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    console.print(_compiler_table(reports))
+    show(console, _compiler_table(reports))
     console.print(
         f"One case a kernel of {len(aot.case_names())} in all; python -m trinix.lab.aot compiles the others too."
     )
@@ -311,6 +311,16 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
+WIDEST = 250  # columns of a table, whatever a terminal has; with every rival attention takes 212
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table with all its numbers: in a narrower terminal its lines wrap, where Rich by itself would cut every cell short."""
+    widest = max(WIDEST, console.width)
+    table.width = console.measure(table, options=console.options.update(width=widest)).maximum
+    console.print(table, crop=False)
+
+
 def _is_ours(one: dict) -> bool:
     return one["impl"].startswith("trinix")
 
@@ -323,7 +333,7 @@ def _show_not_built(cases: Sequence[Case], console: Console) -> None:
     for op in dict.fromkeys(c.op for c in missing):
         mine = [c for c in missing if c.op == op]
         table.add_row(op, str(len(mine)), str(sum(len(c.rows) for c in mine)), ", ".join(c.id for c in mine))
-    console.print(table)
+    show(console, table)
 
 
 def summary(lines: Iterable[dict]) -> Table:

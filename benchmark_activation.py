@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))  # a source tree needs no installation
 
-from trinix.lab.documents import benchmark_activation
+from trinix.cli import document
 
 if __name__ == "__main__":
-    raise SystemExit(benchmark_activation())
+    raise SystemExit(document("benchmark_activation"))

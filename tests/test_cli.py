@@ -260,6 +260,24 @@ def test_the_documents_command_takes_dtype_batch_and_several_kinds(tmp_path):
     assert {one["case"] for one in lines} == {"mish-3x4x8-float32", "relu-3x4x8-float32"}
 
 
+@pytest.mark.parametrize("name", ["activation", "normalization", "embeddings", "attention"])
+def test_ctrl_c_before_the_documents_command_has_begun_ends_in_one_line(name, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )  # while it is imported
+    paths = os.pathsep.join([str(tmp_path), str(Path(record.__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, ROOT / f"benchmark_{name}.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Stopped.\n")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,8 +13,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trinix: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
+        return _stopped()
+
+
+def document(name: str) -> int:
+    """The command of a benchmark document: a function of ``trinix.lab.documents``, by its name."""
+    try:
+        from trinix.lab import documents
+
+        return getattr(documents, name)()
+    except KeyboardInterrupt:  # while PyTorch is imported, say
+        return _stopped()
+
+
+def _stopped() -> int:
+    print("Stopped.", file=sys.stderr)
+    return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import os
 import sys
 
@@ -11,9 +12,9 @@ import torch
 from rich.console import Console
 
 from trinix import device, ops
-from trinix.lab import aot, bench, interpret, measure, record, run
+from trinix.lab import aot, bench, gate, interpret, measure, record, run
 from trinix.lab.case import Case, Row, load_cases
-from trinix.lab.peers import PREPARE
+from trinix.lab.peers import PREPARE, trinix
 
 H100 = device.Card("NVIDIA H100 80GB HBM3", "sm_90", 132, 79.6)
 IMPLS = tuple(PREPARE)
@@ -152,6 +153,27 @@ def test_many_operations_on_few_elements_are_left_to_a_gpu_too(tmp_path, screen)
     few = next(c for c in load_cases("seeds", ("head_mlp",)) if c.id == "M-1")
     _, said = bench_cases([*CASES[:1], few], tmp_path, screen, cpu_limits=(1 << 23, 1e9))
     assert "Skipped: 1 built cases above 8,388,608 elements or 1 GFLOP are timed on a GPU only." in said
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_what_no_memory_holds_is_skipped_by_name_and_the_rest_is_run(where, tmp_path, screen, request):
+    if where == "gpu":
+        request.getfixturevalue("gpu")
+    huge = tiny("huge", shape=(1 << 30, 1 << 30))
+    code, said = bench_cases([huge, *CASES], tmp_path, screen, cpu_limits=(float("inf"), float("inf")))
+    assert code == 0
+    assert "Skipped: huge needs 8,589,934,592.0 GiB at least, " in said
+    (file,) = tmp_path.glob("*/activation.jsonl")
+    assert {one["case"] for one in record.read(file)} == {"relu-tiny", "mish-tiny"}
+
+
+def test_least_bytes_are_those_of_the_tensors():
+    built = sorted(filter(trinix.is_built, load_cases()), key=gate.least_bytes, reverse=True)
+    smallest = {c.op: c for c in built}  # the last of each
+    for case in smallest.values():
+        inputs = gate.inputs_of(case, "cpu")
+        outputs = sum(t.nbytes for t in inputs.dys) or sum(map(math.prod, gate.outputs_of(case))) * case.dtype.itemsize
+        assert gate.least_bytes(case) == (inputs.nbytes + outputs) * (2 if "bwd" in case.passes else 1), case.id
 
 
 def test_chosen_implementations_only(tmp_path, screen):

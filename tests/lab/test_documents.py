@@ -79,6 +79,8 @@ def test_embeddings_take_the_documents_flags(asked):
         ("normalization", ["--seq_len", "32"], "--seq_len needs --hidden_size"),
         ("normalization", ["--op", "batch_norm"], "invalid choice: 'batch_norm'"),
         ("normalization", ["--dtype", "float8"], "invalid choice: 'float8'"),
+        ("normalization", ["--hidden_size", "9" * 30], r"nothing to run: layer_norm-1x4096x9+ needs .* GiB at least"),
+        ("embeddings", ["--num_heads", "9" * 30], r"nothing to run: rope-1x8192x9+x128 needs .* GiB at least"),
         ("embeddings", ["--num_heads", "-1"], "must be positive"),
         ("embeddings", ["--head_dim", "64"], "--head_dim needs --num_heads"),
         ("embeddings", ["--num_heads", "2", "--head_dim", "7"], "--head_dim must be even, got 7"),

@@ -5,7 +5,8 @@ labelled as such, and the compiler's report for four targets.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def bench_cases(
     """
     chosen = {"ids": ids, "resume": resume}
     card = device.card()
+    beyond = too_large(cases)
+    cases = [c for c in cases if c.id not in beyond]
     folder = out / (card.slug if card else "cpu")
     folder.mkdir(parents=True, exist_ok=True)  # a file in its place is an error now, not after the first hour
     todo = _chosen(cases, ids)
@@ -88,7 +91,9 @@ def bench_cases(
         _build_native(console)
         if warm:
             _compile_ahead([c for c in todo if _is_left(c, impls, found)], impls, warm, console)
-        return _on_gpu(cases, impls, folder, console, runs, chosen)
+        code = _on_gpu(cases, impls, folder, console, runs, chosen)
+        _show_skipped(beyond, console)
+        return code
     if warm:
         console.print("No GPU here: nothing is compiled ahead (--warm).")
     if kernels:
@@ -97,7 +102,23 @@ def bench_cases(
         )
     else:
         console.print("No GPU here: PyTorch's CPU times only. They say nothing about a GPU kernel.")
-    return _without_gpu(cases, impls, folder, console, kernels, cpu_limits, chosen)
+    code = _without_gpu(cases, impls, folder, console, kernels, cpu_limits, chosen)
+    _show_skipped(beyond, console)
+    return code
+
+
+def too_large(cases: Sequence[Case]) -> dict[str, str]:
+    """Why built cases cannot be run here, by their ids: what they hold at least is more than the card's memory, or the machine's."""
+    card = device.card()
+    has = card.memory_gib if card else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    needs = {c.id: gate.least_bytes(c) / 2**30 for c in cases if trinix.is_built(c)}
+    where = card.name if card else "this machine"
+    return {id_: f"needs {gib:,.1f} GiB at least, {where} has {has:.1f}" for id_, gib in needs.items() if gib > has}
+
+
+def _show_skipped(reasons: Mapping[str, str], console: Console) -> None:
+    for id_, reason in reasons.items():
+        console.print(Text(f"Skipped: {id_} {reason}."))
 
 
 def _chosen(cases: Sequence[Case], ids: Sequence[str]) -> list[Case]:

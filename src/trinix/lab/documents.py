@@ -203,6 +203,9 @@ def _run(parser: argparse.ArgumentParser, flags: argparse.Namespace, cases: Sequ
     from trinix.lab.peers import PREPARE
 
     console = Console(width=None if sys.stdout.isatty() else 200)
+    beyond = bench.too_large(cases)
+    if cases and len(beyond) == len(cases):
+        parser.error(f"nothing to run: {cases[0].id} {beyond[cases[0].id]}")
     try:
         return bench.bench_cases(
             cases, tuple(PREPARE), flags.out, console, kernels=False, **{"cpu_limits": (inf, inf)} | more

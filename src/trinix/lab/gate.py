@@ -104,6 +104,14 @@ def outputs_of(case: Case) -> tuple[tuple[int, ...], ...]:
     return (first,)
 
 
+def least_bytes(case: Case) -> int:
+    """Of a case's inputs and outputs, and of as many gradients where there are any: what its widest pass holds at once."""
+    wide = ("cos", "sin", "slopes")  # float32, whatever the case's dtype
+    sizes = [prod(shape) * (4 if name in wide else case.dtype.itemsize) for name, shape in case.shape.items()]
+    held = sum(sizes) + sum(map(prod, outputs_of(case))) * case.dtype.itemsize
+    return held if case.passes == ("fwd",) else 2 * held
+
+
 def _table(name: str, shape: Sequence[int], where: str) -> Tensor:
     """cos or sin of position times frequency, [positions, half the rotary width], float32."""
     positions, half = shape

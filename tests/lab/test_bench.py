@@ -131,6 +131,12 @@ def test_a_run_that_checked_nothing_does_not_say_that_all_checks_passed(tmp_path
     assert "All checks passed" not in said
 
 
+def test_a_run_of_rivals_alone_checked_nothing_of_ours(tmp_path, screen):
+    _, said = bench_cases(CASES, tmp_path, screen, impls=["eager"])
+    assert "All checks passed" not in said
+    assert "Nothing was checked." in said
+
+
 def test_where_no_kernel_is_of_the_cases_none_is_checked_and_nothing_is_said_to_have_passed(
     tmp_path, screen, monkeypatch
 ):
@@ -186,7 +192,8 @@ def test_a_wrong_result_of_ours_is_a_failure_and_of_a_rival_is_a_line(impl, want
     monkeypatch.setitem(PREPARE, impl, lambda case: lambda x: torch.relu(x) * 1.05)
     code, said = bench_cases(CASES[:1], tmp_path, screen)
     assert code == wanted
-    assert "FAILED: misses its error budget: y: error" in said
+    assert ("FAILED: misses its error budget: y: error" in said) is bool(wanted)
+    assert ("not timed: misses its error budget: y: error" in said) is not bool(wanted)
     assert ("2 failed." in said) is bool(wanted)
     lines = record.read(tmp_path / "cpu" / "activation.jsonl")
     assert [one["ok"] for one in lines if one["impl"] == impl] == [False, False]

@@ -484,6 +484,17 @@ def test_a_time_faster_than_the_card_is_an_error_and_not_a_record(gpu):
     assert lines[0]["device_ms"]["p50"] == 0.3, "the impossible figure stays visible"
 
 
+@pytest.mark.parametrize(("ms", "ok"), [(0.3, True), (0.1, False)])
+def test_more_products_than_listed_are_an_error_where_bytes_are_the_ceiling_too(ms, ok, gpu, monkeypatch):
+    shape = {"x": (2, 8, 16), "w1": (2, 16, 8), "w2": (2, 8, 16)}
+    case = Case("tiny-mlp", "head_mlp", {"kind": "silu"}, shape, torch.bfloat16, ("fwd",), "trinix", "", ("full",))
+    least = roofline.Work(1000, int(2e11), "bandwidth")
+    monkeypatch.setattr(roofline, "work", lambda case, pass_: least)
+    (one,) = run.run_gpu(case, ["trinix"], Clock(trinix=ms, copy=0.01, add=0.01))
+    assert one["ok"] is ok
+    assert ok or "2000 TFLOP/s is above the listed 990 TFLOP/s" in one["reason"]
+
+
 def test_the_fastest_probe_is_the_limit_and_the_copy_is_what_shares_are_of(gpu):
     (one,) = run.run_gpu(case_of("silu", passes=("fwd",)), ["trinix"], Clock(trinix=0.46, copy=0.5, add=0.47))
     assert one["ok"]

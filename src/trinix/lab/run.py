@@ -179,9 +179,9 @@ def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
         # a backward right after its forward finds what that left in the cache
         cached = clock.l2_bytes if pass_ == "fwd_bwd" else 0
         wrong = None
-        if ceiling_ms and work.ceiling in roofline.OF_PRODUCTS:
+        if ceiling_ms and work.flops:
             wrong = roofline.too_many_flops(spread.p50, work.flops, device.card())
-        elif ceiling_ms:
+        if ceiling_ms and not wrong and work.ceiling not in roofline.OF_PRODUCTS:
             wrong = roofline.impossible(spread.p50, work.bytes, ceiling_ms, device.card(), cached)
         leaves = inputs.tensors if pass_ == "fwd" else inputs.leaves()[0]
         lines.append(

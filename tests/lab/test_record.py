@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from datetime import datetime
@@ -9,6 +10,7 @@ from datetime import datetime
 import pytest
 import torch
 
+import trinix
 from trinix.lab import record
 from trinix.lab.record import FIELDS, ResultFile, line, read
 
@@ -85,7 +87,23 @@ def test_the_commit_says_whether_the_sources_differ_from_it(name, wanted, checko
     assert record._commit() == commit
     (root / name).parent.mkdir(exist_ok=True)
     (root / name).write_text("new")
-    assert record._commit() == commit + wanted
+    assert re.sub(r"\+[0-9a-f]{7}$", "+", record._commit()) == commit + wanted
+
+
+def test_sources_that_were_changed_again_are_others(checkout):
+    root, commit = checkout(SOURCE)
+    said = []
+    for text in ("one", "two", "one"):
+        (root / "src" / "trinix" / "new.py").write_text(text)
+        said.append(record._commit())
+    assert said[0] == said[2] != said[1]
+    assert all(one.startswith(f"{commit}+") for one in said)
+
+
+def test_an_installed_package_says_its_version_where_there_is_no_commit(monkeypatch):
+    for commit, wanted in ((None, trinix.__version__), ("abc1234", None)):
+        monkeypatch.setattr(record, "_commit", lambda commit=commit: commit)
+        assert record.stamp.__wrapped__()["versions"].get("trinix") == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Result lines: one JSON object a line, a file written whole or not at all."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import TextIO
 
 import torch
 
-from trinix import device
+from trinix import __version__, device
 
 _TEXT, _NUMBER = str | None, int | float | None
 _TYPES = {
@@ -55,7 +56,10 @@ def stamp() -> dict:
     if card:
         versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader,nounits") or None
-    return {"gpu": card.name if card else None, "versions": versions, "commit": _commit()}
+    commit = _commit()
+    if commit is None:  # an installed package
+        versions["trinix"] = __version__
+    return {"gpu": card.name if card else None, "versions": versions, "commit": commit}
 
 
 def version_of(package: str) -> str | None:
@@ -66,7 +70,8 @@ def version_of(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, "+" when its sources differ. TRINIX_COMMIT says it of a copy, whose history may be another's."""
+    """The checkout's commit, and where its sources differ a "+" and which they are: what other sources left is not resumed.
+    TRINIX_COMMIT says it of a copy, whose history may be another's."""
     if said := os.environ.get("TRINIX_COMMIT"):
         return said
     here = Path(__file__).resolve()
@@ -77,7 +82,12 @@ def _commit() -> str | None:
     commit = _run(*git, "rev-parse", "--short", "HEAD") if ours else None
     if not commit:
         return None
-    return commit + ("+" if _run(*git, "status", "--porcelain", "--untracked-files=normal", "src") else "")
+    if not _run(*git, "status", "--porcelain", "--untracked-files=normal", "src"):
+        return commit
+    digest = hashlib.sha256()
+    for path in sorted(p for p in here.parents[1].rglob("*") if p.suffix in (".py", ".cpp", ".toml", ".txt")):
+        digest.update(path.relative_to(here.parents[1]).as_posix().encode() + path.read_bytes())
+    return f"{commit}+{digest.hexdigest()[:7]}"
 
 
 def _run(*command: str) -> str:

@@ -87,7 +87,7 @@ def markdown(lines: list[dict], path: str | Path) -> str:
                 )
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
     out += [
-        _cell(f"{first['gpu'] or 'CPU'}; {versions}; commit {first['commit']}; {first['time']}.")
+        _cell(f"{first['gpu'] or 'CPU'}; {versions}; commit {first['commit'] or 'unknown'}; {first['time']}.")
         + f" Made by `trinix report` from [{source}]({source}); not edited by hand.",
         "",
     ]

@@ -5,6 +5,7 @@ import ctypes
 import importlib
 import struct
 import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -394,17 +395,68 @@ def with_a_card(monkeypatch, there=True):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
 
 
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def of_another_user(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "said"),
+    [("home", no_home, "Could not determine home"), ("exists", of_another_user, "Permission denied")],
+)
+def test_without_a_home_of_its_own_calls_go_on_without_it(name, fault, said, monkeypatch):
+    for variable in ("TRINIX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    with_a_card(monkeypatch)
+    monkeypatch.setattr(threading, "Thread", None)
+    monkeypatch.setattr(_native, "module", None)
+    monkeypatch.setattr(_native, "_asked", False)
+    monkeypatch.setattr(_native.pathlib.Path, name, fault)
+    assert _native.loaded() is None
+    assert _native._asked
+    assert said in _native.describe()
+    with pytest.raises(
+        RuntimeError, match=rf"C\+\+ launches have no folder to be kept in \(.*{said}.*TRINIX_CACHE names one"
+    ):
+        _native.build()
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below"])
+def test_a_folder_that_cannot_be_made_is_a_reason_and_no_traceback(place, tmp_path, monkeypatch):
+    if _native.missing():
+        pytest.skip("no compiler")
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("TRINIX_CACHE", str(tmp_path / place))
+    with pytest.raises(RuntimeError, match="have no folder to be kept in"):
+        _native.build()
+    words = [sys.executable, "-m", "trinix.kernels._native"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=_native._environment())
+    assert done.returncode == 1
+    assert done.stderr.startswith("C++ launches have no folder")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_without_a_card_it_is_neither_built_nor_loaded(native, tmp_path, monkeypatch):
     """Though PyTorch is built for CUDA: its driver is not there."""
     monkeypatch.setenv("TRINIX_CACHE", str(tmp_path))
     monkeypatch.setattr(threading, "Thread", None)
     monkeypatch.setattr(_native, "module", None)
 
-    def no_driver():
-        raise OSError("libcuda.so.1: cannot open shared object file")
+    no_driver, no_library = OSError("libcuda.so.1: cannot open shared object file"), ImportError("GLIBC_2.99 not found")
+    for there, built, fault in (
+        (False, False, None),
+        (False, True, None),
+        (True, True, no_driver),
+        (True, True, no_library),
+    ):
 
-    monkeypatch.setattr(_native, "_load", no_driver)
-    for there, built in ((False, False), (False, True), (True, True)):
+        def load(fault=fault):
+            raise fault
+
+        monkeypatch.setattr(_native, "_load", load)
         with_a_card(monkeypatch, there)
         monkeypatch.setattr(_native, "_asked", False)
         if built:

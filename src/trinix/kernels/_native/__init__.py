@@ -57,13 +57,20 @@ def missing() -> str | None:
         return "are switched off by TRINIX_NATIVE=0"
     if not sys.platform.startswith("linux"):
         return f"are built for Linux only, not for {sys.platform}"
-    if library().exists():
-        return None
+    try:
+        if library().exists():
+            return None
+    except (OSError, RuntimeError) as error:  # a home that is another user's, or none at all
+        return _no_folder(error)
     if compiler() is None:
         return "need a C++ compiler: $CXX, g++ or clang++"
     if not (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "need Python's headers (Python.h)"
     return None
+
+
+def _no_folder(error: Exception) -> str:
+    return f"have no folder to be kept in ({error}); $TRINIX_CACHE names one"
 
 
 def describe() -> str:
@@ -79,9 +86,12 @@ def build() -> pathlib.Path:
     path = library()
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     root = pathlib.Path(torch.__file__).parent
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part.so")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part.so")
+    except OSError as error:
+        raise RuntimeError(f"C++ launches {_no_folder(error)}") from None
     os.close(handle)
     try:
         run = subprocess.run(
@@ -202,7 +212,7 @@ def loaded(build: bool = True):
         there = usable and library().exists()
         _asked = build or there or not usable
         if there:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ImportError):  # built on a machine with another C library, say
                 module = _load()
         elif usable and build:
             threading.Thread(target=_build_and_load, name="trinix-native", daemon=True).start()
@@ -212,7 +222,7 @@ def loaded(build: bool = True):
 def _build_and_load() -> None:
     """What fails here shows in ``python -m trinix.kernels._native``."""
     global module
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ImportError):
         if _alone():
             # a process of its own: it ends its work even if this one ends before
             command = [sys.executable, "-m", "trinix.kernels._native"]

@@ -5,4 +5,7 @@ from trinix.kernels import _native
 if sys.argv[1:2] == ["--check"]:
     _native.check(sys.argv[2])
 else:
-    print(_native.build())
+    try:
+        print(_native.build())
+    except RuntimeError as error:
+        sys.exit(str(error))

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,19 @@ def test_report_of_a_broken_result_file_names_the_line(here, tmp_path):
     code, _, errors = here("report")
     assert code == 2
     assert "activation.jsonl: line 1 is not JSON" in errors
+
+
+def test_ctrl_c_in_a_terminal_is_not_the_interpreter_s_affair(tmp_path):
+    """The terminal sends it to the whole group of a command, to a child that imports PyTorch just then, say."""
+    code = "from trinix.lab import interpret; print('begun', flush=True); list(interpret.check())"
+    words = [sys.executable, "-c", f"import sys\ntry: exec({code!r})\nexcept KeyboardInterrupt: sys.exit('Stopped.')"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=tmp_path, start_new_session=True, **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(1.0)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert errors == "Stopped.\n"
 
 
 # -- the documents' own command

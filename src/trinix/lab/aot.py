@@ -18,7 +18,6 @@ import json
 import os
 import queue
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -145,7 +144,8 @@ def first_cases(modules: tuple[str, ...] = KERNEL_MODULES) -> tuple[str, ...]:
 
 
 def _listed(command: str, modules: tuple[str, ...]) -> tuple[str, ...]:
-    listing = subprocess.run(_child(command, modules), env=_environment(), stdout=subprocess.PIPE, check=True)
+    options = {"env": _environment(), "stdout": subprocess.PIPE, "start_new_session": True}
+    listing = subprocess.run(_child(command, modules), check=True, **options)
     return tuple(listing.stdout.decode().split())
 
 
@@ -188,7 +188,9 @@ def report(
 
 
 class _Compiler:
-    """A child process that answers "case, tab, target" with a report in JSON; started again after a crash."""
+    """A child process that answers "case, tab, target" with a report in JSON; started again after a crash.
+
+    In a session of its own: Ctrl-C is this process's affair, which closes the child's input."""
 
     def __init__(self, modules: tuple[str, ...]):
         self.modules = modules
@@ -198,7 +200,7 @@ class _Compiler:
         if self.process is None:
             self.process = subprocess.Popen(
                 _child("--serve", self.modules), env=_environment(), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         try:
             self.process.stdin.write(f"{case}\t{target}\n")
@@ -311,7 +313,6 @@ def widest_access(text: str, verb: str) -> int:
 
 
 def _serve(modules: Sequence[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair: it closes our input
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what compilers print must not pass for an answer
     cases = {target: load_cases(modules, target) for target in LIMITS}

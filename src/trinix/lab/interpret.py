@@ -21,9 +21,15 @@ def check(names: Iterable[str] = ()) -> Iterator[dict]:
     they finish."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "trinix.lab.interpret", *names]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for text in process.stdout:
-            yield json.loads(text)
+    # in a session of its own Ctrl-C does not reach it: what there is to say, and when it ends, is this process's affair
+    options = {"env": environment, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **options) as process:
+        try:
+            for text in process.stdout:
+                yield json.loads(text)
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode:
         raise RuntimeError(f"the interpreter run ended with exit status {process.returncode}")
 
@@ -305,4 +311,7 @@ def main(names: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    try:
+        raise SystemExit(main(sys.argv[1:]))
+    except BrokenPipeError:  # who asked was killed
+        os._exit(1)

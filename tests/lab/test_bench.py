@@ -129,6 +129,7 @@ def test_only_ops_that_do_not_exist_write_no_file(tmp_path, screen):
 def test_a_run_that_checked_nothing_does_not_say_that_all_checks_passed(tmp_path, screen):
     _, said = bench_cases(CASES[2:], tmp_path, screen)
     assert "All checks passed" not in said
+    assert "CPU ms" not in said, "a table without a row"
 
 
 def test_a_run_of_rivals_alone_checked_nothing_of_ours(tmp_path, screen):

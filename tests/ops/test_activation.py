@@ -588,6 +588,13 @@ def test_explain_follows_use_backend_and_refuses_what_the_call_would_refuse(devi
         trinix.explain("activation", x, "swoosh")
 
 
+@pytest.mark.parametrize("other", [F.relu, torch.softmax, torch.nn.ReLU(), KINDS, None])
+def test_explain_says_nothing_of_other_libraries_functions(other):
+    with pytest.raises(ValueError, match=r"op must be one of .*, or that function of trinix\.ops, got "):
+        trinix.explain(other, torch.ones(3))
+    assert trinix.explain(trinix.ops.relu, torch.ones(3)).op == "relu"
+
+
 # ---- a citizen of PyTorch ----------------------------------------------------------------------------------------------
 
 

@@ -249,7 +249,8 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels, cpu_limi
         console.rule("2 of 3: PyTorch on this CPU (not a GPU kernel's speed)")
     small = [c for c in cases if _fits_cpu(c, *cpu_limits)]
     lines, interrupted = _collect(small, impls, folder, console, lambda *call: run.run_cpu(*call), **chosen)
-    show(console, _cpu_table(lines))
+    if lines:
+        show(console, _cpu_table(lines))
     if interrupted:
         return 130
     failed += sum(not one["ok"] and _is_ours(one) and not record.is_skip(one) for one in lines)

@@ -73,7 +73,7 @@ def explain(op, *args, **kwargs) -> Explanation:
       not triton: needs a GPU tensor, got cpu
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
-    if name not in EXPLAIN:
-        raise ValueError(f"explain: op must be one of {sorted(EXPLAIN)}, got {name!r}")
-    function, explainer = EXPLAIN[name]
+    function, explainer = EXPLAIN.get(name, (None, None))
+    if function is None or op not in (name, function):  # another library's function of the same name
+        raise ValueError(f"explain: op must be one of {sorted(EXPLAIN)}, or that function of trinix.ops, got {op!r}")
     return explainer(function, *args, **kwargs)

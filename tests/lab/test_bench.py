@@ -162,6 +162,15 @@ def test_many_operations_on_few_elements_are_left_to_a_gpu_too(tmp_path, screen)
     assert "Skipped: 1 built cases above 8,388,608 elements or 1 GFLOP are timed on a GPU only." in said
 
 
+def test_what_was_not_asked_for_is_not_called_skipped(tmp_path, screen):
+    cases = [*CASES[:2], tiny("large", shape=(1 << 12, 1 << 12)), tiny("huge", shape=(1 << 30, 1 << 30))]
+    _, said = bench_cases(cases, tmp_path, screen, cpu_limits=(1000, 1e12), ids=("relu-*",))
+    assert "relu-tiny" in said
+    assert "Skipped" not in said
+    _, said = bench_cases(cases, tmp_path, screen, cpu_limits=(1000, 1e12), ids=("relu-*", "large"))
+    assert "Skipped: 1 built cases" in said
+
+
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_what_no_memory_holds_is_skipped_by_name_and_the_rest_is_run(where, tmp_path, screen, request):
     if where == "gpu":

@@ -78,8 +78,9 @@ def bench_cases(
     """
     chosen = {"ids": ids, "resume": resume}
     card = device.card()
-    beyond = too_large(cases)
+    beyond, asked = too_large(cases), _chosen(cases, ids)
     cases = [c for c in cases if c.id not in beyond]
+    beyond = {c.id: beyond[c.id] for c in asked if c.id in beyond}
     folder = out / (card.slug if card else "cpu")
     folder.mkdir(parents=True, exist_ok=True)  # a file in its place is an error now, not after the first hour
     todo = _chosen(cases, ids)
@@ -254,7 +255,7 @@ def _without_gpu(cases, impls, folder: Path, console: Console, kernels, cpu_limi
     if interrupted:
         return 130
     failed += sum(not one["ok"] and _is_ours(one) and not record.is_skip(one) for one in lines)
-    if skipped := sum(trinix.is_built(c) for c in cases) - sum(trinix.is_built(c) for c in small):
+    if skipped := len(_chosen(cases, chosen["ids"])) - len(_chosen(small, chosen["ids"])):
         elements, flops = cpu_limits
         console.print(
             f"Skipped: {skipped} built cases above {elements:,} elements or {flops / 1e9:g} GFLOP are timed on a GPU only."

@@ -693,8 +693,9 @@ def test_the_second_derivative_is_pytorchs(norm, device):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-def test_a_batch_of_gradients_can_be_pulled_back_at_once(norm, device):
+def test_a_batch_of_gradients_can_be_pulled_back_at_once(norm, interleaved, device):
     cos, sin = table(4, device)
     new = Numbers(torch.float32, device)
     q, k, gq, gk = (new(*shape) for shape in ((1, 2, 1, 4), (1, 2, 1, 4), (3, 1, 2, 1, 4), (3, 1, 2, 1, 4)))
@@ -702,7 +703,7 @@ def test_a_batch_of_gradients_can_be_pulled_back_at_once(norm, device):
     found = []
     for backend in ("triton", "torch"):
         leaves = [t.detach().requires_grad_() for t in (q, k, *weights)]
-        results = (qk_norm_rope if norm else rope)(*leaves, cos, sin, backend=backend)
+        results = (qk_norm_rope if norm else rope)(*leaves, cos, sin, interleaved=interleaved, backend=backend)
         found.append(torch.autograd.grad(results, leaves, (gq, gk), is_grads_batched=True))
     torch.testing.assert_close(*found)
 

@@ -51,9 +51,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
         sin = -sin
     whole = 2 * half == x.shape[-1]  # no slice then: is_grads_batched cannot take a slice of everything
     turned = (x if whole else x[..., : 2 * half]).to(wide)
-    a, b = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
+    a, b = turned.reshape(*turned.shape[:-1], half, 2).unbind(-1) if interleaved else turned.chunk(2, -1)
     pair = a * cos - b * sin, b * cos + a * sin
-    y = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
+    y = (torch.stack(pair, -1).reshape(turned.shape) if interleaved else torch.cat(pair, -1)).to(x.dtype)
     return y if whole else torch.cat((y, x[..., 2 * half :]), -1)
 
 

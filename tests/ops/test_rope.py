@@ -708,6 +708,18 @@ def test_a_batch_of_gradients_can_be_pulled_back_at_once(norm, interleaved, devi
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_half_type_that_is_not_autocasts_own_is_rotated_in_part(interleaved):
+    cos, sin = table(4, "cpu")
+    q = torch.randn(1, 3, 2, 6).half()
+    wanted = rope(q, None, cos, sin, interleaved=interleaved)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = rope(q, None, cos, sin, interleaved=interleaved)
+    assert got.dtype == torch.float16
+    assert torch.equal(got, wanted)
+    assert torch.equal(got[..., 4:], q[..., 4:])
+
+
 # ---- in place ----------------------------------------------------------------------------------------------------------
 
 

@@ -53,8 +53,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
     turned = (x if whole else x[..., : 2 * half]).to(wide)
     a, b = turned.reshape(*turned.shape[:-1], half, 2).unbind(-1) if interleaved else turned.chunk(2, -1)
     pair = a * cos - b * sin, b * cos + a * sin
-    y = (torch.stack(pair, -1).reshape(turned.shape) if interleaved else torch.cat(pair, -1)).to(x.dtype)
-    return y if whole else torch.cat((y, x[..., 2 * half :]), -1)
+    parts = (torch.stack(pair, -1).reshape(turned.shape),) if interleaved else pair
+    # joined wide: autocast refuses to join half types that are not its own
+    parts = parts if whole else (*parts, x[..., 2 * half :].to(wide))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(x.dtype)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:

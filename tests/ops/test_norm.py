@@ -657,6 +657,8 @@ def test_a_second_derivative_through_dropout_is_refused(device):
     y, _ = ops.rms_norm_residual(x, new(4, 9), 9, dropout_p=0.5, backend="triton")
     with pytest.raises(RuntimeError, match="rms_norm_residual: a second derivative with dropout_p > 0"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="nor is a batch of gradients"):
+        torch.autograd.grad(y, x, torch.ones(2, *y.shape, device=device), is_grads_batched=True)
 
 
 # ---- only what is wanted -----------------------------------------------------------------------------------------------

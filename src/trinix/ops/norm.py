@@ -620,8 +620,8 @@ def _pull_back_residual(call: _Call, wanted: tuple, h, weight, bias, stats, seed
         center = call.norm.center
         if call.p:
             raise RuntimeError(
-                f"{'layer' if center else 'rms'}_norm_residual: a second derivative with dropout_p > 0 is not "
-                "supported; use backend='torch'"
+                f"{'layer' if center else 'rms'}_norm_residual: a second derivative with dropout_p > 0 is not supported, nor is a "
+                "batch of gradients, or one that a mode or subclass watches; use backend='torch'"
             )
         d, dw, db = _formula_gradients(
             lambda h, w, b: reference.forward(h, w, b, call.shape, call.eps, call.offset, center),

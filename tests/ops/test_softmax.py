@@ -7,6 +7,7 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import triton
@@ -609,6 +610,8 @@ def test_arguments_that_make_no_sense_are_refused_with_the_cure(function, backen
         (lambda: function(torch.arange(3), backend=backend), TypeError, "x must be a floating-point tensor, got torch.int64"),
         (lambda: function([1.0], backend=backend), TypeError, "x must be a floating-point tensor, got list"),
         (lambda: function(x, None, backend=backend), TypeError, "dim must be an int, got NoneType"),
+        (lambda: function(x, True, backend=backend), TypeError, "dim must be an int, got bool"),
+        (lambda: function(x, torch.tensor(1), backend=backend), TypeError, "dim must be an int, got Tensor"),
         (lambda: function(x, 2, backend=backend), ValueError, r"dim must be from -2 to 1 for x of shape \[3, 4\], got 2"),
         (lambda: function(x, -3, backend=backend), ValueError, "dim must be from -2 to 1"),
         (lambda: function(torch.ones(()), 1, backend=backend), ValueError, "dim must be from -1 to 0"),
@@ -620,6 +623,13 @@ def test_arguments_that_make_no_sense_are_refused_with_the_cure(function, backen
     ):  # fmt: skip
         with pytest.raises(error, match=f"^{name}: {text}"):
             wrong()
+
+
+@pytest.mark.parametrize("function", OPS)
+def test_an_integer_of_numpys_is_a_dimension(function):
+    x = normal((3, 4), torch.float32, seed=0)
+    for backend in ("auto", "triton"):
+        assert torch.equal(function(x, np.int64(0), backend=backend), function(x, 0, backend=backend))
 
 
 def test_an_unknown_backend_is_refused_with_the_list_of_backends():

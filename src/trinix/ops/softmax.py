@@ -25,8 +25,10 @@ Under ``torch.compile`` "auto" hands the compiler the plain formula. Source: the
 Milakov and Gimelshein, arXiv:1805.02867.
 """
 
+import contextlib
 import functools
 import inspect
+import operator
 
 import torch
 from torch import Tensor
@@ -165,8 +167,8 @@ def _checked(x, dim, scale, mask, op) -> tuple[int, float]:
     """(dim from 0 on, scale) of arguments that make sense."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         _refuse(op, "x", x, "convert it with x.float()")
-    if not isinstance(dim, int):
-        raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}; name one dimension")
+    if type(dim) is not int:
+        dim = _whole(op, dim)
     ndim = x.ndim or 1
     if not -ndim <= dim < ndim:
         raise ValueError(f"{op}: dim must be from {-ndim} to {ndim - 1} for x of shape {list(x.shape)}, got {dim}")
@@ -177,6 +179,14 @@ def _checked(x, dim, scale, mask, op) -> tuple[int, float]:
     if mask is not None:
         _check_mask(x, mask, op)
     return dim % ndim, dispatch.number(op, "scale", scale)
+
+
+def _whole(op, dim) -> int:
+    """NumPy's integers as ints, which PyTorch takes too; it refuses a bool."""
+    if not isinstance(dim, (bool, Tensor)):
+        with contextlib.suppress(TypeError):
+            return operator.index(dim)
+    raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}; name one dimension")
 
 
 def _check_mask(x, mask, op):

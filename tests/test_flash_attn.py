@@ -143,6 +143,10 @@ def test_rotation_by_the_places_in_the_cache(causal, interleaved):
         torch.testing.assert_close(k_cache[b : b + 1, : n + 6], keys)
 
 
+def rows(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("words", "arguments"),
     [
@@ -157,6 +161,9 @@ def test_rotation_by_the_places_in_the_cache(causal, interleaved):
         ("cache_seqlens must be from 0 to 9, with 0 new tokens in a cache of 9, got 10", {"cache_seqlens": 10}),
         ("cache_seqlens must be from 0 to 0, with 9 new tokens", {"k": K, "v": V, "cache_seqlens": 1}),
         (r"window_size must be \(left, right\), -1 for no bound, got 3", {"window_size": 3}),
+        ("window_size must hold ints, -1 for no bound, got .'a', 0.", {"window_size": ("a", 0)}),
+        ("cache_batch_idx must name rows 0 to 1 of the cache, got 0 to 2", {"cache_batch_idx": rows(0, 2)}),
+        ("cache_batch_idx must name rows 0 to 1 of the cache, got -1 to 1", {"cache_batch_idx": rows(1, -1)}),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(words, arguments):
@@ -183,6 +190,14 @@ def test_what_does_not_fit_is_refused_in_words(words, arguments):
             "cache_seqlens must be an int or an int32 tensor .*, got float",
             lambda: flash_attn_with_kvcache(Q, K, V, cache_seqlens=1.5),
         ),
+        ("k_cache must be a tensor .B, Smax, Hk, D., got NoneType", lambda: flash_attn_with_kvcache(Q, None, V)),
+        ("q must be a tensor .*, got NoneType", lambda: flash_attn_with_kvcache(None, K, V, cache_seqlens=1)),
+        ("k must be a tensor .*, got list", lambda: flash_attn_with_kvcache(Q, K, V, [K], V, cache_seqlens=1)),
+        (
+            r"block_table must be a tensor .*, got \[2\]",
+            lambda: flash_attn_with_kvcache(Q, K, V, block_table=rows(0, 1)),
+        ),
+        ("return_attn_probs must be True or False, got 'no'", lambda: flash_attn_func(Q, K, V, return_attn_probs="no")),
         ("attn_mask must be a bool or floating-point tensor, got list", lambda: triton_attn_func(Q, K, V, [[True]])),
         (
             "attn_mask must be a bool or floating-point tensor, got torch.int64",

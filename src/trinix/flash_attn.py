@@ -13,9 +13,12 @@
 ``triton_attn_func`` here has a backward, and takes Sq != Sk, key heads fewer than query heads, and a bool mask.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
+from trinix import dispatch
 from trinix.ops import attention, attention_decode, rope
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "triton_attn_func"]
@@ -28,6 +31,8 @@ def _sides(window_size) -> tuple[int | None, int | None] | None:
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"flash_attn: window_size must be (left, right), -1 for no bound, got {window_size!r}")
     left, right = window_size
+    if not all(side is None or isinstance(side, (int, torch.SymInt, Integral)) for side in (left, right)):
+        raise ValueError(f"flash_attn: window_size must hold ints, -1 for no bound, got {window_size!r}")
     return None if left is None or left < 0 else left, None if right is None or right < 0 else right
 
 
@@ -130,6 +135,8 @@ def flash_attn_varlen_func(
 
 
 def _flash(q, k, v, return_attn_probs, **options):
+    if type(return_attn_probs) is not bool:
+        dispatch.flags("flash_attn", return_attn_probs=return_attn_probs)
     if not return_attn_probs:
         return attention(q, k, v, **options)
     if options["dropout_p"]:
@@ -186,6 +193,7 @@ def flash_attn_with_kvcache(
             raise TypeError(
                 f"flash_attn_with_kvcache: cache_batch_idx must be an int32 tensor [B], got {got}; convert it"
             )
+        _check_rows(cache_batch_idx, k_cache)
         block_table = cache_batch_idx.to(torch.int32)[:, None]
     if not isinstance(cache_seqlens, Tensor):
         if cache_seqlens is not None and not isinstance(cache_seqlens, (int, torch.SymInt)):
@@ -193,6 +201,17 @@ def flash_attn_with_kvcache(
                 "flash_attn_with_kvcache: cache_seqlens must be an int or an int32 tensor [B], got "
                 f"{type(cache_seqlens).__name__}; convert it"
             )
+        for name, t, shape in (
+            ("q", q, "[B, Sq, H, D]"), ("k_cache", k_cache, "[B, Smax, Hk, D]"), ("k", k, "[B, Sn, Hk, D]"),
+            ("block_table", block_table, "[B, pages]"),
+        ):  # fmt: skip
+            if not (isinstance(t, Tensor) and t.ndim == shape.count(",") + 1) and (
+                t is not None or name in ("q", "k_cache")
+            ):
+                got = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
+                raise TypeError(
+                    f"flash_attn_with_kvcache: {name} must be a tensor {shape}, got {got}; reshape or convert it"
+                )
         capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         if cache_seqlens is None:
             if k is not None:
@@ -225,3 +244,15 @@ def flash_attn_with_kvcache(
         softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, num_splits=num_splits or None,
         return_lse=return_softmax_lse,
     )  # fmt: skip
+
+
+def _check_rows(rows: Tensor, k_cache: Tensor) -> None:
+    """Where the host can see it, a row that the cache has not is named: another sequence's would be read, and written."""
+    if not rows.numel() or not isinstance(k_cache, Tensor) or not k_cache.ndim or not dispatch.readable(rows):
+        return
+    least, most = map(int, rows.aminmax())
+    if least < 0 or most >= k_cache.shape[0]:
+        raise ValueError(
+            f"flash_attn_with_kvcache: cache_batch_idx must name rows 0 to {k_cache.shape[0] - 1} of the cache, got {least} to "
+            f"{most}; make a larger cache"
+        )

@@ -421,6 +421,7 @@ def test_it_takes_over_torchs_module_and_all_its_arguments(options, device):
             wanted = theirs(*xs, **arguments, average_attn_weights=average)
             torch.testing.assert_close(ours(*xs, **arguments, need_weights=True, average_attn_weights=average), wanted)
         torch.testing.assert_close(ours(*xs, **arguments), wanted[0])
+        assert ours(*xs, **arguments).is_contiguous()
     alone = [x[0] if first else x[:, 0] for x in xs]
     torch.testing.assert_close(ours(*alone, need_weights=True), theirs(*alone))
     for one in (ours, theirs):

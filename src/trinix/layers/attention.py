@@ -481,7 +481,8 @@ class FastMultiHeadAttention(_FastAttention):
         else:
             out = self._attend(q, k, v, attention_mask, key_padding_mask, position_ids, cache, causal)
         out = self.o_proj(out)
-        out = out[0] if unbatched else out if self.batch_first else out.transpose(0, 1)
+        # sequences first: dense as torch's, for callers that view it
+        out = out[0] if unbatched else out if self.batch_first else out.transpose(0, 1).contiguous()
         if not need_weights:
             return out if need_weights is None else (out, None)
         weights = weights.mean(1) if average_attn_weights else weights

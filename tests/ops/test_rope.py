@@ -228,6 +228,15 @@ def test_more_tokens_than_programs(device):
     norm_oracle(q, k, (gq, gk), *table(4, device))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_an_eps_of_0_leaves_heads_that_are_none_out_of_the_weights_gradients(interleaved, device):
+    # tiles of 4 and 8 heads for 3 and 5: 1 / rms of those beyond is 1 / 0
+    new = Numbers(torch.float32, device)
+    for heads in ((3, 3), (5, 2)):
+        q, k, gq, gk = (new(1, 3, n, 12) for n in heads * 2)
+        norm_oracle(q, k, (gq, gk), *table(8, device), eps=0.0, interleaved=interleaved)
+
+
 def test_nan_and_infinity_stay_in_their_pair(device):
     q = torch.ones(1, 1, 2, 8, device=device)
     q[0, 0, 0, 1], q[0, 0, 1, 2] = math.nan, math.inf

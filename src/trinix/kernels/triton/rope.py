@@ -318,6 +318,8 @@ def _norm_rotate_backward_side(
             gr = tl.load(dy_token + from_dy, mask=live, other=0.0).to(tl.float32)
             squares += tl.sum(r * r, 1)[:, None]
         scale = 1.0 / tl.sqrt_rn(squares / D + eps)
+        if H % HEADS != 0:  # of a head that is none it may be 1 / 0, and dw adds up all heads of the tile
+            scale = tl.where(head < H, scale, 0.0)
         a *= scale
         b *= scale
         ha = ga * c + gb * s

@@ -219,7 +219,7 @@ def test_the_kernels_hold_the_budget_at_odd_sizes(sizes, kind):
     assert_within_budget(got, low[: len(got)], true[: len(got)])
 
 
-def test_the_copy_engine_is_given_no_gradient_at_an_odd_address(monkeypatch):
+def test_the_copy_engine_is_given_no_gradient_at_an_odd_address_or_of_stride_0(monkeypatch):
     given = []
     monkeypatch.setattr(hopper, "_planned", lambda key, make: lambda *tensors: given.append(tensors[1]))
     x, w1, w2 = (torch.zeros(s, dtype=torch.float16) for s in ((2, 3, 64), (2, 64, 8), (2, 8, 64)))
@@ -228,12 +228,15 @@ def test_the_copy_engine_is_given_no_gradient_at_an_odd_address(monkeypatch):
         torch.arange(1 + x.numel()).half()[1:].view(x.shape),
         torch.arange(2 * x.numel()).half().view(2, 3, 64, 2)[..., 1],
         torch.arange(8 + x.numel()).half()[8:].view(x.shape),
+        torch.arange(3 * 64).half().view(1, 3, 64).expand(x.shape),  # of a sum over the heads
+        torch.arange(2 * 64).half().view(2, 1, 64).expand(x.shape),
     ):
         hopper.backward(x, w1, w2, None, None, None, dy, "silu", False, wanted)
         rows, weights = given.pop(), given.pop()
         assert rows is weights
         assert not rows.data_ptr() % 16
         assert rows.stride(-1) == 1
+        assert 0 not in rows.stride()
         assert torch.equal(rows, dy)
 
 

@@ -893,16 +893,17 @@ def unsupported(x, w1, w2, b1, b2, w_gate, kind: str = "silu", mean: bool = Fals
         return "needs at least one element in every tensor"
     for name, t in (("x", x), ("w1", w1), ("w2", w2)):
         if not _fits(t):
-            return f"needs rows of {name} that begin at multiples of 16 bytes, got strides {t.stride()}"
+            return f"needs rows of {name} of their own that begin at multiples of 16 bytes, got strides {t.stride()}"
     if grad and w1.shape[-1] & 7:  # w1's rows may lie farther apart; its gradient's are dense
         return f"needs E to be a multiple of 8 for gradients, got {w1.shape[-1]}"
     return None
 
 
 def _fits(t: torch.Tensor) -> bool:
-    """Whether the copy engine takes it."""
+    """Whether the copy engine takes it: no heads or rows that are one and the same in memory."""
     head, row, last = t.stride()
-    return last == 1 and not (head | row) & 7 and row > 0 and not t.data_ptr() & 15
+    apart = row > 0 and (head > 0 or t.shape[0] == 1)
+    return last == 1 and not (head | row) & 7 and apart and not t.data_ptr() & 15
 
 
 @functools.cache

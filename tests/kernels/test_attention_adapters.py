@@ -370,7 +370,7 @@ def test_only_a_scale_above_zero_is_taken(package):
     q = torch.zeros(1, 4, 1, 8)
     name, reasons = flash._names(q, q, q, Options(scale=-1.0), False)
     assert name is None
-    assert reasons[package[0]] == "does not take a scale of 0 or below here"
+    assert reasons[package[0]] == "does not take a scale below 2**-126 here"
 
 
 def test_a_package_of_another_version_is_passed_over(monkeypatch):

@@ -149,6 +149,7 @@ CASES = {
     "tiny head dims": lambda **w: make(1, 20, 35, 1, 1, 3, 1, dtype=torch.bfloat16, **w),
     "negative scale": lambda **w: make(1, 20, 35, 1, 1, 16, scale=-0.3, causal=True, **w),
     "scale 0": lambda **w: make(1, 20, 35, 1, 1, 16, scale=0.0, causal=True, **w),
+    "a scale that is 0 in float32": lambda **w: make(1, 20, 35, 1, 1, 16, scale=1e-50, causal=True, **w),
     "softcap": lambda **w: make(1, 40, 50, 2, 1, 16, softcap=2.0, causal=True, **w),
     "bias of heads": lambda **w: make(2, 20, 35, 2, 1, 16, bias=number(2, 20, 35), **w),
     "bias of keys": lambda **w: make(2, 20, 50, 2, 1, 16, bias=number(2, 1, 1, 50), causal=True, **w),

@@ -233,7 +233,7 @@ def test_scale_and_mask_of_every_broadcast_shape(function, dtype, mask):
     oracle(function, x, dim, dy, make_mask(new))
 
 
-@pytest.mark.parametrize("scale", [0.125, -2, 1, 0.0, 1e-3])
+@pytest.mark.parametrize("scale", [0.125, -2, 1, 0.0, 1e-3, 1e-50])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("function", OPS)
 def test_the_scale_reaches_both_passes(function, layout, scale):

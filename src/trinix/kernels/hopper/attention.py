@@ -43,8 +43,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
             return f"has no {name}"
     if options.dropout_p:
         return "has no dropout"
-    if not options.scale > 0:
-        return f"needs a scale above 0, got {options.scale}"
+    if not options.scale >= 2.0**-126:  # one below may be 0 in float32, and a hidden key's -inf times that is NaN
+        return f"needs a scale of 2**-126 or above, got {options.scale}"
     d, dv = q.shape[-1], v.shape[-1]
     if padded(d) is None or padded(dv) is None:
         return f"needs head dimensions up to 256, multiples of 8, got {d} and {dv}"

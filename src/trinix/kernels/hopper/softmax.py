@@ -349,8 +349,8 @@ def unsupported(x: Tensor, mask: Tensor | None, dim: int, scale: float) -> str |
         return "needs a GPU of compute capability 9.0"
     if mask is not None:
         return "takes no mask"
-    if not scale > 0.0:
-        return f"takes a scale above 0, got {scale}"
+    if not scale >= 2.0**-126:  # one below may be 0 in float32, which makes NaN of the -inf behind a row's end
+        return f"takes a scale of 2**-126 or above, got {scale}"
     if not x.is_contiguous():
         return "needs a contiguous tensor"
     if not x.numel():

@@ -562,6 +562,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 PER_SM = 4  # programs of a split kernel that one multiprocessor holds: 256 threads of at most 64 registers
 MERGE = 32  # chunks whose statistics the last program reads at once
+_LEAST = 2.0**-126  # a scale below may be 0 in float32, which makes NaN of the -inf of places that are none
 
 _FORWARD_TILE = Launcher(_forward_tile, tensors=3)
 _BACKWARD_TILE = Launcher(_backward_tile, tensors=3)
@@ -836,7 +837,7 @@ def forward(
     multiprocessors = _multiprocessors(x.get_device())
     if mask is None:
         strides = (y.stride(), x.stride())
-        call = _plan(x.shape, dim, strides, x.itemsize, log, False, multiprocessors, config, scale > 0)
+        call = _plan(x.shape, dim, strides, x.itemsize, log, False, multiprocessors, config, scale >= _LEAST)
         mask = x  # never read
     else:
         mask = mask.expand(x.shape)
@@ -847,7 +848,9 @@ def forward(
         if strides[2:]:
             mask = torch.empty_like(y, dtype=mask.dtype).copy_(mask)
         strides = (y.stride(),) * len(strides)
-        call = _plan(x.shape, dim, strides, x.itemsize, log, len(strides) == 3, multiprocessors, config, scale > 0)
+        call = _plan(
+            x.shape, dim, strides, x.itemsize, log, len(strides) == 3, multiprocessors, config, scale >= _LEAST
+        )
     _run(call, (x, mask, y), scale)
     return y
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trinix import ops
+from trinix.kernels.triton import activation, glu
 from trinix.testing import assert_within_budget, normal, vjp
 
 APART = 2**31 + 8  # elements
@@ -82,3 +83,22 @@ def test_both_passes(name):
     low = vjp(lambda *given: function(*given, backend="torch"), dense, dy.contiguous())
     true = vjp(lambda *given: function(*given, backend="torch"), [t.double() for t in dense], dy.double())
     assert_within_budget(got, low, true)
+
+
+def test_a_strided_row_of_nearly_2_to_the_31_elements():
+    """Its first programs, as rows of such a length launch them."""
+    n, rest, apart = 2**31 - 5, (1, 1, 1), (0, 0, 0, 0, 2)
+    x, y = normal((4096,), torch.float16, seed=1), torch.empty(1024, dtype=torch.float16)
+    tile = {"ROWS": 1, "COLS": 1024}
+    value, dx = activation.formula("silu", x.dtype)
+    activation._forward_strided[(1,)](x, y, 1, n, *rest, *apart, 0.0, 0.0, VALUE=value, **tile)
+    assert_near(y, torch.nn.functional.silu(x[:2048:2]))
+    more = {"DX": dx, "MASK_COLS": 0, "LEAKY": False}
+    activation._backward_strided[(1,)](x, x, y, 1, n, *rest, *apart, *apart, 0.0, 0.0, **more, **tile)
+    assert_near(y, vjp(torch.nn.functional.silu, [x[:2048:2]], x[:2048:2])[1])
+    glu._forward_strided[(1,)](x, x, y, 1, n, *rest, *apart, *apart, VALUE=value, **tile)
+    assert_near(y, torch.nn.functional.silu(x[:2048:2]) * x[:2048:2])
+
+
+def assert_near(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)

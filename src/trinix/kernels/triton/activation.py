@@ -326,7 +326,7 @@ def _forward_strided(
     x, y, rows, cols, D1, D2, D3, s0, s1, s2, s3, s4, a: "fp32", b: "fp32",
     VALUE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(cols, COLS)
+    tiles = (cols - 1) // COLS + 1  # cdiv's sum passes 2^31 where cols nearly does
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     live = (row < rows)[:, None] & (col < cols)[None, :]
@@ -340,7 +340,7 @@ def _backward_strided(
     saved, dy, dx, rows, cols, D1, D2, D3, s0, s1, s2, s3, s4, g0, g1, g2, g3, g4, a: "fp32", b: "fp32",
     DX: tl.constexpr, MASK_COLS: tl.constexpr, LEAKY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(cols, COLS)
+    tiles = (cols - 1) // COLS + 1  # cdiv's sum passes 2^31 where cols nearly does
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     live = (row < rows)[:, None] & (col < cols)[None, :]

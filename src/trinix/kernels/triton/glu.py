@@ -143,7 +143,7 @@ def _backward_flat(
 @triton.jit
 def _tile(rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(row, first column) of this program's tile."""
-    tiles = tl.cast(tl.cdiv(width, COLS), tl.int32)
+    tiles = tl.cast((width - 1) // COLS + 1, tl.int32)  # cdiv's sum passes 2^31 where an int32 width nearly does
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return row, (tl.program_id(0) % tiles).to(tl.int64) * COLS
 

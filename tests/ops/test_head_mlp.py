@@ -19,7 +19,7 @@ import trinix
 from helpers import Tagged, Watch, captured, dense, pooled, right_or_refused, same
 from trinix.kernels import _binary, _stages
 from trinix.kernels.torch import head_mlp as reference
-from trinix.kernels.triton import _launch
+from trinix.kernels.triton import _launch, glu
 from trinix.kernels.triton import head_mlp as kernels
 from trinix.ops import head_mlp
 from trinix.testing import assert_within_budget, judge, normal, vjp
@@ -524,6 +524,12 @@ def test_float32_as_float64_is_right_to_one_rounding(kind, monkeypatch):
             # a mean's factor has a rounding of its own, and so have sums over splits
             roundings = 3 if problem.mean else 1.01
             assert float((ours - exact).abs().max()) <= roundings * 2.0**-24 * float(exact.abs().max()) + 1e-37
+
+
+def test_plans_of_ever_other_numbers_of_rows_do_not_pile_up():
+    assert kernels._forward_plan.cache_info().maxsize
+    assert kernels._backward_plan.cache_info().maxsize
+    assert glu.choose_rows.cache_info().maxsize
 
 
 def test_splits_need_no_more_memory_than_dy():

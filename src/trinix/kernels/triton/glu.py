@@ -320,7 +320,7 @@ def choose_strided(rows: int, cols: int, lanes: int) -> TileConfig:
     return TileConfig(rows=max(1, min(32 * lanes // width, _power_of_two(rows))), cols=width, num_warps=4)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def choose_rows(rows: int, cols: int, itemsize: int, pairs: bool, lanes: int) -> TileConfig:
     """Tile of the rows kernels: as many elements as the flat kernel's block, so wide that under a quarter of it is empty."""
     block = choose_flat(itemsize, pairs, lanes).block

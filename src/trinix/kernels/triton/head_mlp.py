@@ -1006,7 +1006,7 @@ def _backward_by_stages(x, w1, w2, dy, kind, wanted):
     return _stages.backward(x, w1, w2, dy, wanted, chunk, hidden)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _forward_plan(kind, dtype, h, b, d, e, gated, has_b1, has_b2, mean, strides, index, describable):
     """(launch, blocks, scalars) of a forward call; ``strides`` of x, w1, w_gate, w2, o; ``describable``: fast launches are on,
     which descriptors need, and all tensors begin at multiples of 16 bytes."""
@@ -1072,7 +1072,7 @@ def forward(
     return o
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _backward_plan(kind, dtype, h, b, d, e, gated, has_b1, want_x, wanted, shared, mean, strides, index):
     """The launches of a backward call."""
     layout, strides = layout_of(dtype.itemsize, e, strides)

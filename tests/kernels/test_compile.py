@@ -43,7 +43,7 @@ TWINS = re.compile(
 # on a card with 99 KiB of shared memory these take 80 and more, or would
 LARGE = re.compile(
     "head_mlp/silu(-gated)?-256|head_mlp/silu-odd/bwd|attention/d(128/fwd|256/keys)-causal/"
-    "|attention_decode/(256-large-tiles|128-large-tiles|latent.*)/"
+    "|attention_decode/(256-large-tiles|256-packed.*|128-large-tiles|latent.*)/"
 )
 PRODUCTS = re.compile("(head_mlp|attention|attention_decode)/.*/bfloat16")
 
@@ -142,7 +142,7 @@ def test_a_card_with_99_kib_of_shared_memory_has_binaries_that_fit(kernels, ever
     large = {one.case for one in reports if one.shared_bytes > 99 * 1024}
     tiles = {one for one in large if "-large-tiles" in one}  # never chosen there
     forms = ("head_mlp/silu-256{}/fwd", "head_mlp/silu-256{}/bwd", "head_mlp/silu-gated-256{}/fwd")
-    forms += ("attention_decode/latent-packed{}",)
+    forms += ("attention_decode/latent-packed{}", "attention_decode/256-packed{}")
     assert large - tiles == {form.format("") + "/bfloat16" for form in forms}
     assert {form.format("-99k") + "/bfloat16" for form in forms} <= {one.case for one in reports}
 
@@ -206,7 +206,7 @@ def test_every_attention_kernel_and_dtype_is_listed(listed):
 
 def test_every_decoding_kernel_and_dtype_is_listed(listed):
     forms = "64 128 128-whole 128-packed 128-pages 128-large-pages 128-append 256 latent latent-packed"
-    forms += " latent-packed-99k 80-options"
+    forms += " latent-packed-99k 256-packed 256-packed-99k 80-options"
     large = "128-short 64-large-tiles 64-large-tiles-append 128-large-tiles 256-large-tiles 256-large-tiles-append"
     dtypes = ("float16", "bfloat16", "float32")
     names = (*forms.split(), "combine-128", "combine-512")

@@ -63,6 +63,9 @@ KNOWN_SPILLS |= {"attention/d64/keys-bias/bfloat16": 24, "attention/d64/keys-bia
 KNOWN_SPILLS |= {f"attention/d64/queries-bias/{t}": 8 for t in ("bfloat16", "float16")}
 KNOWN_SPILLS |= {"attention/d128/queries-bias/float16": 8}
 KNOWN_SPILLS |= {"attention/d256/queries/bfloat16": 16}
+# on gfx942 only: 64 and 32 rows of 256 channels in 4 warps
+KNOWN_SPILLS |= {f"attention_decode/256-packed/{t}": 536 for t in ("bfloat16", "float16")}
+KNOWN_SPILLS |= {f"attention_decode/256-packed-99k/{t}": 408 for t in ("bfloat16", "float16")}
 
 
 @dataclass(frozen=True)

@@ -421,7 +421,8 @@ def choose_config(
     elif pages == 2 and not new and width <= 256:
         config = Config(tile, 128, 8 if tile == 64 else 4, 3)
     else:
-        config = Config(tile, 64, 8 if tile == 64 and width > 256 else 4, 3 if width <= 256 else 2)
+        rows = min(tile, 32) if width > 448 and not roomy else tile  # 64 of 256 channels take 104 KiB
+        config = Config(rows, 64, 8 if tile == 64 and width > 256 else 4, 3 if width <= 256 else 2)
     if pages and itemsize < 4 and config.keys < 128:  # looking the pages up takes stages of its own
         # two tiles on their way: 16 sequences of 16384 keys in pages of 64 read at a copy's rate, with two shares
         more = 2 if pages == 1 and tile == 16 and width <= 256 and not new else 1
@@ -703,6 +704,8 @@ def compile_cases(lanes: int = LANES):
         "128-large-pages": (128, 128, 4, plain._replace(pages=1)),
         "128-append": (128, 128, 4, plain._replace(pages=1, new=True)),
         "256": (256, 256, 8, plain),
+        "256-packed": (256, 256, 64, plain),
+        "256-packed-99k": (256, 256, 64, plain),
         "64-large-tiles": (64, 64, 4, plain._replace(parts=False)),
         "128-large-tiles": (128, 128, 4, plain._replace(parts=False)),
         "128-short": (128, 128, 4, plain._replace(parts=False)),

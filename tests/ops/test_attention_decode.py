@@ -710,3 +710,14 @@ def test_a_cache_beyond_two_to_the_31_elements():
     out = attention_decode(q, k, k, lengths)
     assert (out[2] > 0.99).all()
     assert (out[:2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("d", "dv", "shared", "wanted"),
+    [(256, 256, False, (32, 64, 8, 2)), (320, 256, True, (32, 64, 8, 2)), (640, 512, True, (16, 32, 4, 2)),
+     (576, 512, True, (16, 32, 4, 3)), (192, 192, False, (64, 64, 8, 2))],
+)  # fmt: skip
+def test_many_rows_of_wide_heads_fit_99_kib_of_shared_memory(d, dv, shared, wanted):
+    """By the compiler: with the tiles of other cards the first three take 101 to 104 KiB."""
+    config = kernels.choose_config(64, d, dv, shared, 2, 0, True, 32, roomy=False)
+    assert config == kernels.Config(*wanted)

@@ -404,7 +404,7 @@ def choose_config(
         keys, warps = (32, 4) if width <= 128 and pages < 2 and not new else (16, 8)
         config = Config(16, keys, 4 if lanes == 64 else warps, 2)
     elif max(head, wide) > 256:
-        config = Config(32, 64, 8, 2) if tile > 16 and roomy else Config(16, 32, 4, 3)
+        config = Config(32, 64, 8, 2) if tile > 16 and roomy else Config(16, 32, 4, 3 if roomy or width <= 576 else 2)
         if lanes == 64:
             config = Config(config.rows, 512 // config.rows, 8, 1)
     elif (
@@ -421,7 +421,8 @@ def choose_config(
     elif pages == 2 and not new and width <= 256:
         config = Config(tile, 128, 8 if tile == 64 else 4, 3)
     else:
-        rows = min(tile, 32) if width > 448 and not roomy else tile  # 64 of 256 channels take 104 KiB
+        # 64 of 256 channels, or of 320 that are values too, take 104 KiB
+        rows = min(tile, 32) if (width > 448 or (shared and width > 256)) and not roomy else tile
         config = Config(rows, 64, 8 if tile == 64 and width > 256 else 4, 3 if width <= 256 else 2)
     if pages and itemsize < 4 and config.keys < 128:  # looking the pages up takes stages of its own
         # two tiles on their way: 16 sequences of 16384 keys in pages of 64 read at a copy's rate, with two shares

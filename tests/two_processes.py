@@ -106,7 +106,20 @@ class Run:
             if self.rank == 0:  # which alone has the whole
                 furthest = max(float((state[name].to(t.device) - t).abs().max()) for name, t in wanted.items())
                 result[way] = {"losses": losses, "furthest": furthest}
-        return result
+        return result | {"checkpoint": self.handed_over(model)}
+
+    def handed_over(self, model: models.Decoder) -> float:
+        """How far a new sharded model is from the sharded ``model`` in the layers that have taken its layers' checkpoints."""
+        dtype, options = model.embedding.weight.dtype, StateDictOptions(full_state_dict=True)
+        new, taken = models.Decoder(model.config, device=self.device, dtype=dtype), []
+        fully_shard(new, mesh=self.mesh)
+        for i, (mine, theirs) in enumerate(zip(new.blocks, model.blocks, strict=True)):
+            for name in ("attention", "feed_forward"):
+                if hasattr(layer := getattr(mine, name), "load_checkpoint"):
+                    layer.load_checkpoint(getattr(theirs, name).checkpoint())
+                    taken.append(f"blocks.{i}.{name}.")
+        got, wanted = (get_model_state_dict(one, options=options) for one in (new, model))
+        return max(float((got[name] - t).abs().max()) for name, t in wanted.items() if name.startswith(tuple(taken)))
 
 
 def main(backend: str, rank: int, store: str) -> None:

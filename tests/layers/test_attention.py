@@ -836,6 +836,38 @@ def test_a_checkpoint_has_no_place_in_a_weight_made_of_others_or_without_memory(
         layer.load_checkpoint(state)
 
 
+@pytest.mark.parametrize("name", ["grouped", "latent"])
+def test_what_is_no_weight_by_itself_is_no_part_of_a_checkpoint(name):
+    """A quantised file's codes have no meaning without their scales; what fails does so before anything is written."""
+    layer, _, _ = made(name, {})
+    before, state = copy.deepcopy(layer.state_dict()), copy.deepcopy(layer.checkpoint())
+    key = "o_proj.weight"  # the last one
+    for wrong, said in (
+        (
+            lambda t: t.to(torch.float8_e4m3fn),
+            r"floating point of 16 bits or more, got torch\.float8_e4m3fn; a quantised",
+        ),
+        (lambda t: (t * 50).to(torch.int8), r"got torch\.int8; .*multiply them by their scales first"),
+        (lambda t: t > 0, r"got torch\.bool"),
+        (lambda t: t.to(torch.complex64), r"got torch\.complex64"),
+        (lambda t: t.tolist(), "a tensor, got list; convert it"),
+        (lambda t: None, "a tensor, got NoneType"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"{type(layer).__name__}: a checkpoint's o_proj\.weight must be (.*)?{said}"
+        ):
+            layer.load_checkpoint({n: wrong(t) if n == key else t + 1 for n, t in state.items()})
+    for wrong, said in (("to_sparse", r"layout torch\.sparse_coo"), ("meta", "a meta tensor")):
+        bad = state[key].to("meta") if wrong == "meta" else state[key].to_sparse()
+        with pytest.raises(ValueError, match=rf"wants o_proj\.weight as a dense tensor with memory, got {said}"):
+            layer.load_checkpoint({n: t + 1 for n, t in state.items()} | {key: bad})
+    with pytest.raises(
+        TypeError, match=r"wants state as a dict of names and tensors, got \w+; a module's is state_dict"
+    ):
+        layer.load_checkpoint(layer)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
 class Wrapped(nn.Module):
     def __init__(self, base):
         super().__init__()

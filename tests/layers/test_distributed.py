@@ -60,6 +60,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
         for way in WAYS:
             assert result[way]["losses"] == pytest.approx(single, rel=1e-12), (shape, way)
             assert result[way]["furthest"] < 1e-9, (shape, way)
+        assert result["checkpoint"] == 0, shape
 
 
 @pytest.mark.gpu

@@ -147,6 +147,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
         trinix.FastSwiGLU(6, 7, device="meta").load_checkpoint(state)
     with pytest.raises(ValueError, match=r"found no mlp\.gate_proj\.weight"):
         trinix.FastSwiGLU.from_checkpoint(state, prefix="mlp.")
+    with pytest.raises(TypeError, match=r"FastSwiGLU: load_checkpoint wants state as a dict .*got FastSwiGLU"):
+        module.load_checkpoint(module)
+    with pytest.raises(ValueError, match=r"gate_proj\.weight must be \[hidden_dim, input_dim\], got \[42\]"):
+        trinix.FastSwiGLU.from_checkpoint({k: t.flatten() for k, t in state.items()})
+    for dtype in (torch.float8_e4m3fn, torch.int8):  # codes, which mean nothing without their scales
+        codes = state | {"up_proj.weight": state["up_proj.weight"].to(dtype)}
+        for load in (module.load_checkpoint, trinix.FastSwiGLU.from_checkpoint):
+            with pytest.raises(TypeError, match=rf"FastSwiGLU: a checkpoint's up_proj\.weight must be .*got {dtype}"):
+                load(codes)
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import torch
 from torch import Tensor, nn
 
 
@@ -39,12 +40,49 @@ def refuse_made_weights(name: str, *modules: nn.Module | None) -> None:
             )
 
 
-def refuse_no_memory(name: str, key: str, place: Tensor, value: Tensor) -> None:
-    """A copy to the meta device does nothing, and says nothing."""
-    if place.is_meta and not value.is_meta:
+def check_state(name: str, state) -> None:
+    if not (hasattr(state, "keys") and hasattr(state, "__getitem__")):
+        raise TypeError(
+            f"{name}: load_checkpoint wants state as a dict of names and tensors, got {type(state).__name__}; a module's is "
+            "state_dict()"
+        )
+
+
+def check_numbers(name: str, key: str, value, same: torch.dtype | None = None) -> None:
+    """Refuse what is no weight by itself; ``same`` is the dtype that a module keeps, whatever it is."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: a checkpoint's {key} must be a tensor, got {type(value).__name__}; convert it first")
+    if value.dtype != same and (not value.is_floating_point() or value.dtype.itemsize < 2):
+        raise TypeError(
+            f"{name}: a checkpoint's {key} must be floating point of 16 bits or more, got {value.dtype}; a quantised "
+            "checkpoint holds codes: multiply them by their scales first"
+        )
+
+
+def check_entry(name: str, key: str, place: Tensor, value: Tensor) -> None:
+    """Refuse what a copy into ``place`` would broadcast, lose, or take for numbers that it is not, before anything is written."""
+    check_numbers(name, key, value, place.dtype)
+    if value.shape != place.shape:
+        raise ValueError(f"{name}: {key} must be {list(place.shape)}, got {list(value.shape)}")
+    if place.is_meta and not value.is_meta:  # a copy there does nothing, and says nothing
         raise ValueError(
             f"{name}: load_checkpoint wants a module with memory for {key}, got one on the meta device; call to_empty(device=...) first"
         )
+    if value.layout != torch.strided or (value.is_meta and not place.is_meta):
+        got = "a meta tensor" if value.is_meta else f"layout {value.layout}"
+        raise ValueError(
+            f"{name}: load_checkpoint wants {key} as a dense tensor with memory, got {got}; load or convert it"
+        )
+    if sharded(value) != sharded(place):
+        raise ValueError(
+            f"{name}: load_checkpoint wants {key} as the module is, sharded or not, got {type(value).__name__} for "
+            f"{type(place).__name__}; load before the module is sharded, or give {key}.full_tensor()"
+        )
+
+
+def sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor, whose parts are copies. (Without torch.distributed, which a PyTorch may lack.)"""
+    return hasattr(t, "device_mesh")
 
 
 def refuse_unknown(made: type, unknown: dict) -> None:

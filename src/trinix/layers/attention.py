@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from trinix import dispatch, ops
 from trinix.layers.arguments import (
     check_dropout,
+    check_entry,
     check_scores,
     check_sizes,
+    check_state,
     refuse_made_weights,
-    refuse_no_memory,
     refuse_unknown,
+    sharded,
 )
 from trinix.layers.cache import PagedCache, StaticCache
 from trinix.layers.embedding import FastALiBiPositionEmbedding, FastRoPEPositionEmbedding
@@ -294,10 +296,15 @@ class FastGroupedQueryAttention(_FastAttention):
         Raises:
             ValueError: an entry is missing, has another shape, or has no place here (a bias, a norm of q and k); a weight is
                 no parameter (parametrized, pruned, wrapped).
+            TypeError: an entry is no tensor of numbers as they are: 8 bits and integers are codes that a scale belongs to.
         """
         refuse_made_weights(type(self).__name__, *weighted(self, _LLAMA).values())
         modules = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-        load_entries(type(self).__name__, state, self.checkpoint(prefix), prefix, modules)
+        places = self.checkpoint(prefix)
+        load_entries(type(self).__name__, state, places, prefix, modules)
+        if sharded(self.qkv_proj.weight):
+            for kind, parameter in self.qkv_proj.named_parameters():
+                parameter.detach().copy_(torch.cat([places[f"{prefix}{p}_proj.{kind}"] for p in "qkv"]))
 
 
 _LLAMA = ("qkv_proj", "o_proj", "q_norm", "k_norm")
@@ -794,6 +801,7 @@ def entries(layer: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, 
 
 def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor], prefix: str, modules) -> None:
     """Copy ``state``'s entries into the views ``places``, all of them or none; those of ``modules`` must all have a place."""
+    check_state(name, state)
     known = [f"{prefix}{module}.{kind}" for module in modules for kind in ("weight", "bias")]
     if lost := [key for key in known if key in state and key not in places]:
         raise ValueError(
@@ -802,9 +810,7 @@ def load_entries(name: str, state: dict[str, Tensor], places: dict[str, Tensor],
     for key, place in places.items():
         if key not in state:
             raise ValueError(f"{name}: load_checkpoint found no {key}; check the prefix, bias and qk_norm")
-        if state[key].shape != place.shape:
-            raise ValueError(f"{name}: {key} must be {list(place.shape)}, got {list(state[key].shape)}")
-        refuse_no_memory(name, key, place, state[key])
+        check_entry(name, key, place, state[key])
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(state[key])

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from trinix import dispatch, ops
 from trinix.layers.activation import choose_backend
-from trinix.layers.arguments import check_use_triton, refuse_made_weights, refuse_no_memory, refuse_unknown
+from trinix.layers.arguments import (
+    check_entry,
+    check_numbers,
+    check_state,
+    check_use_triton,
+    refuse_made_weights,
+    refuse_unknown,
+    sharded,
+)
 from trinix.layers.linear import FastLinear, only_multiplies
 from trinix.ops.glu import BACKENDS, linear_glu, sums_bias, triton_can_run
 
@@ -103,6 +111,7 @@ class _FastGLU(nn.Module):
         Raises:
             ValueError: an entry is missing, is of another shape, or has no place in this module; a projection's weight is
                 no parameter of its own (parametrized, pruned, wrapped).
+            TypeError: an entry is no tensor of numbers as they are: 8 bits and integers are codes that a scale belongs to.
         """
         refuse_made_weights(type(self).__name__, self.gate_up_proj, self.down_proj)
         found = _entries(type(self).__name__, state, names, prefix)
@@ -113,14 +122,14 @@ class _FastGLU(nn.Module):
                 f"{prefix!r}; check names, prefix, bias and output_dim"
             )
         for key, place in wanted.items():
-            if place.shape != found[key].shape:
-                raise ValueError(
-                    f"{type(self).__name__}: {key} must be {list(place.shape)}, got {list(found[key].shape)}"
-                )
-            refuse_no_memory(type(self).__name__, key, place, found[key])
+            check_entry(type(self).__name__, key, place, found[key])
         with torch.no_grad():
             for key, place in wanted.items():
                 place.copy_(found[key])
+            if sharded(self.gate_up_proj.weight):
+                gate, up, _ = _names(type(self).__name__, names)
+                for kind, parameter in self.gate_up_proj.named_parameters():
+                    parameter.copy_(torch.cat([wanted[f"{prefix}{one}.{kind}"] for one in (gate, up)]))
 
     def checkpoint(self, names: str = "llama", prefix: str = "") -> dict[str, Tensor]:
         """The parameters as separate projections under a checkpoint's names: detached views, no copies."""
@@ -155,6 +164,12 @@ class _FastGLU(nn.Module):
         weight = found.get(f"{prefix}{gate}.weight")
         if weight is None:
             raise ValueError(f"{cls.__name__}: from_checkpoint found no {prefix}{gate}.weight; check names and prefix")
+        for key, value in found.items():
+            check_numbers(cls.__name__, key, value)
+        if weight.dim() != 2:
+            raise ValueError(
+                f"{cls.__name__}: {prefix}{gate}.weight must be [hidden_dim, input_dim], got {list(weight.shape)}; reshape it"
+            )
         output = found.get(f"{prefix}{down}.weight")
         sizes = weight.shape[1], weight.shape[0], None if output is None else output.shape[0]
         bias = f"{prefix}{gate}.bias" in found
@@ -169,13 +184,14 @@ class _FastGLU(nn.Module):
 
 
 def _names(name: str, names: str) -> tuple[str, str, str]:
-    if names not in NAMES:
+    if not isinstance(names, str) or names not in NAMES:
         raise ValueError(f"{name}: names must be one of {list(NAMES)}, got {names!r}")
     return NAMES[names]
 
 
 def _entries(name: str, state: Mapping[str, Tensor], names: str, prefix: str) -> dict[str, Tensor]:
     """The entries of ``state`` that belong to the block."""
+    check_state(name, state)
     wanted = [f"{prefix}{one}.{kind}" for one in _names(name, names) for kind in ("weight", "bias")]
     return {key: state[key] for key in wanted if key in state}
 

@@ -302,6 +302,8 @@ class FastMultiHeadLatentAttention(nn.Module):
         Raises:
             ValueError: an entry is missing, has another shape, or has no place here; a weight is no parameter
                 (parametrized, pruned, wrapped).
+            TypeError: an entry is no tensor of numbers as they are: the 8 bits of DeepSeek-V3's published files want
+                their ``weight_scale_inv`` first.
         """
         refuse_made_weights(type(self).__name__, *weighted(self, DEEPSEEK).values())
         places = self.checkpoint(prefix)

@@ -590,6 +590,21 @@ def test_a_table_that_cannot_be_made_says_what_is_wanted(arguments, error, text)
         rope_table(*arguments[:2], **dict(zip(("scaling", "base"), arguments[2:], strict=False)))
 
 
+def test_a_scaling_may_say_its_base_as_newer_configurations_do():
+    """There every one has it: ours must not be of another."""
+    for scaling in ({"rope_type": "default"}, YARN, LLAMA3):
+        same(
+            rope_table(4, 8, base=500000.0, scaling=scaling | {"rope_theta": 500000}),
+            rope_table(4, 8, base=500000.0, scaling=scaling),
+        )
+        with pytest.raises(
+            ValueError, match=r"rope_theta must be the base, got 500000\.0 and base 10000\.0; give base"
+        ):
+            rope_table(4, 8, scaling=scaling | {"rope_theta": 500000.0})
+    with pytest.raises(TypeError, match="scaling's rope_theta must be a number, got '1e4'"):
+        rope_table(4, 8, scaling=YARN | {"rope_theta": "1e4"})
+
+
 def test_optional_keys_of_yarn_may_be_none():
     same(rope_table(4, 8, scaling={**YARN, "attention_factor": None, "mscale": None}), rope_table(4, 8, scaling=YARN))
 

@@ -252,10 +252,10 @@ def rope_table(
         rotary_dim: R, even: how many channels of a head are rotated.
         base: theta.
         scaling: None, or a dict as the ``rope_scaling`` of a Hugging Face configuration: "rope_type" (or "type") and the keys
-            of ``SCALINGS``. "linear": every frequency over the factor. "ntk": base * factor^(R / (R - 2)). "yarn"
-            (arXiv:2309.00071): slow pairs interpolated, fast ones kept, cos and sin times the attention factor,
-            0.1 ln(factor) + 1 unless given. "llama3": pairs of less than low_freq_factor turns over the original context
-            interpolated, of more than high_freq_factor kept, a ramp between.
+            of ``SCALINGS``; a "rope_theta", which newer ones have among them, must be ``base``. "linear": every frequency
+            over the factor. "ntk": base * factor^(R / (R - 2)). "yarn" (arXiv:2309.00071): slow pairs interpolated, fast ones
+            kept, cos and sin times the attention factor, 0.1 ln(factor) + 1 unless given. "llama3": pairs of less than
+            low_freq_factor turns over the original context interpolated, of more than high_freq_factor kept, a ramp between.
         device: where; a tensor's own, or PyTorch's default.
 
     Raises:
@@ -267,7 +267,8 @@ def rope_table(
     """
     if type(rotary_dim) is not int or rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rope_table: rotary_dim must be an even int from 2 on, got {rotary_dim!r}")
-    base, scaling = dispatch.number("rope_table", "base", base), _check_scaling(scaling)
+    base = dispatch.number("rope_table", "base", base)
+    scaling = _check_scaling(scaling, base)
     if not 0 < base < math.inf:
         raise ValueError(f"rope_table: base must be positive, got {base}")
     if isinstance(positions, Tensor):
@@ -288,7 +289,7 @@ def rope_table(
     return (angle.cos() * factor).float(), (angle.sin() * factor).float()
 
 
-def _check_scaling(scaling: dict | None) -> dict | None:
+def _check_scaling(scaling: dict | None, base: float) -> dict | None:
     if scaling is None:
         return None
     if not isinstance(scaling, dict):
@@ -298,6 +299,11 @@ def _check_scaling(scaling: dict | None) -> dict | None:
     kind = kinds[0] if kinds and kinds[0] == kinds[-1] else None
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_table: scaling's 'type' must be one of {list(SCALINGS)}, got {scaling!r}")
+    theta = rest.pop("rope_theta", None)
+    if theta is not None and dispatch.number("rope_table", "scaling's rope_theta", theta) != base:
+        raise ValueError(
+            f"rope_table: scaling's rope_theta must be the base, got {theta} and base {base}; give base (a layer's rope_base) {theta}"
+        )
     needed, possible = SCALINGS[kind]
     missing, unknown = set(needed) - set(rest), set(rest) - {*needed, *possible}
     if missing or unknown:

@@ -264,6 +264,8 @@ def test_lengths_that_no_cache_has_are_refused(name, kind):
     for lengths in (-1, torch.tensor([2]), torch.tensor([1, -1, 2])):
         with pytest.raises(ValueError, match=r"truncate wants an int or a tensor \[B\] = \[3\], from 0 on, got"):
             cache.truncate(lengths)
+    cache.truncate(2**32)  # which int32 would take for 0
+    assert cache.lengths.tolist() == [LENGTH] * BATCH
     for lengths in (2.5, torch.tensor([1.0, 2.0, 3.0]), True):
         with pytest.raises(
             TypeError, match=r"truncate wants lengths as integers, got torch\.\w+; convert it with .long"

@@ -65,7 +65,8 @@ class _Cache:
         """Forget the tokens of every sequence from ``lengths`` (int, or int tensor [B]) on."""
         if lengths is not None and not isinstance(lengths, str):  # of which as_tensor would not say the name
             lengths = torch.as_tensor(lengths, device=self.lengths.device)
-        lengths = self._integers("truncate", "lengths", lengths).to(self.lengths)
+        lengths = self._integers("truncate", "lengths", lengths).to(self.lengths.device, torch.int64)
+        lengths = lengths.clamp(max=2**31 - 1)  # 2^32 would be 0 in int32
         if lengths.shape not in ((), self.lengths.shape) or bool((lengths < 0).any()):
             raise ValueError(
                 f"{type(self).__name__}: truncate wants an int or a tensor [B] = {list(self.lengths.shape)}, from 0 on, got "

@@ -1,6 +1,7 @@
 """Caches: prompt and steps give what the whole sequence gives at once, for every layer, cache and option; and what a cache does
 to its sequences."""
 
+import copy
 import re
 
 import pytest
@@ -386,6 +387,11 @@ def test_rows_go_to_an_empty_latent_cache_of_the_layers_widths():
 @torch.no_grad()
 def test_positions_may_be_named_with_a_cache_too(name, kind, device):
     layer, x = made(name, {"position_method": "rope"}, device)
+    short = copy.deepcopy(layer)
+    short.position = trinix.FastRoPEPositionEmbedding(layer.position.dim, 2).to(device)  # it grows for them too
+    cache, at = cache_of(short, kind, device=device), torch.arange(LENGTH, device=device)
+    parts = [short(t, position_ids=n, cache=cache) for t, n in zip(x.split(4, 1), at.split(4), strict=True)]
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x), atol=1e-4, rtol=1e-4)
     cache, at = cache_of(layer, kind, device=device), torch.arange(3, 3 + LENGTH, device=device)
     parts = [
         layer(part, position_ids=where, cache=cache) for part, where in zip(x.split(4, 1), at.split(4), strict=True)

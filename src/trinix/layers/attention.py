@@ -167,7 +167,7 @@ class _FastAttention(nn.Module):
         together = q.shape[1] == k.shape[1]
         if rotates or isinstance(self.position, FastRoPEPositionEmbedding):
             longest = max(q.shape[1], k.shape[1]) if cache is None else reach(cache, q.shape[1])
-            cos, sin = self.position.grow(0 if position_ids is not None else longest)
+            cos, sin = self.position.grow(longest)  # for position_ids too, which are seldom beyond
         if rotates and together and unhooked(self.position) and _only_scale(self.q_norm, self.k_norm):
             return ops.qk_norm_rope(
                 q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, eps=self.q_norm.eps,
@@ -264,7 +264,8 @@ class FastGroupedQueryAttention(_FastAttention):
 
         Args:
             attention_mask, key_padding_mask: see the top of this file.
-            position_ids: ``[B, S]``, ``[1, S]`` or ``[S]``, instead of 0 .. S - 1 behind the cache.
+            position_ids: ``[B, S]``, ``[1, S]`` or ``[S]``, instead of 0 .. S - 1 behind the cache; below max_seq_len, or the
+                number of tokens (a cache's too) where that is more.
             cache: of ``trinix.layers.cache``: the tokens are appended to it, and see all that it holds.
         """
         check_input(type(self).__name__, "hidden_states", hidden_states, self.embed_dim)

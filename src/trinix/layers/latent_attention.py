@@ -242,8 +242,7 @@ class FastMultiHeadLatentAttention(nn.Module):
                     f"{type(self).__name__}: position_ids need position_method 'rope', this one has {self.position_method!r}"
                 )
             return q, latent, None
-        if position_ids is None and cache is not None:
-            self.position.grow(reach(cache, x.shape[1]))
+        self.position.grow(x.shape[1] if cache is None else reach(cache, x.shape[1]))
         offset = cache.lengths if position_ids is None and cache is not None else 0
         places = {"position_ids": position_ids, "offset": offset}
         return self.position(q, **places), latent, self.position(k_rope[:, :, None], **places)

@@ -1,6 +1,11 @@
 """What an import costs and does, each in a process of its own."""
 
+import ast
+from pathlib import Path
+
 import pytest
+
+import trinix
 
 
 def test_an_import_loads_only_what_it_needs(fresh_process):
@@ -121,3 +126,16 @@ def test_torch_compile_may_be_the_first_to_call_a_named_backend(fresh_process):
     """
     said = fresh_process(code, TRITON_INTERPRET="1")
     assert said.split() == ["silu", "softmax", "rms_norm", "glu", "rope", "attention", "head_mlp"]
+
+
+def test_type_checkers_see_the_names_that_load_on_first_use():
+    """__init__.pyi has each from where __init__.py loads it."""
+    stub = Path(trinix.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    found = {}
+    for node in ast.walk(ast.parse(stub)):
+        if isinstance(node, ast.ImportFrom):
+            found |= {one.name: node.module if node.module != "trinix" else f"trinix.{one.name}" for one in node.names}
+            assert [one.asname for one in node.names] == [
+                one.name for one in node.names
+            ]  # what is not renamed is private
+    assert found == trinix._HOMES

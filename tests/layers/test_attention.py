@@ -801,6 +801,24 @@ def test_separate_projections_of_a_checkpoint_come_in_and_go_out(name):
         other.load_checkpoint(layer.checkpoint() | {"k_proj.weight": torch.ones(1)})
 
 
+@pytest.mark.parametrize("name", ["self", "grouped", "multi-query"])
+def test_an_attention_of_qwen2_has_biases_of_queries_keys_and_values_alone(name):
+    layer, x, _ = made(name, {"causal": True, "out_bias": False})
+    state = copy.deepcopy(layer.checkpoint())
+    assert {key for key in state if key.endswith(".bias")} == {"q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    q, k, v = (F.linear(x, state[f"{p}_proj.weight"], state[f"{p}_proj.bias"]) for p in "qkv")
+    heads = (t.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer(x), out @ state["o_proj.weight"].T)
+    other = LAYERS[name](causal=True, out_bias=False)
+    other.load_checkpoint(state)
+    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"found no o_proj\.bias"):
+        LAYERS[name](causal=True).load_checkpoint(state)
+    assert LAYERS[name](bias=False, out_bias=True).o_proj.bias is not None
+    assert LAYERS[name](bias=False).o_proj.bias is None
+
+
 @pytest.mark.parametrize("option", ["plain", "queries without a latent"])
 def test_an_attention_of_deepseek_comes_in_and_goes_out(option):
     """Against the published form: q_b_proj's heads are [not rotated, rotated], pairs are neighbours."""

@@ -212,6 +212,7 @@ class FastGroupedQueryAttention(_FastAttention):
         embed_dim, num_heads, num_kv_heads: E, H and Hk.
         dropout: probability that an attention weight is dropped, in training mode only.
         bias: every projection has one.
+        out_bias: o_proj has one; as ``bias`` if None. (Qwen2's checkpoints have biases of q, k and v only.)
         head_dim: D; embed_dim / num_heads if None.
         causal: a query sees no key after it.
         position_method: "none", "rope", "alibi", or a module that is called as
@@ -242,14 +243,17 @@ class FastGroupedQueryAttention(_FastAttention):
         dropout: float = 0.0,
         bias: bool = True,
         *,
+        out_bias: bool | None = None,
         device: torch.device | str | None = None,
         **options,
     ):
         super().__init__(embed_dim, num_heads, num_kv_heads, dropout, bias, device=device, **options)
+        out_bias = bias if out_bias is None else out_bias
+        dispatch.flags(type(self).__name__, out_bias=out_bias)
         place = {"device": device, "dtype": options.get("dtype")}
         heads = num_heads + 2 * num_kv_heads
         self.qkv_proj = FastLinear(embed_dim, heads * self.head_dim, bias, **place)
-        self.o_proj = FastLinear(num_heads * self.head_dim, embed_dim, bias, **place)
+        self.o_proj = FastLinear(num_heads * self.head_dim, embed_dim, out_bias, **place)
         self.reset_parameters()
 
     def forward(

@@ -347,6 +347,15 @@ def test_tables_of_any_dtype_and_strides_are_read(dtype, device):
     oracle(q, k, gradients, joined[:, : cos.shape[1]], joined[:, cos.shape[1] :])
 
 
+def test_cos_and_sin_may_lie_differently(device):
+    q, k, gradients, cos, sin = make("usual", torch.float32, device)
+    one_more = torch.cat([sin, sin[:, :1]], 1)[:, :-1]  # rows of cos begin at whole vectors, those of sin do not
+    apart = torch.stack([sin, cos], -1)[..., 0]
+    for other in (one_more, apart):
+        oracle(q, k, gradients, cos, other, offset=3)
+        norm_oracle(q, k, gradients, cos, other, offset=3)
+
+
 def test_tables_with_repeated_halves_are_taken_for_half_split_pairs_only(device):
     q, k, gradients, cos, sin = make("usual", torch.float32, device)
     repeated = [torch.cat([t, t], 1) for t in (cos, sin)]

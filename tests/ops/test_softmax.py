@@ -240,6 +240,15 @@ def test_the_scale_reaches_both_passes(function, layout, scale):
     oracle(function, *make(layout, torch.float32, "cpu"), scale=scale)
 
 
+@pytest.mark.parametrize("scale", [-2, 0.0])
+@pytest.mark.parametrize("function", OPS)
+def test_scale_and_mask_reach_what_has_to_be_copied_first(function, scale):
+    new = Numbers(torch.float32, "cpu")
+    x = new(4, 4, 4, 4, 4, 6)[::2, ::2, ::2, ::2, ::2, ::2]
+    oracle(function, x, -1, new(*x.shape), scale=scale)
+    oracle(function, x, -1, new(*x.shape), new(2, 1, 1, 2, 3)[:, :, :, ::2], scale=scale)
+
+
 KERNELS = {
     "streams": (log_softmax, torch.bfloat16),
     "peeled": (softmax, torch.bfloat16),

@@ -223,9 +223,10 @@ def test_several_tiles_of_heads_where_q_and_k_differ(heads, tokens, device):
 
 def test_more_tokens_than_programs(device):
     new = Numbers(torch.bfloat16, device)
-    q, k, gq, gk = (new(2, 4, heads, 4) for heads in (9, 3, 9, 3))
-    oracle(q, k, (gq, gk), *table(4, device))
-    norm_oracle(q, k, (gq, gk), *table(4, device))
+    for heads in ((9, 3), (1, 64)):  # the second: by its elements, q's share of the programs is none
+        q, k, gq, gk = (new(2, 4, n, 4) for n in heads * 2)
+        oracle(q, k, (gq, gk), *table(4, device))
+        norm_oracle(q, k, (gq, gk), *table(4, device))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -1169,6 +1170,19 @@ def test_the_modules_table_grows_keeps_float32_and_moves(device):
         lazy = trinix.FastRoPEPositionEmbedding(8, 15)
     same(lazy.to_empty(device=device).cos, before)
     same(module.to_empty(device=device).sin, lazy.sin)
+
+
+def test_the_module_passes_on_what_it_is_called_with(device):
+    module = trinix.FastRoPEPositionEmbedding(16, 2).to(device)
+    q, k, _, cos, sin = make("usual", torch.float32, device)
+    ids = torch.tensor([[5, 1], [0, 3]], device=device)
+    same(module.apply_rotary_pos_emb(q, k, cos, sin, ids), rope(q, k, cos, sin, position_ids=ids))
+    flat = normal((5, 2, 16), torch.float32, seed=1, device=device)
+    edges = torch.tensor([0, 5], device=device)
+    same((module(flat, cu_seqlens=edges),), (rope(flat, None, *module.table(5), cu_seqlens=edges),))
+    wanted = rope(q, k, cos, sin)
+    assert all(y is t for y, t in zip(module(q, k, inplace=True), (q, k), strict=True))
+    same((q, k), wanted)
 
 
 def test_a_table_that_grows_without_autograd_serves_with_it(device):

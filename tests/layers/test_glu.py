@@ -113,6 +113,16 @@ def test_a_checkpoint_comes_in_and_goes_out_under_its_own_names(names, keys, who
     back.load_state_dict(module.checkpoint(names))
 
 
+def test_a_checkpoint_holds_detached_views_and_its_module_may_have_another_dtype():
+    module = trinix.FastSwiGLU(4, 6, 5)
+    state = module.checkpoint()
+    assert not any(t.requires_grad for t in state.values())
+    found = {t.untyped_storage().data_ptr() for t in state.values()}
+    assert found == {p.untyped_storage().data_ptr() for p in module.parameters()}
+    made = trinix.FastSwiGLU.from_checkpoint(state, dtype=torch.float64)
+    assert {p.dtype for p in made.parameters()} == {torch.float64}
+
+
 def test_a_checkpoint_is_not_written_into_a_weight_that_is_made_of_others():
     layer = trinix.FastSwiGLU(8, 6, 8)
     state = layer.checkpoint()
@@ -346,8 +356,9 @@ def test_arguments_that_do_not_fit_are_named():
         trinix.FastReGLU(6, 0)
     with pytest.raises(ValueError, match="output_dim must be an int from 1 on, got False; bias goes by name"):
         trinix.FastSwiGLU(6, 7, False)
-    with pytest.raises(ValueError, match="both choose"):
-        trinix.FastSwiGLU(6, 7, use_triton=True, backend="torch")
+    for chosen in (True, False):
+        with pytest.raises(ValueError, match="both choose"):
+            trinix.FastSwiGLU(6, 7, use_triton=chosen, backend="torch")
     with pytest.raises(ValueError, match="approximate must be"):
         trinix.FastGeGLU(6, 7, approximate="erf")
     with pytest.raises(ValueError, match="FastSwiGLU: backend must be one of"):

@@ -212,6 +212,12 @@ def test_a_wide_head_and_a_narrow_one_of_many(device):
         norm_oracle(q, k, (gq, gk), *table(r, device, 64))
 
 
+def test_weights_may_have_any_strides(device):
+    q, k, gradients, cos, sin = make("usual", torch.float32, device)
+    weights = Numbers(torch.float32, device)(16, 2).unbind(-1)
+    judged(lambda name, *inputs: qk_norm_rope(*inputs, cos, sin, backend=name), (q, k, *weights), gradients)
+
+
 @pytest.mark.parametrize("heads", [(20, 3), (16, 8), (3, 17)], ids=str)
 @pytest.mark.parametrize("tokens", [(2, 1), (1, 2), (2, 2)], ids=str)
 def test_several_tiles_of_heads_where_q_and_k_differ(heads, tokens, device):
@@ -1177,6 +1183,10 @@ def test_the_module_passes_on_what_it_is_called_with(device):
     q, k, _, cos, sin = make("usual", torch.float32, device)
     ids = torch.tensor([[5, 1], [0, 3]], device=device)
     same(module.apply_rotary_pos_emb(q, k, cos, sin, ids), rope(q, k, cos, sin, position_ids=ids))
+    pairs = trinix.FastRoPEPositionEmbedding(16, 2, interleaved=True, use_triton=True).to(device)
+    same(pairs.apply_rotary_pos_emb(q, k, cos, sin), rope(q, k, cos, sin, interleaved=True, backend="triton"))
+    wide = q.double()  # not Triton's: PyTorch runs it
+    same((pairs(wide),), (rope(wide, None, cos, sin, interleaved=True, backend="torch"),))
     flat = normal((5, 2, 16), torch.float32, seed=1, device=device)
     edges = torch.tensor([0, 5], device=device)
     same((module(flat, cu_seqlens=edges),), (rope(flat, None, *module.table(5), cu_seqlens=edges),))

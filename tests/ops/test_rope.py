@@ -810,6 +810,15 @@ def test_inplace_wants_q_and_k_of_their_own(backend, device):
         torch.testing.assert_close(got, wanted)
 
 
+def test_inplace_sees_the_one_element_that_q_and_k_share(device):
+    cos, sin = table(2, device)
+    three = torch.ones(3, device=device)
+    ends = three[:2].view(1, 1, 1, 2), three[1:].view(1, 1, 1, 2)
+    for q, k in (ends, ends[::-1]):
+        with pytest.raises(ValueError, match="share no memory"):
+            rope(q, k, cos, sin, inplace=True)
+
+
 def test_inplace_knows_q_from_k_where_they_have_no_memory(fresh_dynamo):
     cos, sin = rope_table(9, 8)
     q, k = torch.randn(2, 1, 5, 2, 8).unbind()

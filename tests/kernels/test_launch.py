@@ -96,6 +96,17 @@ def _pre_run_hook(kernel, hook):
         kernel.pre_run_hooks.remove(hook)
 
 
+@contextlib.contextmanager
+def _noted(hook):
+    @contextlib.contextmanager
+    def noting(*launch):
+        hook(*launch)
+        yield
+
+    with _launch.noted_by(SimpleNamespace(noting=noting)):
+        yield
+
+
 # name -> context in which a launch has to be seen by ``hook``
 HOOKS = {
     "a launch enter hook": lambda kernel, hook: _hooked(triton.knobs.runtime.launch_enter_hook, hook),
@@ -103,6 +114,7 @@ HOOKS = {
     "another enter chain": lambda kernel, hook: _chain_replaced("launch_enter_hook", hook),
     "another exit chain": lambda kernel, hook: _chain_replaced("launch_exit_hook", hook),
     "a pre-run hook": _pre_run_hook,
+    "a recorder of launches": lambda _, hook: _noted(hook),
 }
 
 
@@ -336,6 +348,7 @@ def test_a_repeated_launch_takes_what_a_call_has_kept(rig):
     assert rig.sent == (9, 7000, (256, 512, 48, 5, 0.25))
     count = len(rig.kernel.log)
     assert not repeated(rig).at((256, 520)), "not aligned"
+    assert not repeated(rig).at((264, 512)), "not aligned"
     assert not repeated(rig, n=47).at((256, 512)), "another binary"
     assert not repeated(rig, card=1).at((256, 512)), "another card"
     for put in HOOKS.values():

@@ -142,6 +142,9 @@ CASES = {
     "window": lambda **w: make(1, 75, 70, 1, 1, 16, window=(10, 5), **w),
     "window to the left": lambda **w: make(1, 40, 90, 1, 1, 16, causal=True, window=(20, None), **w),
     "window to the right": lambda **w: make(1, 90, 40, 1, 1, 16, window=(None, 3), **w),
+    # tiles of 16 to 64: the bounds of the walks are one off a tile's edge, on either side
+    "window, one past the tiles": lambda **w: make(1, 100, 100, 1, 1, 16, window=(33, 33), **w),
+    "window, one short of the tiles": lambda **w: make(1, 100, 100, 1, 1, 16, window=(30, 30), **w),
     "window of one": lambda **w: make(1, 40, 40, 1, 1, 16, dtype=torch.bfloat16, window=(0, 0), **w),
     "odd head dims": lambda **w: make(1, 20, 35, 2, 1, 20, 24, **w),
     "wide head dims": lambda **w: make(1, 20, 35, 1, 1, 192, 128, causal=True, **w),

@@ -599,6 +599,14 @@ def test_constants_out_of_the_signatures_order_are_a_mistake_of_ours(constants, 
         Launcher(rig.kernel, tensors=2).bind(**constants)
 
 
+def test_scalars_that_triton_looks_at_are_in_the_key():
+    def kernel(n, free, m: "i32", k: "i64", a: "fp32", b: "bf16"):  # noqa: F821
+        pass
+
+    params = JITFunction(kernel, do_not_specialize=["free", "k"]).params
+    assert [_launch._is_pinned(p) for p in params] == [False, False, False, True, True, True]
+
+
 @pytest.mark.parametrize(
     "n", [0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**62]
 )

@@ -181,6 +181,20 @@ def test_finish_replaces_the_last_result_in_one_step_after_everything_is_on_disk
     assert [one["case"] for one in read(new.path)] == ["new"]
 
 
+def test_a_case_that_is_measured_again_takes_no_line_of_another_off_the_disk(tmp_path, monkeypatch):
+    file = ResultFile(tmp_path, "activation")
+    file.add([some("A")])
+    file.add([some("B")])
+
+    def replace(source, target, real=os.replace):
+        assert [one["case"] for one in read(source)] == ["A"]
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    file.put("B", [some("B")])
+    assert [one["case"] for one in read(file.interrupt())] == ["A", "B"]
+
+
 def test_an_interrupted_run_keeps_the_last_result_and_its_own_finished_lines(tmp_path):
     first = ResultFile(tmp_path, "activation")
     first.add([some("old")])

@@ -136,6 +136,7 @@ def test_a_rival_that_was_not_timed_is_no_rival():
     ]
     (row,) = speed(lines)
     assert (row["compile"], row["best / trinix"]) == ("not timed", "2.00")
+    assert row["best wall"] == "1.5000"
 
 
 @pytest.mark.parametrize("missing", ["trinix", "eager", "compile"])
@@ -388,6 +389,21 @@ def test_a_field_that_does_not_apply_is_an_empty_cell(field, op):
     case = "X-relu-256" if op == "activation" else "T-small-8x2048-1x4096"
     lines = [gpu_line(case, "fwd", impl, 1.0, op=op) for impl in ("trinix", "eager", "compile")]
     assert tables(report.markdown([lines[0] | {field: None}, lines[1] | {field: None}, lines[2]], "a.jsonl"))
+
+
+def test_a_table_that_cannot_be_written_whole_leaves_the_last_one(tmp_path, monkeypatch):
+    save(tmp_path / "h100", "activation", [gpu_line("X-relu-256", "fwd", "trinix", 1.0)])
+    (table,) = report.write(tmp_path)
+    before = table.read_bytes()
+
+    def write_text(self, text, **_):
+        self.write_bytes(text.encode()[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match="no space left"):
+        report.write(tmp_path)
+    assert table.read_bytes() == before
 
 
 def test_nothing_to_write_is_an_empty_list(tmp_path):

@@ -168,6 +168,9 @@ def test_the_report_shows_tokens_a_second(case, lines):
     text = report.markdown([one | card for one in (*lines[:2], compiled)], "train_step.jsonl")
     assert "## Tokens a second" in text
     assert f"| {case.id} | 16000 | 16000 | 8000 | 101 | 101 | 50 |" in text.splitlines()
+    refused = compiled | {"ok": False, "reason": "1200 TFLOP/s is above the listed 990 TFLOP/s of this card"}
+    text = report.markdown([one | card for one in (*lines[:2], refused)], "train_step.jsonl")
+    assert f"| {case.id} | 16000 | 16000 |  | 101 | 101 |  |" in text.splitlines()
 
 
 @pytest.mark.gpu

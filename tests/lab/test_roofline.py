@@ -484,6 +484,14 @@ def test_a_time_faster_than_the_card_is_an_error_and_not_a_record(gpu):
     assert lines[0]["device_ms"]["p50"] == 0.3, "the impossible figure stays visible"
 
 
+@pytest.mark.parametrize("l2_bytes", [0, 1 << 20])
+def test_only_a_backward_behind_its_forward_may_have_found_its_bytes_in_the_cache(l2_bytes, gpu):
+    clock = Clock(copy=0.25, add=0.25, trinix=0.1)
+    clock.l2_bytes = l2_bytes
+    lines = run.run_gpu(case_of("silu"), ["trinix"], clock)
+    assert [one["pass"] for one in lines if one["ok"]] == (["fwd_bwd"] if l2_bytes else [])
+
+
 @pytest.mark.parametrize(("ms", "ok"), [(0.3, True), (0.1, False)])
 def test_more_products_than_listed_are_an_error_where_bytes_are_the_ceiling_too(ms, ok, gpu, monkeypatch):
     shape = {"x": (2, 8, 16), "w1": (2, 16, 8), "w2": (2, 8, 16)}

@@ -372,3 +372,11 @@ def test_read_names_the_line_that_is_not_utf_8(tmp_path):
     path.write_bytes(json.dumps(some()).encode() + b'\n{"case": "\xff"}\n')
     with pytest.raises(ValueError, match=r"activation\.jsonl: line 2 is not JSON: .*0xff"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("reason", "skip"),
+    [("skipped: no", True), ("Unsupported: no", True), ("misses its error budget", False), (None, False)],
+)
+def test_what_an_implementation_does_not_do_is_no_failure(reason, skip):
+    assert record.is_skip(some(ok=reason is None, reason=reason)) is skip

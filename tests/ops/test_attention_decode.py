@@ -118,6 +118,7 @@ CASES = {
     "keys beside values": {"layout": "one tensor", "new": 1},
     "latent": {"d": 40, "dv": 32, "latent": True, "key_heads": 1, "new": 2, "num_splits": 2},
     "append one": {"new": 1},
+    "one low score, shares": {"scale": 200.0, "lengths": (1, 1), "num_splits": 2},
     "append, values wider than keys": {"d": 16, "dv": 40, "new": 3, "num_splits": 2},
     "append to an empty cache": {"new": 3, "seq": 3, "lengths": (0, 97), "num_splits": 2},
     "append more than a tile": {"new": 70, "seq": 2, "lengths": (3, 30)},

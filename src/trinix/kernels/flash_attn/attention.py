@@ -12,6 +12,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from trinix.kernels import LEAST_SCALE
+
 # what each calls itself -> (module, compute capabilities by their first number)
 _PACKAGES = {
     "FlashAttention 4": ("flash_attn.cute.interface", (9, 10)),
@@ -52,7 +54,7 @@ def _against(name: str, q, k, v, options, backward: bool) -> str | None:
         # 4's tanh is an approximation, and lse is off by it
         "dropout": options.dropout_p != 0, "softcap": options.softcap != 0 and (new or name == _BUILT_IN),
         "ALiBi slopes": options.alibi_slopes is not None and not (two and options.alibi_slopes.dtype == torch.float32),
-        "a scale below 2**-126": not options.scale >= 2.0**-126,  # they take the largest score before they scale it
+        "a scale below 2**-126": not options.scale >= LEAST_SCALE,  # they take the largest score before they scale it
         "a deterministic backward": options.deterministic and backward
         and (name == _BUILT_IN or (three and q.shape[-1] > 192)),
     }  # fmt: skip

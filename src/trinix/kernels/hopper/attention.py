@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from trinix.kernels import LEAST_SCALE
 from trinix.kernels._binary import Binary, Box, raw_stream
 from trinix.kernels._binary import multiprocessors as _multiprocessors
 from trinix.kernels._layout import dense, side_by_side
@@ -43,7 +44,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str
             return f"has no {name}"
     if options.dropout_p:
         return "has no dropout"
-    if not options.scale >= 2.0**-126:  # one below may be 0 in float32, and a hidden key's -inf times that is NaN
+    if not options.scale >= LEAST_SCALE:
         return f"needs a scale of 2**-126 or above, got {options.scale}"
     d, dv = q.shape[-1], v.shape[-1]
     if padded(d) is None or padded(dv) is None:

@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from trinix.kernels import LEAST_SCALE
 from trinix.kernels._binary import Binary, Box, raw_stream
 from trinix.kernels._binary import is_hopper as _is_hopper
 from trinix.kernels._binary import multiprocessors as _multiprocessors
@@ -349,7 +350,7 @@ def unsupported(x: Tensor, mask: Tensor | None, dim: int, scale: float) -> str |
         return "needs a GPU of compute capability 9.0"
     if mask is not None:
         return "takes no mask"
-    if not scale >= 2.0**-126:  # one below may be 0 in float32, which makes NaN of the -inf behind a row's end
+    if not scale >= LEAST_SCALE:
         return f"takes a scale of 2**-126 or above, got {scale}"
     if not x.is_contiguous():
         return "needs a contiguous tensor"

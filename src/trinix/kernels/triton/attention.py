@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trinix.kernels import LEAST_SCALE
 from trinix.kernels.triton import activation
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._exact import exact_exp, exact_log, exact_tanh
@@ -1079,7 +1080,6 @@ def bias_launch(form: Form, by_batch: bool, by_head: bool, by_row: bool, config:
 
 MOST_D = 256
 _MOST_STRIDE = 2**22  # of rows: offsets within a tile are 32 bits wide
-_LEAST_SCALE = 2.0**-126  # of RAW: one below may be 0 in float32, and a hidden key's -inf times that is NaN
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, options, backward: bool) -> str | None:
@@ -1180,7 +1180,7 @@ def _plan(facts: _Facts) -> _Plan:
     (bias_unit, bias_strides), (mask_unit, mask_strides) = _plane(facts.bias), _plane(facts.mask)
     form = Form(
         d, dv, unit, facts.left >= 0, facts.right >= 0, facts.softcap > 0, bias_unit, mask_unit, facts.slopes is not None,
-        facts.sink, facts.p > 0, facts.varlen is not None, plain and facts.scale >= _LEAST_SCALE,
+        facts.sink, facts.p > 0, facts.varlen is not None, plain and facts.scale >= LEAST_SCALE,
         base2=base2,
     )  # fmt: skip
     form = form._replace(precision=_precision(form, facts.dtype.itemsize, facts.device))

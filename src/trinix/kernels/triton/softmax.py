@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trinix.kernels import LEAST_SCALE
 from trinix.kernels.triton._compile import POINTERS, compile_case
 from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, by_table  # noqa: F401  (by_table: the op's)
 from trinix.kernels.triton.activation import merge_dims
@@ -562,7 +563,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 PER_SM = 4  # programs of a split kernel that one multiprocessor holds: 256 threads of at most 64 registers
 MERGE = 32  # chunks whose statistics the last program reads at once
-_LEAST = 2.0**-126  # a scale below may be 0 in float32, which makes NaN of the -inf of places that are none
 
 _FORWARD_TILE = Launcher(_forward_tile, tensors=3)
 _BACKWARD_TILE = Launcher(_backward_tile, tensors=3)
@@ -837,7 +837,7 @@ def forward(
     multiprocessors = _multiprocessors(x.get_device())
     if mask is None:
         strides = (y.stride(), x.stride())
-        call = _plan(x.shape, dim, strides, x.itemsize, log, False, multiprocessors, config, scale >= _LEAST)
+        call = _plan(x.shape, dim, strides, x.itemsize, log, False, multiprocessors, config, scale >= LEAST_SCALE)
         mask = x  # never read
     else:
         mask = mask.expand(x.shape)
@@ -849,7 +849,7 @@ def forward(
             mask = torch.empty_like(y, dtype=mask.dtype).copy_(mask)
         strides = (y.stride(),) * len(strides)
         call = _plan(
-            x.shape, dim, strides, x.itemsize, log, len(strides) == 3, multiprocessors, config, scale >= _LEAST
+            x.shape, dim, strides, x.itemsize, log, len(strides) == 3, multiprocessors, config, scale >= LEAST_SCALE
         )
     _run(call, (x, mask, y), scale)
     return y

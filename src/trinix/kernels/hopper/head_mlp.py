@@ -1041,13 +1041,13 @@ def _hidden_plan(kind, x, dy, w1, w2, h, dz, splits):
 def _backward_by_stages(x, w1, w2, dy, kind, wanted):
     (heads, d, e), b = w1.shape, x.shape[1]
     c = choose_hidden(kind)
-    chunk, splits = _stages.choose(b, heads, d, e, processors(x.get_device()), (c.rows, c.hidden))
+    chunk, portion, splits = _stages.choose(b, heads, d, e, processors(x.get_device()), (c.rows, c.hidden))
 
     def hidden(xs, w1s, w2s, dys, h, dz):
         key = _key(kind, xs, w1s, w2s, dys.stride(), splits, "hidden")
         _planned(key, lambda: _hidden_plan(kind, xs, dys, w1s, w2s, h, dz, splits))(xs, dys, w1s, w2s, h, dz)
 
-    return _stages.backward(x, w1, w2, dy, wanted, chunk, hidden)
+    return _stages.backward(x, w1, w2, dy, wanted, chunk, portion, hidden)
 
 
 def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple) -> list[torch.Tensor | None]:

@@ -996,14 +996,15 @@ def _backward_by_stages(x, w1, w2, dy, kind, wanted):
     if dy.data_ptr() & 15 or not _describable(x.dtype.itemsize, e, dy.stride(), w1.stride(), w2.stride()):
         # not contiguous(), which gives a dense gradient at an odd address, as of torch.cat, back as it is
         dy = dy.clone(memory_format=torch.contiguous_format)
-    chunk, splits = _stages.choose(b, h, d, e, _card(index)[0], (STAGED.rows, STAGED.hidden))
+    chunk, portion, splits = _stages.choose(b, h, d, e, _card(index)[0], (STAGED.rows, STAGED.hidden))
 
     def hidden(*tensors):
         strides = tuple(t.stride() for t in tensors[:4])
-        plan, programs = _hidden_plan(kind, x.dtype, tensors[0].shape[0], b, d, e, splits, strides, index)
+        heads, rows = tensors[0].shape[:2]
+        plan, programs = _hidden_plan(kind, x.dtype, heads, rows, d, e, splits, strides, index)
         plan.launch(programs, *tensors)
 
-    return _stages.backward(x, w1, w2, dy, wanted, chunk, hidden)
+    return _stages.backward(x, w1, w2, dy, wanted, chunk, portion, hidden)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--warm",
         type=int,
-        default=0,
         metavar="N",
-        help="compile what the cases need in N processes before the clocks start (default: 0, each when it is its turn)",
+        help="compile what the cases need in N processes before the clocks start; 0: each when it is its turn (default: half of "
+        "the processors, at most 8 and one for every four cases)",
     )
     bench.add_argument("--out", type=Path, default=Path("out"), help="folder of result files (default: out)")
     bench.set_defaults(run=_bench)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from trinix import device
+from trinix import device, dispatch
 from trinix.lab import bench, run, warm
 from trinix.lab.case import Case
 
@@ -67,6 +67,34 @@ def test_a_process_that_is_killed_leaves_the_rest_to_the_clocks(monkeypatch):
 
     monkeypatch.setattr(warm, "ProcessPoolExecutor", Pool)
     assert warm.compile_all([case()], ["trinix"], 1) == ["a process has ended: killed"]
+
+
+def test_what_a_row_will_say_is_refused_is_no_failure(monkeypatch):
+    def refuse(*inputs):
+        raise dispatch.Unsupported("op: backend 'hopper' takes long rows, got 8; use backend='auto'")
+
+    monkeypatch.setitem(warm.PREPARE, "trinix:hopper", lambda case: refuse)
+    assert warm._once(case(), "trinix:hopper", "cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("processors", "cases", "processes"), [(16, 108, 8), (6, 108, 3), (2, 108, 1), (1, 108, 0), (64, 3, 0), (64, 9, 2)]
+)
+def test_processes_leave_half_of_the_processors_and_a_few_cases_need_none(processors, cases, processes, monkeypatch):
+    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda process: range(processors))
+    assert bench.processes_for([case()] * cases) == processes
+
+
+@pytest.mark.parametrize("asked", [None, 0, 3])
+def test_a_bench_on_a_gpu_compiles_ahead_unless_told_not_to(asked, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(device, "card", lambda *index: device.Card("Some card", "sm_90", 132, 80.0))
+    monkeypatch.setattr(bench, "_compile_ahead", lambda cases, impls, processes, console: seen.append(processes))
+    monkeypatch.setattr(bench, "_on_gpu", lambda *call: 0)
+    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda process: range(8))
+    screen = Console(file=io.StringIO(), width=200)
+    assert bench.bench(suite="seeds", ops=["activation"], out=tmp_path, console=screen, warm=asked) == 0
+    assert seen == {None: [4], 0: [], 3: [3]}[asked]
 
 
 @pytest.mark.parametrize(("ids", "resume"), [((), False), (["b*"], False), ((), True)], ids=str)

@@ -1093,6 +1093,23 @@ def test_inductor_compiles_it_whole(kind, backend):
     compiled_matches_eager(kind, backend, "inductor", normal((64, 130), torch.float32, seed=1, device="cuda"))
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"none"}))
+def test_auto_launches_where_its_tables_say(kind, grad, native, monkeypatch):
+    """At every edge of both tables, on a card that is not there."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(op, "_native_there", native)
+    monkeypatch.setattr(op, "_against_triton", lambda x: None)
+    monkeypatch.setattr(op, "_launched", lambda *call: "launched")
+    least, (native_least, native_most) = op._TRITON_FROM[kind][grad], op._NATIVE_RANGE.get(kind, (0, 0))
+    for edge in {0, 1000, least or 0, native_least, native_most}:
+        for n in {max(edge - 1, 0), edge, edge + 1}:
+            x = torch.empty(n, dtype=torch.bfloat16, device="meta", requires_grad=grad)
+            wins = (least is not None and n >= least) or (grad and native and native_least <= n < native_most)
+            assert (activation(x, kind) == "launched") is wins, n
+
+
 @gpu
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

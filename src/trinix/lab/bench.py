@@ -35,16 +35,16 @@ def bench(
     impls: Sequence[str] = (),
     ids: Sequence[str] = (),
     resume: bool = False,
-    warm: int = 0,
+    warm: int | None = None,
     out: Path,
     console: Console,
 ) -> int:
     """Run and report; returns the exit status: 0, 1 if a result of trinix failed, 130 after Ctrl-C.
 
     ``ids`` (patterns of case ids) and ``resume`` are ``_collect``'s; ``warm`` is the number of processes that compile before the
-    clocks start.
+    clocks start, ``processes_for`` the cases where None.
     """
-    if warm < 0:
+    if warm is not None and warm < 0:
         raise ValueError(f"bench: warm must be 0 or a number of processes, got {warm}")
     if unknown := set(impls) - set(PREPARE):
         raise ValueError(f"bench: impl must be among {list(PREPARE)}, got {sorted(unknown)}")
@@ -69,7 +69,7 @@ def bench_cases(
     runs: int | None = None,
     ids: Sequence[str] = (),
     resume: bool = False,
-    warm: int = 0,
+    warm: int | None = 0,
 ) -> int:
     """Run cases on the GPU, or without one as ``_without_gpu`` does; ``kernels``: whose are checked there, of which
     families, or all; False leaves only the CPU times.
@@ -90,8 +90,9 @@ def bench_cases(
     if card:
         console.print(f"{card.name}: {card.sm_count} SMs, {card.memory_gib:.0f} GiB, {card.target}")
         _build_native(console)
-        if warm:
-            _compile_ahead([c for c in todo if _is_left(c, impls, found)], impls, warm, console)
+        left = [c for c in todo if _is_left(c, impls, found)]
+        if warm := processes_for(left) if warm is None else warm:
+            _compile_ahead(left, impls, warm, console)
         code = _on_gpu(cases, impls, folder, console, runs, chosen)
         _show_skipped(beyond, console)
         return code
@@ -125,6 +126,11 @@ def _show_skipped(reasons: Mapping[str, str], console: Console) -> None:
 def _chosen(cases: Sequence[Case], ids: Sequence[str]) -> list[Case]:
     """The cases that are run: built, and of one of the patterns where there are any."""
     return [c for c in cases if trinix.is_built(c) and (not ids or any(fnmatchcase(c.id, pattern) for pattern in ids))]
+
+
+def processes_for(cases: Sequence[Case]) -> int:
+    """How many compile what so many cases need: each is a process with half a gigabyte of the card for itself."""
+    return min(8, len(os.sched_getaffinity(0)) // 2, len(cases) // 4)
 
 
 def _compile_ahead(cases: Sequence[Case], impls: Sequence[str], processes: int, console: Console) -> None:

@@ -12,6 +12,7 @@ import gc
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -159,12 +160,13 @@ class Gpu:
                     call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            kept = [call() for call in calls]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of calls that launch nothing, as kind "none"
+            with torch.cuda.graph(graph, stream=stream):
+                kept = [call() for call in calls]
 
-        def replay(
-            kept=(calls, kept),
-        ):  # what the graph reads and writes lives as long as it: nothing else holds its addresses
+        # what the graph reads and writes lives as long as it: nothing else holds its addresses
+        def replay(kept=(calls, kept)):
             graph.replay()
 
         return replay

@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
+from trinix import dispatch
 from trinix.lab import gate, run
 from trinix.lab.case import Case
 from trinix.lab.peers import PREPARE
@@ -58,6 +59,8 @@ def _once(case: Case, impl: str, device: str) -> str | None:
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+    except dispatch.Unsupported:  # a refusal: the row says so
+        return None
     except Exception as error:
         return f"{case.id} {impl}: {run.reason_of(impl, error)}"
     return None

@@ -31,6 +31,7 @@ Under ``torch.compile`` "auto" hands the compiler the plain formula, so that it 
 
 import functools
 import inspect
+import math
 
 import torch
 from torch import Tensor
@@ -81,6 +82,15 @@ _NATIVE_RANGE = {
     "relu": (1 << 22, 1 << 23), "leaky_relu": (1 << 22, 1 << 23), "silu": (1 << 22, 1 << 25), "sigmoid": (1 << 22, 1 << 23),
 }  # fmt: skip
 _PYTORCHS = {kind for kind in KINDS if _TRITON_FROM[kind][0] is _NEVER}  # without gradient, by "auto"
+
+
+def _span(kind) -> tuple[int, float]:
+    """From how many elements to below how many "auto" may run the kernel with gradient."""
+    least, (native, most) = _TRITON_FROM[kind][1], _NATIVE_RANGE.get(kind, (math.inf, 0))
+    return (native, most) if least is _NEVER else (min(least, native), math.inf)
+
+
+_SPANS = {kind: _span(kind) for kind in KINDS}
 
 
 def activation(
@@ -204,9 +214,18 @@ def _activation(x, kind, a, b, backend):
     if kind == "none" and backend == "auto" and dispatch.forced is None:
         return x if x.is_floating_point() else _refuse(x)
     grad = x.requires_grad and torch.is_grad_enabled()
-    if not grad and kind in _PYTORCHS and backend == "auto" and dispatch.forced is None:
+    auto = backend == "auto" and dispatch.forced is None
+    if auto and not grad and kind in _PYTORCHS:
         return reference.FORMULAS[kind](x, a, b) if x.is_floating_point() else _refuse(x)
     compiling = torch.compiler.is_compiling()
+    if auto:
+        # behind autograd's code a line in front of PyTorch's own costs three times what it does in a loop by itself
+        pytorchs = compiling or not x.is_cuda
+        if grad and not pytorchs:
+            least, most = _SPANS[kind]
+            pytorchs = not least <= x.numel() < most
+        if pytorchs:
+            return reference.FORMULAS[kind](x, a, b) if x.is_floating_point() else _refuse(x)
     if not compiling and _plans.of and type(backend) is str:  # torch.compile would watch a dictionary that grows
         table = _plans.of.get((kind, a, b, backend, dispatch.forced, grad))
         if table is not None:
@@ -215,11 +234,9 @@ def _activation(x, kind, a, b, backend):
                 return y
     if not x.is_floating_point():
         _refuse(x)
-    if backend != "auto" or dispatch.forced is not None:
+    if not auto:
         return _named(x, kind, a, b, backend, grad)
     least = _TRITON_FROM[kind][1 if grad else 0]
-    if compiling or not x.is_cuda:
-        return reference.FORMULAS[kind](x, a, b)
     if (least is _NEVER or x.numel() < least) and not (grad and _native_wins(x, kind)):
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):

@@ -1101,13 +1101,14 @@ def test_auto_launches_where_its_tables_say(kind, grad, native, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(op, "_native_there", native)
     monkeypatch.setattr(op, "_against_triton", lambda x: None)
-    monkeypatch.setattr(op, "_launched", lambda *call: "launched")
+    monkeypatch.setattr(op, "_launched", lambda *call: None)
     least, (native_least, native_most) = op._TRITON_FROM[kind][grad], op._NATIVE_RANGE.get(kind, (0, 0))
     for edge in {0, 1000, least or 0, native_least, native_most}:
         for n in {max(edge - 1, 0), edge, edge + 1}:
             x = torch.empty(n, dtype=torch.bfloat16, device="meta", requires_grad=grad)
             wins = (least is not None and n >= least) or (grad and native and native_least <= n < native_most)
-            assert (activation(x, kind) == "launched") is wins, n
+            launched = activation(x, kind) is None
+            assert launched is wins, n  # no tensor here: printing one that says it is on a card crashes
 
 
 @gpu

@@ -365,7 +365,7 @@ def _forward(
 def _forward_boxed(
     x_desc, w1_desc, w2_desc, o_desc, B: "i32", E: "i32",
     VALUE: tl.constexpr, A: tl.constexpr, B_: tl.constexpr, HALVED: tl.constexpr, REGISTERS: tl.constexpr, BD: tl.constexpr,
-    BB: tl.constexpr, BE: tl.constexpr, DEPENDENT: tl.constexpr,
+    BB: tl.constexpr, BE: tl.constexpr, W2_FIRST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -380,8 +380,12 @@ def _forward_boxed(
         x = _in_registers(x)
     acc = tl.zeros([BB, BD], tl.float32)
     for start in range(0, E, BE):
-        up = w1_desc.load([head, 0, start]).reshape(BD, BE)
-        down = w2_desc.load([head, start, 0]).reshape(BE, BD)
+        if W2_FIRST:
+            down = w2_desc.load([head, start, 0]).reshape(BE, BD)
+            up = w1_desc.load([head, 0, start]).reshape(BD, BE)
+        else:
+            up = w1_desc.load([head, 0, start]).reshape(BD, BE)
+            down = w2_desc.load([head, start, 0]).reshape(BE, BD)
         h = VALUE(tl.dot(x, up), A, B_)
         acc = tl.dot(h.to(x_desc.dtype), down, acc)
     o_desc.store([head, row, 0], acc.to(x_desc.dtype).reshape(1, BB, BD))
@@ -676,6 +680,14 @@ class Config(NamedTuple):
     num_stages: int
 
 
+class BoxedConfig(NamedTuple):
+    rows: int
+    hidden: int  # columns of E
+    num_warps: int
+    num_stages: int
+    w2_first: bool  # a tile of W2 is asked for before W1's
+
+
 def _tile_of(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
@@ -707,19 +719,22 @@ def choose_forward(
 
 def choose_boxed(
     config: Config, heads: int, rows: int, d: int, itemsize: int, layout: "Layout", processors: int
-) -> Config | None:
+) -> BoxedConfig | None:
     """Tile of a plain forward program whose tiles Hopper's copy engine fetches, None for those that go by pointers, for which
     ``config`` is chosen: M-6 233.8 us for 269.8; at D = 64 (M-4) it gains nothing, and of 80 columns it copies 128 (39.0 us for 33.2).
     Rows have to begin at multiples of 16 bytes, and tensor cores want 64 of them.
 
     Beyond D = 128 X stays in registers, in tiles so small that there is room for it. Two such programs fill a multiprocessor (M-7
     236.6 us; of 128 x 64, by one, 255.9; by pointers 264), one that has it for itself fetches further ahead ((4, 1024, 256, 512) 11.0
-    us, as those of two 13.5)."""
+    us, as those of two 13.5).
+
+    W2 first, two cards: M-6, 15 programs a multiprocessor, 231.0 us for 236.4 and 240.5 for 246.8; with one (1, 8192, 128, 2048) 21.0 for
+    19.0, (4, 2048, 128, 512) 8.2 for 7.2. From four on, between the two, by no measurement."""
     if itemsize != 2 or d < 128 or config.rows < 64 or not layout.in_boxes:
         return None
     if _tile_of(d) == 128:
-        return config
-    return Config(64, 32, 4, 5 if -(-rows // 64) * heads <= processors else 3)
+        return BoxedConfig(*config, w2_first=-(-rows // config.rows) * heads >= 4 * processors)
+    return BoxedConfig(64, 32, 4, 5 if -(-rows // 64) * heads <= processors else 3, w2_first=False)
 
 
 def choose_backward(
@@ -893,17 +908,17 @@ def _takes_boxes(index: int) -> bool:
     return index >= 0 and torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
 
 
-def boxed_constants(kind: str, dtype: torch.dtype, d: int, config: Config, dependent: bool) -> dict:
+def boxed_constants(kind: str, dtype: torch.dtype, d: int, config: BoxedConfig, dependent: bool) -> dict:
     value, _, a, b = formula(kind, dtype, LANES)
     halved = kind in OF_HALF and not INTERPRETED
     return {
         "VALUE": OF_HALF[kind] if halved else value, "A": a, "B_": b, "HALVED": halved,
         "REGISTERS": _tile_of(d) == 256 and not INTERPRETED, "BD": _tile_of(d), "BB": config.rows, "BE": config.hidden,
-        "DEPENDENT": dependent,
+        "W2_FIRST": config.w2_first, "DEPENDENT": dependent,
     }  # fmt: skip
 
 
-def boxed_blocks(d: int, config: Config) -> tuple:
+def boxed_blocks(d: int, config: BoxedConfig) -> tuple:
     """What a program reads of x, W1 and W2 at a time, and writes of O."""
     rows, hidden, width = config.rows, config.hidden, _tile_of(d)
     return (rows, width), (width, hidden), (hidden, width), (rows, width)

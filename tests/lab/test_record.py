@@ -360,6 +360,13 @@ def test_read_names_the_field_that_is_none_of_a_result_line(field, value, messag
         read(path)
 
 
+def test_a_field_that_came_later_is_null_in_older_files(tmp_path):
+    path = tmp_path / "activation.jsonl"
+    old = {field: value for field, value in some().items() if field != "host_relu_us"}
+    path.write_text(f"{json.dumps(old)}\n{json.dumps(some() | {'host_relu_us': 6.5})}\n")
+    assert [one["host_relu_us"] for one in read(path)] == [None, 6.5]
+
+
 def test_a_timed_line_of_a_cpu_has_a_wall_time(tmp_path):
     path = tmp_path / "activation.jsonl"
     path.write_text(json.dumps(some(wall_ms=None) | {"gpu": None}) + "\n")

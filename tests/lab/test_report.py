@@ -383,6 +383,15 @@ def test_a_file_of_two_cards_commits_or_versions_has_no_one_head(name, other, tm
     assert not list(tmp_path.rglob("*.md*"))
 
 
+def test_what_a_host_was_worth_stands_beside_what_a_call_cost_it():
+    lines = [gpu_line("X-relu-256", "fwd", impl, 1.0) for impl in ("trinix", "eager")]
+    (row,) = tables(report.markdown([one | {"host_relu_us": 6.54} for one in lines], "a.jsonl"))[0]
+    assert (row["host us"], row["F.relu us"]) == ("10.0", "6.5")
+    text = report.markdown(lines, "a.jsonl")
+    assert "F.relu us" not in text
+    assert tables(text)[0][0]["host us"] == "10.0"
+
+
 @pytest.mark.parametrize("field", ["host_us", "wall_ms", "peak_mib", "inputs_mib", "ceiling_share", "error_ratio"])
 @pytest.mark.parametrize("op", ["activation", "train_step"])
 def test_a_field_that_does_not_apply_is_an_empty_cell(field, op):

@@ -359,7 +359,7 @@ class Clock:
         return dict.fromkeys(calls, 0.625)
 
     def host_us(self, calls):
-        return dict.fromkeys(calls, 12.346)
+        return dict.fromkeys(calls, 12.346) | {measure.RELU: 6.174}
 
     def captured(self, calls):
         self.graphs += 1
@@ -427,7 +427,7 @@ def test_a_timed_line_has_all_four_clocks_memory_share_and_error(gpu):
         assert one["ok"] is True
         assert one["reason"] is None
         assert one["device_ms"] == {"p20": 0.45, "p50": 0.5, "p80": 0.55}
-        assert (one["wall_ms"], one["host_us"], one["peak_mib"]) == (0.625, 12.35, 1.5)
+        assert (one["wall_ms"], one["host_us"], one["host_relu_us"], one["peak_mib"]) == (0.625, 12.35, 6.17, 1.5)
         assert one["graph_ms"] == (0.375 if one["pass"] in ("fwd", "fwd_bwd") else None)
         assert one["inputs_mib"] == round(512 * (2 if "bwd" in one["pass"] else 1) / 2**20, 4)
         assert one["bytes"] == {"fwd": 1024, "fwd_grad": 1024, "bwd": 1536, "fwd_bwd": 2560}[one["pass"]]
@@ -897,7 +897,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(measure, "_events", lambda: (Event(), Event()))
-    monkeypatch.setattr(torch, "empty", lambda *_, real=torch.empty, **more: real(1, dtype=more["dtype"]))
+    monkeypatch.setattr(torch, "empty", lambda *_, real=torch.empty, **more: real(1, dtype=more["dtype"]))  # on the CPU
     return measure.Gpu(l2_bytes=1)
 
 
@@ -909,6 +909,9 @@ def test_every_clock_tells_a_long_call_from_a_short_one_within_its_budget(clock)
         found = read(calls, budget_s=0.1)
         assert time.perf_counter() - begin < 1.5
         times = {name: t.p50 if isinstance(t, measure.Spread) else t for name, t in found.items()}
+        relu = times.pop(measure.RELU, None)
+        assert (relu is not None) == (read == clock.host_us)
+        assert relu is None or 0 < relu < 400
         assert times.keys() == seconds.keys()
         assert all(0.9 * seconds[name] * unit < t < 4 * seconds[name] * unit for name, t in times.items())
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 _NOTHING = "(nothing)"
+RELU = "(F.relu)"  # of a small tensor: what a call costs a host, to be compared with
 SPIN_GHZ = 2.0  # at least the highest SM clock: the spin is never shorter than asked
 _LONGEST_SPIN = int(20_000_000 * SPIN_GHZ)  # clocks: 20 ms
 _TRIES = 5  # at a repetition that the GPU begins too early
@@ -118,12 +119,14 @@ class Gpu:
         return time.perf_counter() - begin
 
     def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 60, budget_s: float = 0.2) -> dict[str, float]:
-        """Microseconds to enqueue a call: the best loop of many interleaved rounds, the GPU idle before each.
+        """Microseconds to enqueue a call: the best loop of many interleaved rounds, the GPU idle before each; and of ``RELU``.
 
         The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival. A loop
         is 12 calls, fewer where the GPU needs long for each: of loops of 40 few fitted into the budget, and in some rows all of
-        them were disturbed.
+        them were disturbed. A host can be slow for longer than all rounds of a row, by half and more: ``RELU`` then is so too.
         """
+        x = torch.empty(1024, dtype=torch.bfloat16, device="cuda")
+        calls = {**calls, RELU: lambda: torch.relu(x)}
         cost = {call: _loop_ms(call, 1, warm=1) for call in calls.values()}
         count = {call: max(3, min(12, int(10 / ms))) for call, ms in cost.items()}
         warm = {call: 1 if ms > 1.0 else _WARM for call, ms in cost.items()}

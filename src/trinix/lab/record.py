@@ -22,9 +22,10 @@ _TYPES = {
     "case": str, "op": str, "pass": str, "impl": str, "backend": _TEXT, "device_ms": dict | None, "host_us": _NUMBER,
     "wall_ms": _NUMBER, "graph_ms": _NUMBER, "peak_mib": _NUMBER, "inputs_mib": _NUMBER, "bytes": _NUMBER, "flops": _NUMBER,
     "ceiling": _TEXT, "ceiling_share": _NUMBER, "error_ratio": _NUMBER, "ok": bool, "reason": _TEXT, "gpu": _TEXT,
-    "versions": dict, "commit": _TEXT, "time": str,
+    "versions": dict, "commit": _TEXT, "time": str, "host_relu_us": _NUMBER,
 }  # fmt: skip
 FIELDS = tuple(_TYPES)
+_LATER = ("host_relu_us",)  # fields that older files lack
 
 
 def line(**known) -> dict:
@@ -221,6 +222,8 @@ def _parsed(path: Path, data: bytes) -> list[dict]:
             one = json.loads(text)
         except ValueError as error:
             raise ValueError(f"{path}: line {number} is not JSON: {error}; {_CURE}") from None
+        if isinstance(one, dict):
+            one |= {field: None for field in _LATER if field not in one}
         if wrong := _wrong(one):
             raise ValueError(f"{path}: line {number} is not a result line: {wrong}; {_CURE}")
         lines.append(one)

@@ -94,10 +94,12 @@ def markdown(lines: list[dict], path: str | Path) -> str:
     if first["gpu"] is None:
         return "\n".join([*out, *_cpu_section(lines)]) + "\n"
     columns = others(lines)
+    told = any(one["host_relu_us"] is not None for one in lines)
+    relu = " (F.relu us: of that op in the same rounds, which tells how slow the host was)" if told else ""
     rivals = [impl for impl in RIVALS if impl in columns]
     out += [
         "Device ms are medians with a cold L2 cache and the host's time hidden, 0 where no kernel ran; wall ms are calls back to back; host us is the "
-        f"time to enqueue a call. *best / trinix* is the best rival's ({', '.join(rivals) or 'none ran'}) device time over ours: above 1 we "
+        f"time to enqueue a call{relu}. *best / trinix* is the best rival's ({', '.join(rivals) or 'none ran'}) device time over ours: above 1 we "
         "are faster. *share* is the device time of a plain copy of the same, fewest bytes over ours (two reads a write run up to 2% faster than a copy). *runs* is the backend "
         'that "auto" chose. MiB are the measured peak over the inputs; *error* is our error against float64 over PyTorch\'s.',
         "",
@@ -132,9 +134,10 @@ def _reasons(failed: list[dict]) -> list[str]:
 
 
 def _speed_table(mine: list[ResultRow], cases: dict[str, Case], columns: list[str]) -> list[str]:
+    relu = ["F.relu us"] if any(_number(row.line("trinix"), "host_relu_us", 1) for row in mine) else []
     head = (
         "case", "what", "trinix", "runs", *(name.replace("_", " ") for name in columns), "best / trinix", "share",
-        "wall ms", "best wall", "host us", "MiB", "error", "published (document's GPU)",
+        "wall ms", "best wall", "host us", *relu, "MiB", "error", "published (document's GPU)",
     )  # fmt: skip
     table = [_line(head), _line(["---"] * len(head))]
     for row in mine:
@@ -158,6 +161,7 @@ def _speed_table(mine: list[ResultRow], cases: dict[str, Case], columns: list[st
                     _number(ours, "wall_ms", 4),
                     f"{min(walls):.4f}" if walls else "",
                     _number(ours, "host_us", 1),
+                    *(_number(ours, "host_relu_us", 1) for _ in relu),
                     _number(ours, "peak_mib", 2),
                     _number(ours, "error_ratio", 2),
                     _published(case, row.pass_, "ms"),

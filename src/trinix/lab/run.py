@@ -190,6 +190,7 @@ def _time_pass(case, pass_, subjects, inputs, clock) -> list[dict]:
                 backend=trinix.backend_of(case, subject.impl, *leaves),
                 device_ms=asdict(spread),
                 host_us=round(times.host_us[subject.impl], 2),
+                host_relu_us=round(times.host_us[measure.RELU], 2),
                 wall_ms=round(times.wall_ms[subject.impl], 6),
                 graph_ms=graphs.get(subject.impl),
                 peak_mib=round(peaks[subject.impl], 4),

@@ -118,17 +118,17 @@ class Gpu:
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 60, budget_s: float = 0.2) -> dict[str, float]:
+    def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 200, budget_s: float = 0.2) -> dict[str, float]:
         """Microseconds to enqueue a call: the best loop of many interleaved rounds, the GPU idle before each; and of ``RELU``.
 
         The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival. A loop
-        is 12 calls, fewer where the GPU needs long for each: of loops of 40 few fitted into the budget, and in some rows all of
+        is 6 calls, fewer where the GPU needs long for each: of loops of 40 few fitted into the budget, and in some rows all of
         them were disturbed. A host can be slow for longer than all rounds of a row, by half and more: ``RELU`` then is so too.
         """
         x = torch.empty(1024, dtype=torch.bfloat16, device="cuda")
         calls = {**calls, RELU: lambda: torch.relu(x)}
         cost = {call: _loop_ms(call, 1, warm=1) for call in calls.values()}
-        count = {call: max(3, min(12, int(10 / ms))) for call, ms in cost.items()}
+        count = {call: max(3, min(6, int(10 / ms))) for call, ms in cost.items()}
         warm = {call: 1 if ms > 1.0 else _WARM for call, ms in cost.items()}
         rounds, _ = _plan(sum((count[c] + warm[c]) * cost[c] for c in cost) / 1000, budget_s, rounds, (1, 1))
         sample = _interleave(calls, rounds, lambda call: _enqueue_us(call, count[call], warm[call]))
@@ -136,15 +136,18 @@ class Gpu:
         return {n: min(s) for n, s in sample.items()}
 
     def wall_ms(
-        self, calls: Mapping[str, Callable], *, rounds: int = 60, loop_ms: float = 2.0, budget_s: float = 0.4
+        self, calls: Mapping[str, Callable], *, rounds: int = 200, loop_ms: float = 0.5, budget_s: float = 0.5
     ) -> dict[str, float]:
-        """Milliseconds a call, back to back, one synchronisation at the end of each loop; medians of interleaved rounds.
+        """Milliseconds a call, back to back, one synchronisation at the end of each loop; medians of interleaved rounds, each of
+        which is first brought to one level.
 
-        Many short rounds: of 17 of 4 ms, the medians of two rivals that ran the same code were 4% apart, and once 19%. Each
-        round is first brought to one level: of 24 plain ones such medians were still 10% apart on an unsteady host.
+        Loops are short and many: on a processor with half as much other work again as it has cores, the ratio of two rivals that
+        ran the same code, of 50 us, had in 0.4 s a standard deviation of 16.8% by loops of 2 ms, 5.2% of 0.7 and 2.3% of 0.35 (plain
+        medians 24, 6.5 and 5.5%), and the better of two was 4.7, 1.2 and 0.6% faster than the third. The end of a loop costs each
+        rival the same few microseconds, shared by its calls.
         """
         cost = {call: _loop_ms(call, 2, warm=1) for call in calls.values()}
-        count = {call: max(2, min(50, int(loop_ms / ms))) for call, ms in cost.items()}
+        count = {call: max(2 if ms > 0.5 else 4, min(50, int(loop_ms / ms))) for call, ms in cost.items()}
         warm = {call: 1 if ms > 1.0 else _WARM for call, ms in cost.items()}
         rounds, _ = _plan(sum((count[c] + warm[c]) * cost[c] for c in cost) / 1000, budget_s, rounds, (1, 1))
         sample = _interleave(calls, rounds, lambda call: _loop_ms(call, count[call], warm[call]))
@@ -232,10 +235,10 @@ def _plan(cost_s: float, budget_s: float, rounds: int, reps: tuple[int, int], *,
     return max(min(rounds, fewest), min(rounds, int(fit / least))), max(least, min(most, int(fit / rounds)))
 
 
-_WARM = 5  # calls before a loop's clock starts: the loop before it ran other code, and its caches hold that
+_WARM = 2  # calls before a loop's clock starts: the loop before it ran other code, and its caches hold that
 
 
-def _enqueue_us(call: Callable, calls: int = 10, warm: int = _WARM) -> float:
+def _enqueue_us(call: Callable, calls: int = 10, warm: int = 5) -> float:
     for _ in range(warm):
         call()
     torch.cuda.synchronize()

@@ -397,8 +397,8 @@ def test_backward_by_stages_holds_the_budget_at_odd_sizes_and_strides(kind, size
 
 
 @pytest.fixture
-def few_rows_at_a_time(monkeypatch):
-    """H and dZ of one tile of rows of all heads, as of a million rows on the card; the elements of each pair made."""
+def pairs_made(monkeypatch):
+    """The elements of each pair of H and dZ that was made."""
     made, empty = [], torch.Tensor.new_empty
 
     def new_empty(t, *size, **more):
@@ -407,27 +407,60 @@ def few_rows_at_a_time(monkeypatch):
         return empty(t, *size, **more)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(_stages, "MOST_BYTES", 1)
     _stages.choose.cache_clear()
     yield made
     _stages.choose.cache_clear()
 
 
+@pytest.mark.parametrize("heads", ["every head", "one head"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("sizes", "layout"), STAGED_SIZES, ids=str)
-def test_backward_by_stages_adds_up_the_rows_portions(sizes, layout, dtype, staged, few_rows_at_a_time):
+def test_backward_by_stages_adds_up_the_rows_portions(sizes, layout, dtype, heads, staged, pairs_made, monkeypatch):
+    """With room for H and dZ of one tile of rows, as of a million rows on the card."""
+    (h, b, d, e), rows = sizes, kernels.STAGED.rows
+    elements = 2 * min(rows, b) * e * (h if heads == "every head" else 1)
+    monkeypatch.setattr(_stages, "MOST_BYTES", 2 * elements)
     tensors, dy = staged_problem(sizes, layout, dtype)
     everything = judge_stages(tensors, dy)
-    (h, b, _, e), rows = sizes, kernels.STAGED.rows
-    chunk, portion, _ = _stages.choose(b, h, sizes[2], e, 5, kernels.STAGED[:2])
-    assert portion == min(rows, b)
-    assert staged() == len(few_rows_at_a_time) == -(-h // chunk) * -(-b // rows)
-    assert max(few_rows_at_a_time) <= 2 * chunk * rows * e
+    chunk, portion, _ = _stages.choose(b, h, d, e, 5, kernels.STAGED[:2])
+    assert portion == min(rows, b) or chunk < h
+    assert staged() == len(pairs_made) == -(-h // chunk) * -(-b // portion)
+    assert max(pairs_made) <= elements
     for i in range(3):
         wanted = [i == j for j in range(3)]
         got = kernels.backward(*tensors, None, None, None, dy, "silu", False, (*wanted, False, False, False))
         assert [t is not None for t in got] == [*wanted, False, False, False]
         same([got[i]], [everything[i]])
+
+
+@pytest.fixture
+def sums_in_float16():
+    """Calls with whether PyTorch may."""
+    setting = torch.backends.cuda.matmul
+    before = setting.allow_fp16_accumulation
+    yield lambda allowed: setattr(setting, "allow_fp16_accumulation", allowed)
+    setting.allow_fp16_accumulation = before  # which monkeypatch would delete
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("accumulation", [False, True])
+def test_portions_add_up_where_float16_is_summed_in_float16(accumulation, dtype, sums_in_float16, monkeypatch):
+    """PyTorch refuses float32 sums of float16 on a card where its user has allowed float16's."""
+
+    def baddbmm(out, a, b, *, out_dtype, beta, out_):
+        assert not (accumulation and a.dtype == torch.float16)
+        assert out is out_
+        return out.copy_(beta * out + a.to(out_dtype) @ b.to(out_dtype) if beta else a.to(out_dtype) @ b.to(out_dtype))
+
+    a, b = normal((2, 5, 7), dtype, seed=1), normal((2, 7, 3), dtype, seed=2)
+    wanted, total = a.double() @ b.double(), torch.full((2, 5, 3), math.nan)
+    sums_in_float16(accumulation)
+    with monkeypatch.context() as card:
+        card.setattr(torch.Tensor, "is_cuda", True)
+        card.setattr(torch, "baddbmm", lambda *call, out, **more: baddbmm(*call, out_=out, **more))
+        _stages._first_product(a, b, out=total)
+        _stages._add_product(a, b, out=total)
+    torch.testing.assert_close(total.double(), 2 * wanted, atol=1e-2, rtol=1e-2)
 
 
 def test_of_backward_by_stages_only_the_wanted_is_made(staged):
@@ -505,6 +538,16 @@ def test_stages_fill_the_card_with_few_heads_and_share_e_among_programs_where_ro
     assert _stages.choose(4096, 16, 192, 1024, 132, (128, 64)) == (8, 4096, 1)
     assert _stages.choose(50000, 1, 256, 4096, 132, (128, 64)) == (1, 12544, 4)
     assert _stages.choose(1, 1, 136, 8, 132, (128, 64)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 127, 129, 384, 512, 700, 4096, 100000])
+@pytest.mark.parametrize("heads", [1, 8, 42, 1024])
+@pytest.mark.parametrize("e", [8, 1024, 8192, 16384])
+def test_stages_hold_no_more_than_they_say(rows, heads, e):
+    chunk, portion, _ = _stages.choose(rows, heads, 256, e, 132, (128, 64))
+    assert 1 <= chunk <= heads
+    assert 1 <= portion <= rows
+    assert 2 * 2 * chunk * portion * e <= _stages.MOST_BYTES
 
 
 def test_what_has_no_descriptor_takes_pointers(boxed, monkeypatch):
@@ -1306,6 +1349,21 @@ def test_on_the_card_stages_hold_the_budget_with_the_same_bits(sizes, dtype):
         t.detach().normal_()
     graph.replay()
     same(results, vjp(function, problem.tensors, problem.dy))
+
+
+@gpu
+def test_on_the_card_portions_run_where_float16_is_summed_in_float16(sums_in_float16, monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(_stages, "MOST_BYTES", 1 << 22)
+    sums_in_float16(True)
+    _stages.choose.cache_clear()
+    try:
+        problem = Numbers(8, 4300, 256, 264, dtype=torch.float16, device="cuda")
+        got = vjp(problem.call("silu", "triton"), problem.tensors, problem.dy)
+    finally:
+        _stages.choose.cache_clear()
+    assert all(t.isfinite().all() for t in got)
 
 
 @gpu

@@ -17,7 +17,8 @@ def choose(rows: int, heads: int, d: int, e: int, processors: int, tile: tuple[i
     ``tile[1]``.
 
     As few heads as let the products of dW1 and dW2 fill the card, in tiles of 128 x 128, and need hardly more rounds of programs
-    than all at once; programs for few rounds, where one's start takes as long as one and a half of its steps.
+    than all at once, and no more than have their first tiles of H and dZ within ``MOST_BYTES``; programs for few rounds, where one's
+    start takes as long as one and a half of its steps.
     """
     least = max(1, processors // (-(-d // 128) * -(-e // 128)))
     of_head, steps = -(-rows // tile[0]), -(-e // tile[1])
@@ -29,8 +30,9 @@ def choose(rows: int, heads: int, d: int, e: int, processors: int, tile: tuple[i
     ways = range(max(1, heads // least), 0, -1)
     enough = 1.05 * min(map(rounds, ways))
     times = next(n for n in ways if rounds(n) <= enough)
-    chunk = -(-heads // times)
-    portions = -(-4 * chunk * rows * e // MOST_BYTES)
+    tiles = max(1, MOST_BYTES // (4 * min(rows, tile[0]) * e))  # at a time, of all heads together
+    chunk = min(-(-heads // times), tiles)
+    portions = -(-of_head // (tiles // chunk))
     portion = -(-of_head // portions)
 
     def time(splits):
@@ -80,8 +82,12 @@ def _of_rows(x, w1, w2, dy, dx, dw1, dw2, product, hidden):
 
 
 def _add_product(a, b, out, beta=1):
-    """beta out + a b in float32 to out."""
-    if a.is_cuda and torch.version.hip is None:
+    """beta out + a b in float32 to out; beta is 0 or 1."""
+    if a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        # the user asks for sums in float16, and PyTorch refuses to give them in float32
+        ab = torch.bmm(a, b)
+        out.add_(ab) if beta else out.copy_(ab)
+    elif a.is_cuda and torch.version.hip is None:
         torch.baddbmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:  # PyTorch has this product for NVIDIA's cards only
         out.baddbmm_(a.float(), b.float(), beta=beta)

@@ -35,14 +35,14 @@ def bench(
     impls: Sequence[str] = (),
     ids: Sequence[str] = (),
     resume: bool = False,
-    warm: int | None = None,
+    warm: int | None = 0,
     out: Path,
     console: Console,
 ) -> int:
     """Run and report; returns the exit status: 0, 1 if a result of trinix failed, 130 after Ctrl-C.
 
     ``ids`` (patterns of case ids) and ``resume`` are ``_collect``'s; ``warm`` is the number of processes that compile before the
-    clocks start, ``processes_for`` the cases where None.
+    clocks start, ``processes_for`` the cases where None; a script that asks for them needs a main guard, each imports it again.
     """
     if warm is not None and warm < 0:
         raise ValueError(f"bench: warm must be 0 or a number of processes, got {warm}")

@@ -52,13 +52,83 @@ def test_greedy_generation_is_the_same_with_a_cache_as_without(shape, kind, devi
     assert torch.equal(model.generate(prompt, 12, kind=kind), wanted)
 
 
+class Scripted(models.Decoder):
+    """Answers with the next token of a script, one a sequence, which takes what came before for its place."""
+
+    def __init__(self, *scripts):
+        super().__init__(models.llama(dim=32, heads=4, hidden=48))
+        self.scripts, self.fed = torch.tensor(scripts), []
+
+    def forward(self, tokens, caches=None, *, last=False):
+        logits = super().forward(tokens, caches, last=last)
+        script = self.scripts[:, len(self.fed)]
+        self.fed.append(tokens)
+        return torch.nn.functional.one_hot(script, logits.shape[-1])[:, None].float()
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged", None])
+@pytest.mark.parametrize(
+    ("end", "pad", "wanted"),
+    [
+        (None, None, [[7, 8, 9, 7, 5, 4], [8, 5, 5, 9, 9, 9]]),
+        (9, None, [[7, 8, 9, 9], [8, 5, 5, 9]]),
+        ([9], 3, [[7, 8, 9, 3], [8, 5, 5, 9]]),
+        ((5, 9), None, [[7, 8, 9], [8, 5, 5]]),
+        ([5, 9], 0, [[7, 8, 9], [8, 5, 0]]),
+        ([8, 7], 7, [[7], [8]]),
+        (5, 5, [[7, 8, 9, 7, 5], [8, 5, 5, 5, 5]]),
+        (4, 3, [[7, 8, 9, 7, 5, 4], [8, 5, 5, 9, 9, 9]]),  # the second never ends
+        (1, None, [[7, 8, 9, 7, 5, 4], [8, 5, 5, 9, 9, 9]]),
+    ],
+)
+def test_an_ended_sequence_is_padded_until_all_have_ended(end, pad, wanted, kind):
+    prompt = torch.tensor([[9, 5, 1], [8, 1, 4]])  # an end in it ends nothing
+    model = Scripted([7, 8, 9, 7, 5, 4], [8, 5, 5, 9, 9, 9])
+    got = model.generate(prompt, 6, kind=kind, eos_token_id=end, pad_token_id=pad)
+    assert got.tolist() == [[*p, *w] for p, w in zip(prompt.tolist(), wanted, strict=True)]
+    assert len(model.fed) == len(wanted[0])
+    for n, fed in enumerate(model.fed[1:], start=1):  # an ended sequence goes on as what it is filled with
+        assert torch.equal(fed, got[:, 3 + n - 1 : 3 + n] if kind else got[:, : 3 + n])
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_generation_ends_at_the_same_tokens_with_a_cache_as_without(shape, kind, device):
+    model, prompt = made(shape, device), tokens_of(device, 3, 5)
+    free = model.generate(prompt, 12, kind=None)
+    ends = [int(free[0, 8]), int(free[1, 10])]
+    wanted = model.generate(prompt, 12, kind=None, eos_token_id=ends, pad_token_id=0)
+    assert not torch.equal(wanted, free)
+    assert torch.equal(model.generate(prompt, 12, kind=kind, eos_token_id=ends, pad_token_id=0), wanted)
+    for one, all_of_it in zip(wanted.tolist(), free.tolist(), strict=True):
+        end = next((i + 1 for i in range(5, len(one)) if all_of_it[i] in ends), len(one))
+        assert one == all_of_it[:end] + [0] * (len(one) - end)
+
+
+def test_ends_that_are_no_tokens_are_refused():
+    model, prompt = made("llama"), tokens_of("cpu", 1, 3)
+    for wrong in (256, -1, 1.0, True, "a", [3, 256], torch.tensor(3)):
+        with pytest.raises(ValueError, match=r"eos_token_id must be an int from 0 to 255, the vocabulary, got"):
+            model.generate(prompt, 2, eos_token_id=wrong)
+    for wrong in (256, -1, [3]):
+        with pytest.raises(ValueError, match=r"pad_token_id must be an int from 0 to 255, the vocabulary, got"):
+            model.generate(prompt, 2, eos_token_id=3, pad_token_id=wrong)
+    with pytest.raises(ValueError, match=r"eos_token_id must be a token or some, got none; None is for"):
+        model.generate(prompt, 2, eos_token_id=[])
+    with pytest.raises(ValueError, match=r"pad_token_id follows the end of a sequence, got 0 and no end; give an eos"):
+        model.generate(prompt, 2, pad_token_id=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["static", "paged"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_captured_step_generates_the_same(shape, kind):
     model = made(shape, "cuda")
     prompt = tokens_of("cuda", 2, 5)
-    assert torch.equal(model.generate(prompt, 20, kind=kind, graph=True), model.generate(prompt, 20, kind=kind))
+    free = model.generate(prompt, 20, kind=kind)
+    assert torch.equal(model.generate(prompt, 20, kind=kind, graph=True), free)
+    ends = {"kind": kind, "eos_token_id": free[:, 9].tolist()}
+    assert torch.equal(model.generate(prompt, 20, graph=True, **ends), model.generate(prompt, 20, **ends))
     caches = model.caches(2, 6, kind)
     with torch.no_grad():
         model(prompt, caches)
@@ -429,6 +499,7 @@ def test_tensors_are_where_the_model_is_whatever_the_default_device(shape):
     def everything(model):
         results = models.train(model, models.tiny_text(), 2, length=16)
         results += [model.generate(tokens, 3, kind=kind) for kind in ("static", "dynamic", "paged", None)]
+        results += [model.generate(tokens, 3, eos_token_id=7)]
         for kind in ("static", "dynamic", "paged"):
             caches = model.caches(2, 9, kind)
             with torch.no_grad():

@@ -256,12 +256,25 @@ class Decoder(nn.Module):
         return PagedCache(batch, pages, page_size, *heads, capacity=capacity, **place)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, steps: int, *, kind: str | None = "static", graph: bool = False) -> Tensor:
-        """``tokens`` ``[B, S]`` and the ``steps`` likeliest after them, one by one: ``[B, S + steps]``.
+    def generate(
+        self,
+        tokens: Tensor,
+        steps: int,
+        *,
+        kind: str | None = "static",
+        graph: bool = False,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> Tensor:
+        """``tokens`` ``[B, S]`` and the ``steps`` likeliest after them, one by one: ``[B, S + steps]``, shorter where all sequences
+        end before.
 
         Args:
             kind: of the caches; None computes the whole sequence again for every token.
             graph: steps are replays of a CUDA graph; not for dynamic caches.
+            eos_token_id: the token, or any of the tokens, that ends a sequence and is its last; in ``tokens`` it ends nothing. The
+                host waits for every step, to know whether one is left to make. None: every sequence has all ``steps``.
+            pad_token_id: what follows an ended sequence while others go on; None is (the first) ``eos_token_id``.
         """
         _check_tokens(tokens, self.config.vocabulary)
         if not tokens.shape[1]:
@@ -270,6 +283,7 @@ class Decoder(nn.Module):
             )
         check_sizes("Decoder", 0, steps=steps)
         dispatch.flags("Decoder", graph=graph)
+        ends = _ids_of_the_end(eos_token_id, pad_token_id, self.config.vocabulary)
         if self.training and self.config.dropout:
             raise ValueError("Decoder: generate knows no dropout; call eval() first")
         if graph and kind in (None, "dynamic"):
@@ -282,6 +296,10 @@ class Decoder(nn.Module):
             )
         caches = None if kind is None else self.caches(tokens.shape[0], tokens.shape[1] + steps, kind)
         step, new = None, tokens
+        if ends is not None:
+            pad = ends[0] if pad_token_id is None else pad_token_id
+            ends = torch.tensor(ends, device=tokens.device)
+            ended = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
         for _ in range(steps):
             if step is not None:
                 logits = step(new)
@@ -289,7 +307,12 @@ class Decoder(nn.Module):
                 logits = self(tokens if caches is None else new, caches, last=True)
                 step = self.captured(caches) if graph else None
             new = logits.argmax(-1)
+            if ends is not None:
+                new = new.masked_fill(ended, pad)
+                ended |= torch.isin(new, ends)
             tokens = torch.cat((tokens, new), 1)
+            if ends is not None and ended.all():
+                break
         return tokens
 
     @torch.no_grad()
@@ -352,6 +375,28 @@ def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
                 f"Decoder: tokens must be from 0 to {vocabulary - 1}, the vocabulary, got some from {least} to {most}; make a "
                 "Config with the tokenizer's vocabulary"
             )
+
+
+def _ids_of_the_end(end, pad, vocabulary: int) -> list[int] | None:
+    """The tokens that end a sequence, None where none does."""
+    if end is None and pad is not None:
+        raise ValueError(
+            f"Decoder: pad_token_id follows the end of a sequence, got {pad!r} and no end; give an eos_token_id too"
+        )
+    if end is None:
+        return None
+    ends = [*end] if isinstance(end, list | tuple) else [end]
+    if not ends:
+        raise ValueError(
+            "Decoder: eos_token_id must be a token or some, got none; None is for sequences without an end"
+        )
+    for name, ids in (("eos_token_id", ends), ("pad_token_id", [] if pad is None else [pad])):
+        for one in ids:
+            if type(one) is not int or not 0 <= one < vocabulary:
+                raise ValueError(
+                    f"Decoder: {name} must be an int from 0 to {vocabulary - 1}, the vocabulary, got {one!r}; take the tokenizer's"
+                )
+    return ends
 
 
 def _note_tied(model: Decoder, *_) -> None:

@@ -4,9 +4,9 @@ softmax:      y[n] = exp(z[n] - max z) / sum_m exp(z[m] - max z),        z = sca
 log_softmax:  y[n] = z[n] - max z - log sum_m exp(z[m] - max z)
 
 with n, m along ``dim`` only. x is [..., N, ...] (any shape, any strides, 0 elements too), N = x.shape[dim] of any length;
-mask is additive and broadcasts to x's shape. y has x's shape, dtype and device, and the strides that
-``torch.empty_like(x)`` gives (contiguous from the PyTorch formula). Nothing is transposed: a dimension that is not contiguous
-is reduced where it lies. Arithmetic is float32 inside the kernels, float64 for float64. A row of -inf alone, or with NaN or +inf
+mask is additive and broadcasts to x's shape. With ``dtype`` x is converted to it first. y has x's shape, dtype and device, and
+the strides that ``torch.empty_like(x)`` gives (contiguous from the PyTorch formula). Nothing is transposed: a dimension that is
+not contiguous is reduced where it lies. Arithmetic is float32 inside the kernels, float64 for float64. A row of -inf alone, or with NaN or +inf
 in it, is NaN, as in PyTorch.
 
 Backward saves y only:
@@ -77,22 +77,32 @@ _CLUSTER_FROM, _LONG_FROM = 1 << 15, 1 << 16
 
 
 def softmax(
-    x: Tensor, dim: int = -1, *, scale: float | None = None, mask: Tensor | None = None, backend: str = "auto"
+    x: Tensor,
+    dim: int = -1,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(scale x + mask) over ``dim``; differentiable.
 
     Args:
-        x: ``[..., N, ...]``, floating point.
+        x: ``[..., N, ...]``, floating point; with ``dtype`` integers and bool too.
         dim: the dimension that sums to 1, from -x.ndim to x.ndim - 1.
         scale: a number; None is 1.
         mask: added to scale x; floating point, broadcasts to ``x.shape``, on x's device.
+        dtype: what x is converted to before anything else, a floating-point dtype; None leaves it as it is. The conversion is an
+            operation of PyTorch's in front of the kernel, with a copy of x in memory, and one of dx behind backward's. Half types
+            need none to be exact, since sums are float32 anyway: it saves the rounding of y alone.
         backend: "auto", "hopper", "triton" or "torch". A named backend never falls back.
 
     Returns:
-        ``[..., N, ...]`` in ``x.dtype``.
+        ``[..., N, ...]`` in ``dtype``, or ``x.dtype`` without.
 
     Raises:
-        TypeError: ``x`` or ``mask`` is not a floating-point tensor, ``dim`` not an int, or ``scale`` not a number.
+        TypeError: ``x`` or ``mask`` is not a floating-point tensor, ``dtype`` not a floating-point dtype, ``dim`` not an int, or
+            ``scale`` not a number.
         ValueError: ``dim`` out of range, a mask that does not broadcast or lies on another device, an unknown ``backend``.
         Unsupported: the named backend cannot run this call.
 
@@ -102,13 +112,23 @@ def softmax(
     True
     >>> y[0].sum().backward()
     """
+    if dtype is not None:
+        x = _converted(x, dtype, "softmax")
     return _softmax(x, dim, scale, mask, backend, False)
 
 
 def log_softmax(
-    x: Tensor, dim: int = -1, *, scale: float | None = None, mask: Tensor | None = None, backend: str = "auto"
+    x: Tensor,
+    dim: int = -1,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """log softmax(scale x + mask) over ``dim``; see ``softmax``."""
+    if dtype is not None:
+        x = _converted(x, dtype, "log_softmax")
     return _softmax(x, dim, scale, mask, backend, True)
 
 
@@ -161,6 +181,17 @@ def _small(x, mask, dim, scale) -> bool:
         and scale == 1.0
         and (not x.ndim or (x.stride(dim) == 1 and x.shape[dim] < _LONG_FROM))
     )
+
+
+def _converted(x, dtype, op, convert=Tensor.to) -> Tensor:
+    """x in ``dtype``."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(
+            f"{op}: dtype must be a floating-point dtype or None, got {dtype!r}; name one, as torch.float32"
+        )
+    if not isinstance(x, Tensor) or x.is_complex():  # a conversion would drop what is imaginary
+        _refuse(op, "x", x, "convert it with x.float()")
+    return x if x.dtype == dtype else convert(x, dtype=dtype)
 
 
 def _checked(x, dim, scale, mask, op) -> tuple[int, float]:
@@ -320,6 +351,8 @@ def explain(op, x: Tensor, *args, **kwargs) -> Explanation:
     call.apply_defaults()
     given = call.arguments
     name, mask, log = op.__name__, given["mask"], op is log_softmax
+    if given["dtype"] is not None:
+        x = _converted(x, given["dtype"], name, torch.empty_like)
     dim, scale = _checked(x, given["dim"], given["scale"], mask, name)
     backend = dispatch.resolve(given["backend"])
     dispatch.check_name(name, BACKENDS, backend)

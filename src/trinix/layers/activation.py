@@ -1,4 +1,4 @@
-"""Activation modules: drop-in for ``torch.nn``'s, one call into ``trinix.ops.activation`` each."""
+"""Activation modules: drop-in for ``torch.nn``'s, whose own arguments go by name; one call into ``trinix.ops.activation`` each."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -14,7 +14,7 @@ class _FastActivation(nn.Module):
     """y = f(x), elementwise on ``[..., hidden_size]`` or any shape.
 
     Args:
-        hidden_size: accepted for the sake of the seed documents' signature; not needed and not checked.
+        hidden_size: accepted for the sake of the seed documents' signature; an int or None, which changes nothing.
         use_triton: None lets trinix choose, False means PyTorch, True means trinix's own kernels wherever they can run.
     """
 
@@ -95,7 +95,10 @@ class FastMish(_FastActivation):
 
 
 class FastLeakyReLU(_FastActivation):
-    """x where x > 0, else ``negative_slope`` x; other arguments as in ``trinix.FastReLU``."""
+    """x where x > 0, else ``negative_slope`` x; other arguments as in ``trinix.FastReLU``.
+
+    ``torch.nn.LeakyReLU(0.2)`` is ``FastLeakyReLU(negative_slope=0.2)``: the first argument is ``hidden_size`` here too.
+    """
 
     own = ("negative_slope",)
 
@@ -119,7 +122,10 @@ class FastTanh(_FastActivation):
 
 
 class FastSoftplus(_FastActivation):
-    """log(1 + exp(beta x)) / beta, x where beta x > threshold; other arguments as in ``trinix.FastReLU``."""
+    """log(1 + exp(beta x)) / beta, x where beta x > threshold; other arguments as in ``trinix.FastReLU``.
+
+    ``torch.nn.Softplus(2)`` is ``FastSoftplus(beta=2)``: the first argument is ``hidden_size`` here too.
+    """
 
     own = ("beta", "threshold")
 

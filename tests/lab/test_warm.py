@@ -85,16 +85,19 @@ def test_processes_leave_half_of_the_processors_and_a_few_cases_need_none(proces
     assert bench.processes_for([case()] * cases) == processes
 
 
-@pytest.mark.parametrize("asked", [None, 0, 3])
-def test_a_bench_on_a_gpu_compiles_ahead_unless_told_not_to(asked, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "processes"), [({"warm": None}, [4]), ({"warm": 0}, []), ({"warm": 3}, [3]), ({}, [])], ids=str
+)
+def test_a_bench_on_a_gpu_compiles_ahead_in_the_processes_that_it_is_told(asked, processes, monkeypatch, tmp_path):
+    """In none by itself: a script's call may have no main guard. The command line asks for None."""
     seen = []
     monkeypatch.setattr(device, "card", lambda *index: device.Card("Some card", "sm_90", 132, 80.0))
     monkeypatch.setattr(bench, "_compile_ahead", lambda cases, impls, processes, console: seen.append(processes))
     monkeypatch.setattr(bench, "_on_gpu", lambda *call: 0)
     monkeypatch.setattr(bench.os, "sched_getaffinity", lambda process: range(8))
     screen = Console(file=io.StringIO(), width=200)
-    assert bench.bench(suite="seeds", ops=["activation"], out=tmp_path, console=screen, warm=asked) == 0
-    assert seen == {None: [4], 0: [], 3: [3]}[asked]
+    assert bench.bench(suite="seeds", ops=["activation"], out=tmp_path, console=screen, **asked) == 0
+    assert seen == processes
 
 
 @pytest.mark.parametrize(("ids", "resume"), [((), False), (["b*"], False), ((), True)], ids=str)

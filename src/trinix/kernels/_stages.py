@@ -31,7 +31,7 @@ def choose(rows: int, heads: int, d: int, e: int, processors: int, tile: tuple[i
     enough = 1.05 * min(map(rounds, ways))
     times = next(n for n in ways if rounds(n) <= enough)
     tiles = max(1, MOST_BYTES // (4 * min(rows, tile[0]) * e))  # at a time, of all heads together
-    chunk = min(-(-heads // times), tiles)
+    chunk = -(-heads // max(times, -(-heads // tiles)))
     portions = -(-of_head // (tiles // chunk))
     portion = -(-of_head // portions)
 

@@ -17,7 +17,8 @@ w_gate also by the gated units' names of ``ops.glu``: "swiglu" (silu), "geglu" (
 
 The hidden values, [H, B, E], are computed a tile at a time and not stored. Backward saves the inputs only and computes
 them again; beyond D = 128, in plain calls on Hopper, it holds those of some rows and heads at a time and their gradients,
-256 MiB at most. It writes the wanted gradients, each laid out as its input where that is dense for x, contiguous for the rest.
+256 MiB at most, and where the rows take more than that, float32 sums of those heads' weights' gradients. It writes the wanted
+gradients, each laid out as its input where that is dense for x, contiguous for the rest.
 Kernels: D up to 256; float16, bfloat16 and float32; any H, B, E (0 too) and strides, so that [B, H, D] data is passed as
 ``x.transpose(0, 1)`` without a copy. Sums are float32, and hidden values are rounded to the dtype between the two products, as
 PyTorch's are. float32 is never tf32: float64 inside where tensor cores take it (sm_80, sm_90), else float32 with sums over

@@ -6,8 +6,8 @@ log_softmax:  y[n] = z[n] - max z - log sum_m exp(z[m] - max z)
 with n, m along ``dim`` only. x is [..., N, ...] (any shape, any strides, 0 elements too), N = x.shape[dim] of any length;
 mask is additive and broadcasts to x's shape. With ``dtype`` x is converted to it first. y has x's shape, dtype and device, and
 the strides that ``torch.empty_like(x)`` gives (contiguous from the PyTorch formula). Nothing is transposed: a dimension that is
-not contiguous is reduced where it lies. Arithmetic is float32 inside the kernels, float64 for float64. A row of -inf alone, or with NaN or +inf
-in it, is NaN, as in PyTorch.
+not contiguous is reduced where it lies. Arithmetic is float32 inside the kernels, float64 for float64. A row of -inf alone, or
+with NaN or +inf in it, is NaN, as in PyTorch.
 
 Backward saves y only:
 

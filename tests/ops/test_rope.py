@@ -733,6 +733,31 @@ def test_the_second_derivative_is_pytorchs(norm, device):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        lambda q, k, w: (q, q, w, w.detach()),
+        lambda q, k, w: (q, k, w, w),
+        lambda q, k, w: (q, 2 * q, w, w.exp()),
+        lambda q, k, w: (q, k, w * q.mean(), w),
+    ],
+    ids=["q is k", "one weight", "computed", "weight of q"],
+)
+def test_a_gradient_penalty_counts_no_path_twice_where_the_inputs_depend_on_each_other(inputs, device):
+    q, k, gradients, cos, sin = make("partial", torch.float32, device)
+    q, k = q[:, :, :1], k[:, :, :1]
+    weight = Numbers(torch.float32, device)(16)
+    found = []
+    for backend in ("triton", "torch"):
+        leaves = [t.detach().requires_grad_() for t in (q, k, weight)]
+        results = qk_norm_rope(*inputs(*leaves), cos, sin, backend=backend)
+        incoming = [g[:, :, :1] for g in gradients]
+        first = torch.autograd.grad(results, leaves, incoming, create_graph=True, materialize_grads=True)
+        penalty = sum(g.square().sum() for g in first)
+        found.append([*first, *torch.autograd.grad(penalty, leaves, materialize_grads=True)])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_batch_of_gradients_can_be_pulled_back_at_once(norm, interleaved, device):

@@ -733,8 +733,8 @@ def _norm_turn_back(
         return run() if pending is None else pending.backward(run, saved, (gq, gk))
     again = torch.is_grad_enabled()  # create_graph=True
     with torch.enable_grad():
-        if not again:
-            inputs = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+        # aliases: two of the inputs may be one tensor, or one be computed from another
+        inputs = [t.view_as(t) if again else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
         results = _norm_formula(*inputs, cos, sin, places, *call)
     wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
     # a side that no wanted input feeds has no graph

@@ -209,14 +209,15 @@ def gradients(outputs, given, leaves):
     return torch.autograd.grad(outputs, [t for t in leaves if t is not None], given)
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,), (2, 0)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_products_of_one_x_and_all_gradients(dtype, bias, used):
+def test_products_of_one_x_and_all_gradients(dtype, bias, used, frozen):
     """Gradients of every stride; some products unused, one weight frozen."""
     x = normal((2, 7, 24), dtype, seed=9).requires_grad_()
     parameters = parameters_of((8, 40, 1), 24, dtype, bias)
-    parameters[2].requires_grad_(False)
+    parameters[2 * frozen].requires_grad_(False)
     outputs = contract.linears(x, pairs(parameters))
     same(outputs, [F.linear(x, w, b) for w, b in pairs(parameters)])
     assert all("Linears" in y.grad_fn.name() for y in outputs)
@@ -320,6 +321,31 @@ def test_a_hooked_projection_is_called():
     assert seen == [1]
 
 
+def test_projections_are_called_under_a_hook_on_all_modules():
+    layer, seen = trinix.FastMultiHeadAttention(8, 2), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        layer(torch.randn(1, 3, 8, requires_grad=True))
+    finally:
+        handle.remove()
+    assert {layer.q_proj, layer.k_proj, layer.v_proj} < {*seen}
+
+
+class Doubled(FastLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_projection_of_a_class_of_its_own_is_called():
+    layer, x = trinix.FastMultiHeadAttention(8, 2, bias=False), torch.randn(1, 3, 8, requires_grad=True)
+    double = Doubled(8, 8, False)
+    with torch.no_grad():
+        double.weight.copy_(layer.v_proj.weight / 2)
+    want = layer(x)
+    layer.v_proj = double
+    torch.testing.assert_close(layer(x), want)
+
+
 class InPlace(torch.autograd.Function):
     """Passes slices on; their gradients come as ``given``."""
 
@@ -364,6 +390,15 @@ def test_slices_in_the_wrong_order_or_unused_are_put_together():
     same(torch.autograd.grad(InPlace.apply((second, first), a, b), packed, (a, b))[0], torch.cat((second, first), 2))
     a, _ = contract.slices(packed, (2, 2), 2)
     same(torch.autograd.grad(a.sum(), packed)[0], torch.cat((torch.ones_like(first), torch.zeros_like(second)), 2))
+
+
+def test_gradients_that_are_neighbours_by_chance_are_put_together():
+    """One storage ends where the next begins: no tensor can have the memory of both."""
+    packed = normal((4, 8), torch.float32, seed=0).requires_grad_()
+    memory = bytearray(normal((32,), torch.float32, seed=1).numpy().tobytes())
+    given = [torch.frombuffer(memory, dtype=torch.float32, count=16, offset=at).view(2, 8) for at in (0, 64)]
+    outputs = contract.slices(packed, (2, 2), 0)
+    same(torch.autograd.grad(InPlace.apply(given, *outputs), packed, given)[0], torch.cat(given))
 
 
 def test_slices_twice_differentiated_and_batched():

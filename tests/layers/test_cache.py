@@ -331,6 +331,16 @@ def test_a_dynamic_cache_without_tokens_has_none_to_move():
 
 
 @torch.no_grad()
+def test_a_dynamic_cache_grows_by_a_half():
+    """By less it would copy itself at every step, by more it would hold memory that nobody asked for."""
+    layer, cache, rooms = LAYERS["grouped"](causal=True), trinix.DynamicCache(), []
+    for tokens in (4, 1, 1, 1, 2, 7):
+        layer(torch.zeros(BATCH, tokens, 16), cache=cache)
+        rooms.append((cache.keys.shape[1], cache.values.shape[1]))
+    assert rooms == [(n, n) for n in (4, 6, 6, 9, 9, 16)]
+
+
+@torch.no_grad()
 def test_a_latent_cache_is_for_latent_attention():
     layer, x = made("grouped", {})
     for cache in (trinix.LatentCache(BATCH, 8, 16), (x, x)):

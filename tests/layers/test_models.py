@@ -578,6 +578,34 @@ def test_what_generation_cannot_do_is_refused():
             model.generate(tokens, 3, kind=kind)
 
 
+def test_what_a_config_says_reaches_its_blocks():
+    model = made("llama", rope_base=500.0, dropout=0.25, head_dim=16, length=24)
+    for block in model.blocks:
+        layer = block.attention
+        assert (layer.head_dim, layer.position.base, layer.position.max_position_embeddings) == (16, 500.0, 24)
+        assert layer.dropout == block.attention_norm.dropout == block.feed_forward_norm.dropout == 0.25
+        assert layer.o_proj.bias is None
+    for q_latent_dim in (0, 8):
+        (layer,) = {block.attention for block in made("deepseek", layers=1, q_latent_dim=q_latent_dim).blocks}
+        assert (layer.latent_dim, layer.q_latent_dim, layer.rope_head_dim) == (32, q_latent_dim, 16)
+        assert layer.o_proj.bias is None
+    assert all(block.attention.o_proj.bias is not None for block in made("gpt").blocks)
+
+
+def test_a_table_of_learned_positions_may_be_used_to_its_end():
+    model, tokens = made("gpt", length=4, layers=1), tokens_of("cpu", 1, 3)
+    assert model(tokens_of("cpu", 1, 4)).shape == (1, 4, 256)
+    assert model.generate(tokens, 2).shape == (1, 5)  # the last one is guessed, and has no position yet
+
+
+def test_the_loss_of_half_types_is_taken_in_float32():
+    model, tokens = made("llama").bfloat16(), tokens_of("cpu", 2, 9)
+    loss = model.loss(tokens)
+    assert loss.dtype == torch.float32
+    logits = model(tokens[:, :-1])
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.mT.float(), tokens[:, 1:]))
+
+
 @pytest.mark.parametrize("name", ["vocabulary", "dim", "layers", "heads", "kv_heads", "hidden", "length"])
 def test_sizes_of_no_model_are_refused(name):
     for wrong in (0, -1, 2.0, True, [2]):

@@ -592,6 +592,22 @@ def test_what_a_config_says_reaches_its_blocks():
     assert all(block.attention.o_proj.bias is not None for block in made("gpt").blocks)
 
 
+def test_dropout_takes_of_all_that_is_added_to_the_stream():
+    """The embeddings, every attention and every feed-forward block, the last one's too."""
+    model, shares = made("gpt", dropout=0.5), []
+
+    def note(_, given, results):
+        (x, h), (_, after) = given, results
+        shares.append(float((after == h)[x != 0].float().mean()))
+
+    for module in model.modules():
+        if isinstance(module, trinix.FastFusedResidualLayerNorm):
+            module.register_forward_hook(note)
+    model(tokens_of("cpu", 4, 32))
+    assert len(shares) == 2 * len(model.blocks) + 1
+    assert all(0.4 < share < 0.6 for share in shares), shares
+
+
 def test_a_table_of_learned_positions_may_be_used_to_its_end():
     model, tokens = made("gpt", length=4, layers=1), tokens_of("cpu", 1, 3)
     assert model(tokens_of("cpu", 1, 4)).shape == (1, 4, 256)

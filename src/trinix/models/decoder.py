@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(config.length, config.dim, **place) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, **place) for _ in range(config.layers))
         norm = FastFusedResidualRMSNorm if config.gated else FastFusedResidualLayerNorm
-        self.norm = norm(config.dim, 1e-5, **place)
+        self.norm = norm(config.dim, 1e-5, dropout=config.dropout, **place)  # of what the last block adds
         self.output = FastLinear(config.dim, config.vocabulary, False, **place)
         self._draw_tables()
         if config.tied:

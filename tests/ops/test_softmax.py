@@ -608,6 +608,20 @@ def test_a_batch_of_gradients_can_be_pulled_back_at_once(function, device):
     torch.testing.assert_close(*jacobians)
 
 
+@pytest.mark.parametrize("function", OPS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_batch_of_gradients_of_half_types_is_rounded_once(dtype, function, device):
+    """Gradients that have much in common: of a rounded sum little but its error is left."""
+    x, dy = normal((3, 300), dtype, seed=1, device=device), normal((2, 3, 300), dtype, seed=2, device=device) + 100
+
+    def pulled(wide, backend):
+        leaf = x.detach().to(wide).requires_grad_()
+        return torch.autograd.grad(call(function, -1, backend)(leaf), leaf, dy.to(wide), is_grads_batched=True)
+
+    got, low, true = pulled(dtype, "triton"), pulled(dtype, "torch"), pulled(torch.float64, "torch")
+    assert_within_budget(got, low, true)
+
+
 # ---- dtype -------------------------------------------------------------------------------------------------------------
 
 

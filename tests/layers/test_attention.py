@@ -487,7 +487,7 @@ def test_a_bias_of_keys_and_values_is_torchs_with_every_gradient(options, need_w
 
 
 @pytest.mark.parametrize("need_weights", [None, True])
-@pytest.mark.parametrize("queries", [2, 4, 7])
+@pytest.mark.parametrize("queries", [2, 4, 6, 7])
 def test_every_query_of_a_causal_layer_sees_the_bias_of_keys(queries, need_weights, device):
     layer = filled(trinix.FastMultiHeadAttention(12, 3, causal=True, add_bias_kv=True, device=device))
     x, y = (normal((2, n, 12), torch.float32, seed=n, device=device) for n in (queries, 4))
@@ -506,6 +506,15 @@ def test_every_query_of_a_causal_layer_sees_the_bias_of_keys(queries, need_weigh
         2, 1, 1, 1, dtype=torch.bool, device=device
     )  # a mask of one column hides every key but that one
     torch.testing.assert_close(layer(x, y, y, attention_mask=narrow), layer(x, y[:, :0], y[:, :0]))
+
+
+@pytest.mark.parametrize("queries", [2, 4, 7])
+def test_the_last_rotated_query_of_a_causal_layer_stands_at_the_last_key(queries, device):
+    """So that the pairs of both agree with those of as many queries as keys."""
+    layer = filled(trinix.FastMultiHeadAttention(12, 3, causal=True, position_method="rope", device=device))
+    x, y = (normal((2, n, 12), torch.float32, seed=n, device=device) for n in (7, 4))
+    both = min(queries, 4)
+    torch.testing.assert_close(layer(x[:, -queries:], y)[:, -both:], layer(x[:, -4:], y)[:, -both:])
 
 
 def test_a_bias_of_keys_begins_as_torchs_and_is_refused_with_a_cache():
@@ -565,6 +574,11 @@ def test_what_is_frozen_in_torchs_module_stays_frozen(kdim):
     frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
     rows = ["k_proj.weight"] if kdim else [f"{p}_proj.weight" for p in "qkv"]
     assert frozen == {*rows, "o_proj.bias", "bias_v"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torchs_module_is_taken_over_in_its_mode(training):
+    assert trinix.FastMultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2).train(training)).training == training
 
 
 def test_torchs_module_is_not_taken_over_without_its_hooks():

@@ -869,6 +869,11 @@ def test_inplace_is_refused_where_a_gradient_or_memory_would_break(device):
             ValueError, match=r"needs a q without .*others that share memory, got strides \[24, 4, 16, 1\]"
         ):
             rope(overlapping, None, cos, sin, inplace=True, backend=backend)
+        one_step = torch.randn(64, device=device).as_strided(
+            (1, 3, 2, 16), (64, 16, 16, 1)
+        )  # token 0's head 1 is token 1's 0
+        with pytest.raises(ValueError, match=r"needs a q without .*got strides \[64, 16, 16, 1\]"):
+            rope(one_step, None, cos, sin, inplace=True, backend=backend)
         with pytest.raises(TypeError, match="rope: inplace must be True or False, got 'no'"):
             rope(q, k, cos, sin, inplace="no", backend=backend)
         with torch.no_grad():

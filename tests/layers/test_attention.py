@@ -944,6 +944,8 @@ def test_a_stretched_context_scales_deepseeks_scores():
     stretched = LAYERS["latent"](rope_scaling=scaling | {"mscale_all_dim": 1.0})
     assert plain.scale == 6**-0.5
     assert stretched.scale == pytest.approx(6**-0.5 * 1.8738, rel=1e-4)  # 1.3689 twice, as V3's configuration gives it
+    shorter = LAYERS["latent"](rope_scaling=scaling | {"mscale_all_dim": 1.0, "factor": 0.5})
+    assert shorter.scale == plain.scale
 
 
 def test_parameters_may_be_a_checkpoint():

@@ -538,7 +538,12 @@ def test_llama3_scaling_pair_by_pair():
         ({}, 0.1 * math.log(40.0) + 1.0),
         ({"attention_factor": 1.25}, 1.25),
         ({"mscale": 0.707, "mscale_all_dim": 1.0}, (0.0707 * math.log(40.0) + 1.0) / (0.1 * math.log(40.0) + 1.0)),
+        ({"mscale": 0.707}, 0.1 * math.log(40.0) + 1.0),
+        ({"mscale": 0.707, "mscale_all_dim": 0.0}, 0.1 * math.log(40.0) + 1.0),
         ({"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}, 0.1 * math.log(40.0) + 1.0),
+        # no pair turns as seldom as once, or as often as 32 times
+        ({"original_max_position_embeddings": 131072}, 0.1 * math.log(40.0) + 1.0),
+        ({"original_max_position_embeddings": 128}, 0.1 * math.log(40.0) + 1.0),
     ],
 )
 def test_yarn_scaling_pair_by_pair(more, attention):
@@ -546,11 +551,12 @@ def test_yarn_scaling_pair_by_pair(more, attention):
     fast, slow = more.get("beta_fast", 32.0), more.get("beta_slow", 1.0)
 
     def pair_with(turns):
-        return 64 * math.log(4096 / (turns * 2 * math.pi)) / (2 * math.log(10000.0))
+        context = scaling["original_max_position_embeddings"]
+        return 64 * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(10000.0))
 
     low, high = pair_with(fast), pair_with(slow)
     if more.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
+        low, high = max(math.floor(low), 0), min(math.ceil(high), 63)
     wanted = []
     for i, f in enumerate(plain_frequencies(64, 10000.0)):
         ramp = min(1.0, max(0.0, (i - low) / (high - low)))

@@ -750,6 +750,13 @@ def test_a_norm_that_does_more_than_scale_is_called(which, change):
     torch.testing.assert_close(y, layer(x))
 
 
+def test_norm_and_rotation_in_one_turn_the_same_pairs_as_apart():
+    layer, x, _ = made("grouped", {"position_method": "rope", "rope_interleaved": True, "qk_norm": True})
+    together = layer(x)
+    layer.position.register_forward_hook(lambda _, __, qk: qk)  # which the kernel of both would not run
+    torch.testing.assert_close(layer(x), together)
+
+
 def test_a_hook_of_the_positions_runs():
     layer, x, _ = made("grouped", {"position_method": "rope", "qk_norm": True})
     layer.position.register_forward_hook(lambda module, args, qk: (qk[0] * 0, qk[1]))

@@ -631,6 +631,12 @@ def test_optional_keys_of_yarn_may_be_none():
     same(rope_table(4, 8, scaling={**YARN, "attention_factor": None, "mscale": None}), rope_table(4, 8, scaling=YARN))
 
 
+def test_a_table_that_has_grown_keeps_its_base_and_scaling():
+    module = trinix.FastRoPEPositionEmbedding(8, 4, base=500.0, scaling=YARN)
+    same(module.table(9), rope_table(9, 8, base=500.0, scaling=YARN))
+    assert module.cos.shape[0] >= 9
+
+
 # ---- which gradients, what is saved --------------------------------------------------------------------------------------
 
 

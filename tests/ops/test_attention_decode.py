@@ -574,6 +574,15 @@ def test_a_call_like_one_before_is_not_looked_at_again_and_every_other_one_is(mo
             torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_a_backend_for_all_calls_holds_for_one_like_one_before(monkeypatch):
+    call = arguments()
+    with trinix.use_backend("triton"):
+        wanted = attention_decode(**call)
+    monkeypatch.setattr(op._triton(), "run", lambda *_: pytest.fail("the kernel ran"))
+    with trinix.use_backend("torch"):
+        torch.testing.assert_close(attention_decode(**call), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kept_binaries_are_asked_for_as_the_launcher_keeps_them(dtype, monkeypatch):
     """``run`` knows keys and addresses beforehand: they are what the launcher makes of the tensors, call by call."""

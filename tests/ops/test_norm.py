@@ -710,6 +710,22 @@ def test_no_gradient_is_recorded_where_none_is_wanted(form, device, monkeypatch)
     assert not any(t.requires_grad for t in (*out, *again))
 
 
+def test_a_call_like_one_before_may_want_other_gradients(device):
+    """What wants one is no part of a call's kind, and backward's plans are kept with the kind."""
+    x, weight, dy = (normal(shape, torch.float32, seed=1, device=device) for shape in ((3, 8), (8,), (3, 8)))
+    found = []
+    for backend in ("triton", "torch"):
+        grads = []
+        for of in ((True, False), (False, True), (True, True), (True, False)) * 2:
+            leaves = [t.clone().requires_grad_(need) for t, need in zip((x, weight), of, strict=True)]
+            trinix.ops.rms_norm(leaves[0], 8, leaves[1], backend=backend).backward(dy)
+            grads.append([t.grad for t in leaves])
+        found.append(grads)
+    for got, wanted in zip(*found, strict=True):
+        assert [g is None for g in got] == [w is None for w in wanted]
+        torch.testing.assert_close([g for g in got if g is not None], [w for w in wanted if w is not None])
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "q of a packed qkv", "sliced columns, copied"])
 @pytest.mark.parametrize("form", MAIN)
 def test_backward_twice_gives_equal_bits_and_writes_into_nothing_of_others(form, layout, device):

@@ -77,10 +77,10 @@ def test_gradients_of_any_strides(device, calls):
     for d in (dk, dv):
         for other in (
             d.transpose(1, 2).contiguous().transpose(1, 2), d[:, :1].expand_as(d), d.mT.contiguous().mT,
-            torch.nn.functional.pad(d, (1, 2))[..., 1:-2],
+            torch.nn.functional.pad(d, (1, 2))[..., 1:-2], d.repeat_interleave(2, -1)[..., ::2],
         ):  # fmt: skip
             judged(both, k_rope, *((other, dv) if d is dk else (dk, other)), 16)
-    assert calls.count("backward") == 8
+    assert calls.count("backward") == 10
 
 
 @pytest.mark.parametrize("alone", [0, 1])

@@ -84,13 +84,13 @@ _NATIVE_RANGE = {
 _PYTORCHS = {kind for kind in KINDS if _TRITON_FROM[kind][0] is _NEVER}  # without gradient, by "auto"
 
 
-def _span(kind) -> tuple[int, float]:
-    """From how many elements to below how many "auto" may run the kernel with gradient."""
-    least, (native, most) = _TRITON_FROM[kind][1], _NATIVE_RANGE.get(kind, (math.inf, 0))
+def _span(kind, grad) -> tuple[float, float]:
+    """From how many elements to below how many "auto" may run the kernel."""
+    least, (native, most) = _TRITON_FROM[kind][grad], _NATIVE_RANGE.get(kind, (math.inf, 0)) if grad else (math.inf, 0)
     return (native, most) if least is _NEVER else (min(least, native), math.inf)
 
 
-_SPANS = {kind: _span(kind) for kind in KINDS}
+_SPANS = tuple({kind: _span(kind, grad) for kind in KINDS} for grad in (False, True))
 
 
 def activation(
@@ -221,8 +221,8 @@ def _activation(x, kind, a, b, backend):
     if auto:
         # behind autograd's code a line in front of PyTorch's own costs three times what it does in a loop by itself
         pytorchs = compiling or not x.is_cuda
-        if grad and not pytorchs:
-            least, most = _SPANS[kind]
+        if not pytorchs:
+            least, most = _SPANS[grad][kind]
             pytorchs = not least <= x.numel() < most
         if pytorchs:
             return reference.FORMULAS[kind](x, a, b) if x.is_floating_point() else _refuse(x)

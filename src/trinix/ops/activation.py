@@ -211,10 +211,10 @@ def _activation(x, kind, a, b, backend):
     # The eager path of small tensors is counted in tenths of a microsecond: cheap tests first, few calls.
     if not isinstance(x, Tensor):
         _refuse(x)
-    if kind == "none" and backend == "auto" and dispatch.forced is None:
+    auto = backend == "auto" and dispatch.forced is None
+    if auto and kind == "none":
         return x if x.is_floating_point() else _refuse(x)
     grad = x.requires_grad and torch.is_grad_enabled()
-    auto = backend == "auto" and dispatch.forced is None
     if auto and not grad and kind in _PYTORCHS:
         return reference.FORMULAS[kind](x, a, b) if x.is_floating_point() else _refuse(x)
     compiling = torch.compiler.is_compiling()
@@ -236,7 +236,7 @@ def _activation(x, kind, a, b, backend):
         _refuse(x)
     if not auto:
         return _named(x, kind, a, b, backend, grad)
-    least = _TRITON_FROM[kind][1 if grad else 0]
+    least = _TRITON_FROM[kind][grad]
     if (least is _NEVER or x.numel() < least) and not (grad and _native_wins(x, kind)):
         return reference.FORMULAS[kind](x, a, b)
     if not dispatch.plain(x) or _against_triton(x):

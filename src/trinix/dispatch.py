@@ -77,6 +77,8 @@ def check_name(op: str, backends: Mapping, backend: str) -> None:
 
 def number(op: str, name: str, value) -> float:
     """``value`` as a float. What is none is refused by the argument's name; Python's own message would not have it."""
+    if type(value) is float:  # nearly always, and small calls count
+        return value
     tensor = isinstance(value, Tensor)
     if tensor and value.requires_grad:
         raise TypeError(

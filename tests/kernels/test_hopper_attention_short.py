@@ -37,6 +37,10 @@ def test_calls_that_take_it():
         assert not short(1, 64, 8, 64, causal, 4096)
     assert short(4, 512, 8, 64, True)  # F-2
     assert not short(4, 512, 8, 64, False)
+    for batch, rows, heads in ((1, 512, 8), (1, 512, 12), (2, 512, 8), (4, 300, 8)):
+        assert short(batch, rows, heads, 64, False)
+    assert not short(2, 512, 12, 64, False)
+    assert not short(1, 513, 1, 64, False)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Compiling ahead of the clocks: who is called, what becomes of failures, and that the clocks come after it."""
 
 import io
+import pickle
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -67,6 +68,53 @@ def test_a_process_that_is_killed_leaves_the_rest_to_the_clocks(monkeypatch):
 
     monkeypatch.setattr(warm, "ProcessPoolExecutor", Pool)
     assert warm.compile_all([case()], ["trinix"], 1) == ["a process has ended: killed"]
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_what_finds_no_room_beside_the_others_is_called_again_when_they_have_ended(helps, monkeypatch):
+    """Six processes with N-rms-6's 14 GiB each filled a card of 80."""
+    order = []
+
+    class Pool:
+        def __init__(self, *arguments, **more):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, call, case, *more):
+            order.append(case.id)
+            done = Future()
+            done.set_result(call(case, *more))
+            return done
+
+    def prepare(case):
+        def large(x):
+            if case.id == "large" and not (helps and order.count("large") == 2):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x * 2
+
+        return large
+
+    monkeypatch.setattr(warm, "ProcessPoolExecutor", Pool)
+    monkeypatch.setitem(warm.PREPARE, "liger", prepare)
+    told = []
+    failed = warm.compile_all(
+        [case("large"), case("small")], ["liger"], 2, device="cpu", progress=lambda *done: told.append(done)
+    )
+    assert order == ["large", "small", "large"]
+    assert failed == ([] if helps else ["large liger: OutOfMemoryError: CUDA out of memory"])
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_a_reason_of_no_room_comes_back_from_a_process_as_one():
+    """By pickle."""
+    reason = pickle.loads(pickle.dumps(warm._NoRoom("large")))
+    assert isinstance(reason, warm._NoRoom)
+    assert reason == "large"
 
 
 def test_what_a_row_will_say_is_refused_is_no_failure(monkeypatch):

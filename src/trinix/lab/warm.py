@@ -22,6 +22,10 @@ def jobs(cases: Sequence[Case], impls: Sequence[str]) -> list[tuple[Case, str]]:
     return [(case, impl) for case in cases for impl in impls if impl not in READY]
 
 
+class _NoRoom(str):
+    """A reason that the other processes may be: the card's memory was theirs."""
+
+
 def compile_all(
     cases: Sequence[Case],
     impls: Sequence[str],
@@ -30,15 +34,21 @@ def compile_all(
     device: str = "cuda",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Call every implementation of every case once a pass, spread over processes; the reasons of those that could not be."""
+    """Call every implementation of every case once a pass, spread over processes; the reasons of those that could not be. What
+    found no room on the card beside the others is called again by itself."""
     todo = jobs(cases, impls)
-    failed = []
+    failed, alone = [], []
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            calls = [pool.submit(_once, case, impl, device) for case, impl in todo]
+            calls = {pool.submit(_once, case, impl, device): (case, impl) for case, impl in todo}
             for done, call in enumerate(as_completed(calls), start=1):
                 progress(done, len(todo))
-                if reason := call.result():
+                if isinstance(call.result(), _NoRoom):
+                    alone.append(calls[call])
+                elif reason := call.result():
+                    failed.append(reason)
+            for case, impl in alone:
+                if reason := pool.submit(_once, case, impl, device).result():
                     failed.append(reason)
         except BrokenProcessPool as error:  # killed for memory, say: the rest compiles when it is its turn
             failed.append(f"a process has ended: {error}")
@@ -49,18 +59,25 @@ def compile_all(
 
 
 def _once(case: Case, impl: str, device: str) -> str | None:
+    reason = None
     try:
-        call = PREPARE[impl](case)
-        if not callable(call):
-            return None
-        inputs = gate.inputs_of(case, device)
-        for pass_ in case.passes:
-            run.pass_call(pass_, call, inputs)()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        _every_pass(case, impl, device)
     except dispatch.Unsupported:  # a refusal: the row says so
-        return None
+        pass
     except Exception as error:
-        return f"{case.id} {impl}: {run.reason_of(impl, error)}"
-    return None
+        kind = _NoRoom if isinstance(error, torch.OutOfMemoryError) else str
+        reason = kind(f"{case.id} {impl}: {run.reason_of(impl, error)}")
+    if device == "cuda":
+        torch.cuda.empty_cache()  # now that its tensors are gone: the other processes need the room
+    return reason
+
+
+def _every_pass(case: Case, impl: str, device: str) -> None:
+    call = PREPARE[impl](case)
+    if not callable(call):
+        return
+    inputs = gate.inputs_of(case, device)
+    for pass_ in case.passes:
+        run.pass_call(pass_, call, inputs)()
+    if device == "cuda":
+        torch.cuda.synchronize()

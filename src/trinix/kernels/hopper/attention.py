@@ -239,12 +239,13 @@ def choose_short_backward(
 ) -> ShortBackwardConfig | None:
     """Where one kernel that computes more is faster than three, ``planes``: heads of all sequences. In a CUDA graph, short and long:
     (1, 128, 8, 64) 5.1 and 10.5 us, (4, 256, 8) 11.1 and 16.1, causal 11.7 and 16.5, (8, 256, 12) 23.9 and 25.2, causal 21.8 and 26.0,
-    (4, 512, 8) 23.5 and 23.3, causal 21.9 and 23.1, but (8, 512, 12) causal 53.6 and 49.9. At 128 channels 24.1 and 23.0 for
-    (4, 256, 8)."""
+    (4, 512, 8) causal 21.9 and 23.1, but (8, 512, 12) causal 53.6 and 49.9. Without a mask (1, 512, 8) 11.5 and 17.0, (1, 512, 12) 15.5
+    and 17.5, (2, 512, 8) 15.6 and 18.1, (4, 300, 8) 14.5 and 17.0, (4, 384, 8) 17.6 and 18.2, but (2, 512, 12) 21.5 and 20.3, (4, 512, 8)
+    23.9 and 22.2. At 128 channels 24.1 and 23.0 for (4, 256, 8)."""
     c = ShortBackwardConfig(64, 64, 4, 3)
     key_tiles, query_tiles = _cdiv(seq_k, c.n), _cdiv(seq_q, c.m)
     most = max(key_tiles, query_tiles)
-    rounds = 6 if most <= 4 else 4 if causal and most <= 8 else 0
+    rounds = 6 if most <= 4 else 0 if most > 8 else 4 if causal else 2.5
     fits = (key_tiles + query_tiles) * planes <= rounds * multiprocessors
     return c if max(d, dv) <= 64 and fits else None
 

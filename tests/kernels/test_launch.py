@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from helpers import from_threads
-from trinix.kernels import _binary
+from trinix.kernels import _binary, _noting
 from trinix.kernels.triton import _launch
 from trinix.kernels.triton._launch import Launcher
 
@@ -103,7 +103,7 @@ def _noted(hook):
         hook(*launch)
         yield
 
-    with _launch.noted_by(SimpleNamespace(noting=noting)):
+    with _noting.noted_by(SimpleNamespace(noting=noting)):
         yield
 
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib
+import importlib.util
 import struct
 import subprocess
 import sys
+import sysconfig
 import threading
 from types import SimpleNamespace
 
@@ -20,6 +23,9 @@ from trinix.kernels import _native
 
 pytest.importorskip("triton")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from trinix.kernels import _binary, _noting
 from trinix.kernels.triton import _launch, _record
 from trinix.kernels.triton import activation as kernels
 from trinix.kernels.triton import head_mlp as kernels_mlp
@@ -44,8 +50,17 @@ int get_none(void** to) { *to = 0; return 0; }
 int get_other(void** to) { *to = (void*)6; return 0; }
 int set_context(void* to) { current = (long)to; return 0; }
 void lose_context() { current = 0; }
+int move_map(long* map, long address) { *map = address; return address % 32 ? 4 : 0; }
 int launch(const struct config* c, void* f, void** p, void** extra) {
   if (current != 5) return 201;
+  if ((long)f == 6) {  // x and y, each as a map, its size and its stride; n; y = 3 x
+    for (int i = 0; i < 2; i++)
+      if ((long)p[3 * i] % 64 || ((char*)p[3 * i])[8] != 'x' + i || ((char*)p[3 * i])[127] != 9) return 3;
+    float *x = *(float**)p[0], *y = *(float**)p[3];
+    if (c->grid[0] != 3 || *(int*)p[4] != 64 || *(long*)p[5] != 1) return 1;
+    for (long i = 0; i < *(int*)p[6]; i++) y[i] = 3 * x[i];
+    return 0;
+  }
   int early = (long)f == 5;
   if (c->count != early || (early && (c->attributes[0].id != 6 || (int)c->attributes[0].value[0] != 1))) return 2;
   if (early) f = (void*)1;
@@ -113,7 +128,7 @@ def native(tmp_path_factory):
     (folder / "fake.c").write_text(FAKE)
     subprocess.run(["gcc", "-shared", "-fPIC", folder / "fake.c", "-o", folder / "fake.so"], check=True)
     driver = ctypes.CDLL(str(folder / "fake.so"))
-    set_driver(module, driver.launch, driver.get_context, driver.set_context)
+    set_driver(module, driver.launch, driver.get_context, driver.set_context, driver.move_map)
     module.library = driver  # as long as the module
     return module
 
@@ -275,6 +290,43 @@ def test_launches_take_their_attribute_and_context_and_failures_raise(native):
     y = native.call(relu_pair(native, otherwise=broken), 7, x)
     with pytest.raises(ValueError, match=r"^no$"):
         torch.autograd.grad(y.sum(), x)
+
+
+def map_of(letter):
+    """As the fake driver wants it: eight bytes for the address, then the tensor's letter."""
+    return bytes(8) + letter.encode() + bytes(118) + b"\x09"
+
+
+def described(place, letter):
+    return (place, map_of(letter)), struct.pack("i", N), struct.pack("q", 1)
+
+
+@pytest.mark.parametrize("behind", [0, 64])
+def test_a_map_goes_to_where_its_tensor_lies(native, behind):
+    place = (0, behind) if behind else 0
+    step = 6, 3, 128, 16, False, (*described(place, "x"), *described(1, "y"), struct.pack("i", N - behind // 4))
+    pair = native.make_pair(torch.empty(1), ((FLAT,), (step,)), ((), ()), (1,), (), (), (), None)
+    for _ in range(3):
+        x = torch.randn(N)
+        y = native.call(pair, 7, x)
+        same([y[: N - behind // 4]], [3 * x[behind // 4 :]])
+
+
+def test_what_cannot_be_described_raises(native):
+    def call(letter, behind):
+        step = 6, 3, 128, 16, False, (*described((0, behind), letter), *described(1, "y"), struct.pack("i", 1))
+        native.call(
+            native.make_pair(torch.empty(1), ((FLAT,), (step,)), ((), ()), (1,), (), (), (), None), 7, torch.ones(N)
+        )
+
+    with pytest.raises(RuntimeError, match="a tensor could not be described, CUDA error 4"):
+        call("x", 16)
+    with pytest.raises(RuntimeError, match="could not be launched, CUDA error 3"):  # y's map for x
+        call("y", 0)
+    with pytest.raises(RuntimeError, match="a map of another size"):
+        native.make_pair(
+            torch.empty(1), ((FLAT,), ((6, 3, 128, 16, False, ((0, b"x"),)),)), ((), ()), (1,), (), (), (), None
+        )
 
 
 def test_what_backward_reads_is_freed_with_the_graph(relu):
@@ -620,10 +672,11 @@ def interpreted(planned, native, monkeypatch):
         return len(steps), blocks, 32, 0, False, parameters
 
     context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda to: 0)
-    set_driver(native, launch, context, context)
+    set_driver(native, launch, context, context, context)
     monkeypatch.setattr(_record, "step", step)
     yield ran
-    set_driver(native, native.library.launch, native.library.get_context, native.library.set_context)
+    driver = native.library
+    set_driver(native, driver.launch, driver.get_context, driver.set_context, driver.move_map)
     assert not wrong
 
 
@@ -811,6 +864,60 @@ def test_per_head_mlps_go_by_their_plans(interpreted, form, rows, monkeypatch):
     assert len(interpreted) == count + 1
 
 
+class Boxed:
+    """``trinix.kernels._binary.Boxed`` in the interpreter."""
+
+    def __init__(self, kernel, tensors, blocks, programs, integers, constants, gluon, **options):
+        self.kernel, self.blocks, self.programs, self.integers, self.constants = (
+            kernel,
+            blocks,
+            programs,
+            integers,
+            constants,
+        )
+
+    def __call__(self, *tensors):
+        recorder = _noting.recorder()
+        note = recorder and recorder.noting(self.by_plan, None, self.programs, tensors, self.integers)
+        with note or contextlib.nullcontext():  # the interpreter asks PyTorch for this and that
+            self.run(*tensors)
+
+    def run(self, *tensors):
+        boxes = [
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, *block])
+            for t, block in zip(tensors, self.blocks, strict=True)
+        ]
+        self.kernel[(self.programs,)](*boxes, *self.integers, **self.constants)
+
+    @property
+    def by_plan(self):
+        """As the driver's launches here call what a plan has kept."""
+        kept = functools.partial(lambda programs, tensors, integers: self.run(*tensors))
+        kept.kernel = self.kernel
+        return kept
+
+
+def test_per_head_mlps_in_boxes_go_by_their_plans(interpreted, monkeypatch):
+    monkeypatch.setattr(kernels_mlp, "_takes_boxes", lambda index: True)
+    monkeypatch.setattr(_launch._State, "off", None)  # the interpreter's reason
+    monkeypatch.setattr(_binary, "Boxed", Boxed)
+    generator = torch.Generator().manual_seed(0)
+    leaves = {
+        name: (torch.randn(shape, generator=generator) / 4).half().requires_grad_()
+        for name, shape in (("x", (2, 65, 128)), ("w1", (2, 128, 48)), ("w2", (2, 48, 128)))
+    }
+    results = []
+    kernels_mlp._forward_plan.cache_clear()
+    for _ in range(5):
+        o = mlp(leaves, None)
+        results.append([o, *torch.autograd.grad(o, [*leaves.values()], torch.ones_like(o), retain_graph=True)])
+    assert ["Trinix" in o.grad_fn.name() for o, *_ in results] == [False, False, True, True, True]
+    for one in results[1:]:
+        same(one, results[0])
+    assert "_forward_boxed" in interpreted
+    kernels_mlp._forward_plan.cache_clear()
+
+
 TABLE, WEIGHTS = ops.rope_table(6, 8), (torch.linspace(0.5, 2, 8), torch.linspace(2, 0.5, 8))
 MLP = torch.linspace(-1, 1, 6 * 8 * 16).view(6, 8, 16), torch.linspace(1, -0.5, 6 * 8 * 16).view(6, 16, 8)
 SMALL = {  # of x [1, 6, 2, 8]
@@ -972,7 +1079,7 @@ def test_what_has_no_plan(interpreted, what):
         elif pending is not None:
             pending.alone(lambda: run(x))
     assert not plans.of
-    assert not _launch._noting
+    assert not _noting.recorders
 
 
 def test_an_address_within_two_inputs_has_no_plan(interpreted):
@@ -1002,6 +1109,170 @@ def test_a_step_has_the_binarys_parameters():
     assert step("other") is None
     signature["n"] = "u64"
     assert step() is None
+
+
+def test_a_tensors_map_is_what_tritons_launcher_is_given(monkeypatch):
+    """And only where the driver moves that of another address to the same."""
+    box = _binary.Box((2, 3, 100), (600, 200, 1), (1, 2, 64), torch.bfloat16, gluon=False)
+    box.metadata = {"swizzle": 3}
+
+    def make(described, metadata):
+        assert metadata is box.metadata
+        assert (described.shape, described.strides) == ([2, 3, 100], [600, 200, 1])
+        address = described.base.data_ptr()
+        return struct.pack("q", address) + map_of("b")[8:], *described.shape, *described.strides
+
+    def move(to, address):
+        to = ctypes.cast(to, ctypes.c_void_p).value
+        assert to % 64 == 0
+        ctypes.memmove(to, struct.pack("q", address.value + wrong), 8)
+        return failed
+
+    monkeypatch.setattr(_binary.driver, "make_tensordesc_arg", make)
+    monkeypatch.setattr(_binary, "_bytes_of", lambda given: given)
+    monkeypatch.setattr(_binary, "_cuda", lambda: SimpleNamespace(cuTensorMapReplaceAddress=move))
+    address = 1 << 40
+    wrong = failed = 0
+    assert box.map_at(address) == struct.pack("q", address) + map_of("b")[8:]
+    wrong = 16
+    assert box.map_at(address) is None
+    wrong, failed = 0, 1
+    assert box.map_at(address) is None
+
+
+def test_maps_are_read_of_objects_that_look_as_tritons_do(tmp_path):
+    """In C: a type of that name and size, whose object lies as Triton's driver.c lays its own."""
+    (tmp_path / "maps.c").write_text(MAPS)
+    include = f"-I{sysconfig.get_paths()['include']}"
+    subprocess.run(["gcc", "-shared", "-fPIC", include, tmp_path / "maps.c", "-o", tmp_path / "maps.so"], check=True)
+    specification = importlib.util.spec_from_file_location("maps", tmp_path / "maps.so")
+    maps = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(maps)
+    assert _binary._bytes_of(maps.PyCUtensorMap()) == bytes(range(128))
+    assert _binary._bytes_of(maps.Larger()) is None
+    assert _binary._bytes_of(object()) is None
+    assert _binary._bytes_of(torch.ones(1)) is None
+
+
+MAPS = r"""
+#include <Python.h>
+#include <stdlib.h>
+typedef struct { PyObject_HEAD; _Alignas(128) char map[128]; } Map;
+static PyObject* alloc(PyTypeObject* type, Py_ssize_t n) {
+  void* mem = NULL;
+  if (posix_memalign(&mem, 128, type->tp_basicsize)) return PyErr_NoMemory();
+  for (int i = 0; i < 128; i++) ((Map*)mem)->map[i] = i;
+  return PyObject_Init((PyObject*)mem, type);
+}
+static void release(void* mem) { free(mem); }
+#define TYPE(it, name, size) static PyTypeObject it = {PyVarObject_HEAD_INIT(NULL, 0).tp_name = name, .tp_basicsize = size, \
+  .tp_flags = Py_TPFLAGS_DEFAULT, .tp_new = PyType_GenericNew, .tp_alloc = alloc, .tp_free = release}
+TYPE(map_type, "maps.PyCUtensorMap", sizeof(Map));
+TYPE(larger_type, "maps.PyCUtensorMap", sizeof(Map) + 128);
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "maps", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_maps(void) {
+  PyObject* m = PyModule_Create(&module);
+  PyType_Ready(&map_type);
+  PyType_Ready(&larger_type);
+  PyModule_AddObject(m, "PyCUtensorMap", (PyObject*)&map_type);
+  PyModule_AddObject(m, "Larger", (PyObject*)&larger_type);
+  return m;
+}
+"""
+
+
+@pytest.fixture
+def tripling(native, monkeypatch):
+    """A launch of boxes on a CPU, by Python and by plans: y = 3 x of 64 numbers; how often it was Python's."""
+    monkeypatch.setattr(_launch._State, "off", None)
+    monkeypatch.setattr(_launch, "_raw_stream", lambda index: 7)
+    monkeypatch.setattr(_binary, "raw_stream", lambda index: 7)
+    monkeypatch.setattr(_native, "module", native)
+    by_python = []
+
+    class Binary:
+        direct = True
+        compiled = SimpleNamespace(
+            function=6,
+            src=SimpleNamespace(
+                signature={"x_desc": "tensordesc<fp32[64]>", "y_desc": "tensordesc<fp32[64]>", "n": "i32"},
+                fn=SimpleNamespace(
+                    params=[SimpleNamespace(name=n, is_constexpr=False) for n in ("x_desc", "y_desc", "n")]
+                ),
+            ),
+            metadata=SimpleNamespace(num_warps=4, shared=16, launch_pdl=False),
+        )
+
+        def __call__(self, programs, stream, arguments):
+            x, y, n = arguments
+            by_python.append((programs, stream, n))
+            y.numpy()[:] = 3 * x.numpy()  # PyTorch is not asked
+
+    boxes = []
+    for letter in "xy":
+        box = _binary.Box((N,), (1,), (N,), torch.float32, gluon=False)
+        box.metadata, box.map_at = {}, lambda address, letter=letter: map_of(letter)
+        boxes.append(box)
+    boxed = object.__new__(_binary.Boxed)
+    boxed.index, boxed.programs, boxed.integers, boxed.binary, boxed.boxes = 0, 3, (N,), Binary(), boxes
+
+    def run(x):
+        y = torch.empty_like(x)
+        for box, t in zip(boxes, (x, y), strict=True):
+            box.at = lambda address, t=t: (t,)
+        boxed(x, y)
+        return y
+
+    plans = _native.Plans()
+
+    def call(x):
+        table = plans.of.get(("triple",))
+        y = None if table is None else _launch.by_table(table, x)
+        if y is not None:
+            return y
+        pending = plans.begin(("triple",), x)
+        return run(x) if pending is None else pending.alone(lambda: run(x))
+
+    call.by_itself = run
+    return call, boxed, by_python
+
+
+def test_a_launch_of_boxes_goes_by_its_plan(tripling):
+    call, _, by_python = tripling
+    for _ in range(5):
+        x = torch.randn(N)
+        same([call(x)], [3 * x])
+    assert by_python == [(3, 7, N)] * 2
+
+
+@pytest.mark.parametrize("why", ["slow path", "no copy engine", "no map", "switched off"])
+def test_a_launch_of_boxes_without_a_plan(tripling, why, monkeypatch):
+    call, boxed, by_python = tripling
+    if why == "slow path":
+        monkeypatch.setattr(type(boxed.binary), "direct", False)
+    elif why == "no copy engine":
+        boxed.boxes[1].metadata = None
+    elif why == "no map":
+        boxed.boxes[0].map_at = lambda address: None
+    else:
+        monkeypatch.setattr(_launch._State, "off", "TRINIX_FAST_LAUNCH=0")
+    for _ in range(4):
+        x = torch.randn(N)
+        same([call(x)], [3 * x])
+    assert len(by_python) == 4
+
+
+def test_another_threads_boxes_are_not_noted(tripling):
+    call, _, by_python = tripling
+    x = torch.randn(N)
+    with _record.recording() as recorder:
+        thread = threading.Thread(target=call.by_itself, args=(x,))
+        thread.start()
+        thread.join()
+        assert not recorder.launches
+        call.by_itself(x)
+    assert len(recorder.launches) == 1
+    assert len(by_python) == 2
 
 
 def test_kept_binaries_are_not_launched_while_somebody_notes(monkeypatch):
@@ -1092,7 +1363,7 @@ def test_a_call_that_fails_while_it_is_noted(interpreted):
         pending = plans.begin((), x)
     with pytest.raises(ValueError, match="no"):
         pending.alone(run)
-    assert not _launch._noting
+    assert not _noting.recorders
     assert not plans.of
 
 
@@ -1355,7 +1626,7 @@ def test_only_on_the_current_device_and_its_stream(native):
         return 7
 
     def again(get):
-        set_driver(native, driver.launch, get, driver.set_context)
+        set_driver(native, driver.launch, get, driver.set_context, driver.move_map)
         return native.again(table, stream_of, x)
 
     try:
@@ -1363,11 +1634,11 @@ def test_only_on_the_current_device_and_its_stream(native):
             same([again(get)], [torch.relu(x)])
         assert again(driver.get_other) is None
         assert asked == [-1, -1]  # the index of the CPU
-        set_driver(native, driver.launch, driver.get_context, driver.set_context)
+        set_driver(native, driver.launch, driver.get_context, driver.set_context, driver.move_map)
         with pytest.raises(ZeroDivisionError):
             native.again(table, lambda index: 1 // 0, x)
     finally:
-        set_driver(native, driver.launch, driver.get_context, driver.set_context)
+        set_driver(native, driver.launch, driver.get_context, driver.set_context, driver.move_map)
 
 
 def test_a_table_may_grow_while_a_call_asks_for_its_stream(native):
@@ -1386,7 +1657,7 @@ def test_a_table_may_grow_while_a_call_asks_for_its_stream(native):
 def test_other_threads_run_while_a_launch_waits(native):
     driver, x = native.library, torch.randn(N)
     let_go = ctypes.c_int.in_dll(driver, "let_go")
-    set_driver(native, driver.waiting_launch, driver.get_context, driver.set_context)
+    set_driver(native, driver.waiting_launch, driver.get_context, driver.set_context, driver.move_map)
     pair = relu_pair(native)
     let_go.value = 0
     timer = threading.Timer(0.2, lambda: setattr(let_go, "value", 1))
@@ -1396,7 +1667,7 @@ def test_other_threads_run_while_a_launch_waits(native):
     finally:
         timer.join()
         let_go.value = 1
-        set_driver(native, driver.launch, driver.get_context, driver.set_context)
+        set_driver(native, driver.launch, driver.get_context, driver.set_context, driver.move_map)
 
 
 def test_two_threads_go_back_while_their_graph_is_noted(interpreted, monkeypatch):
@@ -1577,6 +1848,42 @@ def test_per_head_mlps_have_the_same_bits(on_card, form, sizes):
             leaves[name] = leaf(*shape)
     dy = torch.randn((b, d) if reduce else (h, b, d), device="cuda", dtype=torch.bfloat16)
     on_card(lambda: mlp(leaves, reduce), [*leaves.values()], dy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sizes", [(8, 512, 64, 512), (3, 77, 128, 72), (2, 1000, 64, 264), (2, 300, 128, 1024)], ids=str
+)
+@pytest.mark.parametrize("backend", ["hopper", "triton", "auto"])
+def test_per_head_mlps_in_boxes_have_the_same_bits(on_card, backend, sizes, monkeypatch):
+    """On Hopper; in a graph and by another stream too, with other tensors of the same layout."""
+    h, b, d, e = sizes
+    leaves = {"x": leaf(h, b, d), "w1": leaf(h, d, e), "w2": leaf(h, e, d)}
+    dy = torch.randn((h, b, d), device="cuda", dtype=torch.bfloat16)
+    kept, boxes = _record.step, []
+    monkeypatch.setattr(
+        _record, "step", lambda launch, key, *rest: boxes.append(key is None) or kept(launch, key, *rest)
+    )
+    on_card(lambda: mlp(leaves, None, backend), [*leaves.values()], dy)
+    if torch.cuda.get_device_capability() == (9, 0) and backend != "triton":
+        assert any(boxes)
+    others = {n: torch.randn_like(t).requires_grad_() for n, t in leaves.items()}
+    want = mlp(others, None, backend)
+    want = [want, *torch.autograd.grad(want, [*others.values()], dy)]
+    with torch.no_grad():
+        alone = [mlp(others, None, backend) for _ in range(4)]
+    same(alone, [want[0]] * 4)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        o = mlp(others, None, backend)
+        got = [o, *torch.autograd.grad(o, [*others.values()], dy)]
+    assert "Trinix" in o.grad_fn.name()
+    for t in got:
+        t.detach().zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    same(got, want)
 
 
 @pytest.mark.gpu

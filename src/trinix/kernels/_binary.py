@@ -6,6 +6,7 @@ descriptors out of a cache, straight to the launcher that Triton built for this 
 its own path runs, and descriptors are made anew.
 """
 
+import ctypes
 import functools
 import threading
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from triton.backends.nvidia import driver
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from trinix.kernels import _noting
 
 _MOST = 256  # descriptors kept for one place in one plan: as many addresses as its tensors take in turn
 
@@ -73,11 +76,43 @@ class Box:
         """For Triton's own path."""
         return (self._described(address),)
 
+    def map_at(self, address: int) -> bytes | None:
+        """What the copy engine finds a tensor at ``address`` by, as Triton's launcher passes it; None where that cannot be read, or
+        the map of another address, moved here, is another one."""
+        here, elsewhere = (
+            _bytes_of(driver.make_tensordesc_arg(self._described(a), self.metadata)[0]) for a in (address, address + 4096)
+        )  # fmt: skip
+        return here if here is not None and _moved(elsewhere, address) == here else None
+
     def _described(self, address):
         base = SimpleNamespace(data_ptr=lambda: address)
         return SimpleNamespace(
             base=base, shape=self.shape, strides=self.strides, padding="zero", round_f32_to_tf32=False
         )
+
+
+_MAP_BYTES = 128  # of a CUtensorMap
+
+
+def _bytes_of(triton_map) -> bytes | None:
+    """Of Triton's PyCUtensorMap: a Python object's head, and the map at the next multiple of 128."""
+    kind = type(triton_map)
+    if kind.__name__ != "PyCUtensorMap" or kind.__basicsize__ != 2 * _MAP_BYTES:
+        return None
+    return ctypes.string_at(id(triton_map) + _MAP_BYTES, _MAP_BYTES)
+
+
+def _moved(described: bytes, address: int) -> bytes | None:
+    room = ctypes.create_string_buffer(2 * _MAP_BYTES)
+    at = -ctypes.addressof(room) % 64
+    ctypes.memmove(ctypes.addressof(room) + at, described, _MAP_BYTES)
+    failed = _cuda().cuTensorMapReplaceAddress(ctypes.byref(room, at), ctypes.c_void_p(address))
+    return None if failed else room.raw[at : at + _MAP_BYTES]
+
+
+@functools.cache
+def _cuda():
+    return ctypes.CDLL("libcuda.so.1")
 
 
 class Binary:
@@ -101,7 +136,8 @@ class Binary:
         self.launch = _direct(self.compiled, run, self.constants)
         for box, facts in zip(boxes, getattr(self.compiled.metadata, "tensordesc_meta", None) or (), strict=True):
             box.metadata = facts
-        if self.launch is None:
+        self.direct = self.launch is not None
+        if not self.direct:
             for box in boxes:
                 box.at = box.shaped
             self.launch = self._slow
@@ -147,6 +183,9 @@ class Boxed:
         self.binary, self.boxes = binary, boxes
 
     def __call__(self, *tensors):
+        recorder = _noting.recorder()
+        if recorder is not None:
+            recorder.launches.append((self, None, self.programs, tensors, self.integers))
         arguments = ()
         for box, t in zip(self.boxes, tensors, strict=True):
             arguments += box.at(t.data_ptr())

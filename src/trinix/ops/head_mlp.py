@@ -142,9 +142,10 @@ def head_mlp(
             key = _key(x, w1, w2, kind, backend)
             call = _prepared.get(key)
             if call is not None:
-                pending = _plans.begin(what, x, w1, w2, b1, b2, w_gate) if call.by_pointers else None
+                pending = _plans.begin(what, x, w1, w2, None, None, None) if call.planned else None
                 if pending is not None:
-                    return _planned(x, w1, w2, None, None, None, call.kind, False, "triton", key[-1], pending)
+                    named = dispatch.resolve(backend)
+                    return _planned(x, w1, w2, None, None, None, call.kind, False, named, key[-1], pending)
                 if key[-1]:
                     return _apply_prepared(x, w1, w2, call)
                 return call.forward.forward(x, w1, w2, None, None, None, call.kind, False)
@@ -169,15 +170,14 @@ def head_mlp(
         grad = grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         return (_RegisteredHeadMLP.apply if grad else _forward_op)(*inputs, *call)
     modules = [_module(named, inputs, activation, mean, backward) for backward in (False, grad)]
-    by_pointers = what is not None and modules == [_triton()] * 2
+    planned = what is not None and not (grad and modules[1].by_stages(*inputs, mean))
     if key is not None:
-        by_pointers = by_pointers and _triton().by_pointers(x, w1, w2, activation, grad)
-        _prepare(key, activation, modules, by_pointers)
-    pending = _plans.begin(what, *inputs) if by_pointers else None
+        _prepare(key, activation, modules, planned)
+    pending = _plans.begin(what, *inputs) if planned else None
     return _planned(*inputs, *call, grad, pending)
 
 
-# Calls of the portable kernels like one that has run are C++'s, where there is that.
+# Calls like one that has run are C++'s, where there is that.
 _plans = _native.Plans()
 
 
@@ -213,14 +213,14 @@ class _Prepared(NamedTuple):
     kind: str
     forward: ModuleType
     backward: ModuleType
-    by_pointers: bool
+    planned: bool  # whether its launches may have plans: products by PyTorch among them have none
 
 
-def _prepare(key, kind, modules, by_pointers):
+def _prepare(key, kind, modules, planned):
     """Keep what calls of this kind share."""
     if len(_prepared) >= 10_000:
         _prepared.clear()
-    _prepared[key] = _Prepared(kind, *modules, by_pointers)
+    _prepared[key] = _Prepared(kind, *modules, planned)
 
 
 class _PreparedHeadMLP(torch.autograd.Function):

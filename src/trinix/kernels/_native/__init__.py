@@ -131,7 +131,8 @@ def check(path: str) -> None:
     flat = (3,), (1,), torch.float32
 
     def pair(function):
-        step = function, 1, 1, 0, False, (0, 1, (3).to_bytes(4, sys.byteorder))
+        described = bytes(127) + b"\7"
+        step = function, 1, 1, 0, False, ((0, described), 1, (3).to_bytes(4, sys.byteorder))
         plan = (flat,), (step,)
         return built.make_pair(torch.empty(1), plan, plan, (1,), (), (flat,), (1,), None)
 
@@ -161,7 +162,7 @@ def _load():
     """The built module with CUDA's functions."""
     built = _import(library())
     cuda = ctypes.CDLL("libcuda.so.1")
-    functions = cuda.cuLaunchKernelEx, cuda.cuCtxGetCurrent, cuda.cuCtxSetCurrent
+    functions = cuda.cuLaunchKernelEx, cuda.cuCtxGetCurrent, cuda.cuCtxSetCurrent, cuda.cuTensorMapReplaceAddress
     built.set_driver(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
     return built
 

@@ -44,10 +44,15 @@ struct LaunchConfig {
 constexpr int kProgrammaticSerialization = 6;  // an attribute: the kernel may begin before the one in front has ended
 constexpr int kNoContext = 201;
 
+struct alignas(64) TensorMap {  // how the copy engine finds the boxes of a tensor
+  char bytes[128];
+};
+
 struct Driver {
   int (*launch)(const LaunchConfig*, void* function, void** params, void** extra) = nullptr;  // cuLaunchKernelEx
   int (*get_context)(void**) = nullptr;                                                       // cuCtxGetCurrent
   int (*set_context)(void*) = nullptr;                                                        // cuCtxSetCurrent
+  int (*move_map)(TensorMap*, void* address) = nullptr;                                       // cuTensorMapReplaceAddress
 } driver;
 
 struct Layout {
@@ -61,7 +66,10 @@ struct Step {
   bool early;                    // may begin before the kernel in front has ended
   std::vector<int> tensor;       // of every parameter: which tensor it points into, or -1
   std::vector<uint64_t> scalar;  // how many bytes behind the first; else its bits
+  std::vector<int> map;          // which of ``maps`` is passed instead of the address, or -1
+  std::vector<TensorMap> maps;   // of tensors at another address
 };
+constexpr size_t kMostParameters = 128, kMostMaps = 12;
 
 struct Plan {
   std::vector<Layout> made;
@@ -95,8 +103,9 @@ bool lies_as(const Layout& layout, const at::Tensor& t) {
 void run(const Pair& pair, const Plan& plan, std::vector<at::Tensor>& tensors, void* stream) {
   for (const Layout& one : plan.made)
     tensors.push_back(at::empty_strided(one.sizes, one.strides, pair.options.dtype(one.dtype)));
-  uint64_t values[64];
-  void* params[64];
+  uint64_t values[kMostParameters];
+  void* params[kMostParameters];
+  TensorMap maps[kMostMaps];
   LaunchAttribute early{kProgrammaticSerialization, 0, {1}};
   for (const Step& step : plan.steps) {
     const size_t count = step.tensor.size();
@@ -104,6 +113,12 @@ void run(const Pair& pair, const Plan& plan, std::vector<at::Tensor>& tensors, v
       const int t = step.tensor[i];
       values[i] = step.scalar[i] + (t < 0 ? 0 : reinterpret_cast<uint64_t>(tensors[t].const_data_ptr()));
       params[i] = &values[i];
+      if (step.map[i] < 0) continue;
+      TensorMap& map = maps[step.map[i]];
+      map = step.maps[step.map[i]];
+      const int failed = driver.move_map(&map, reinterpret_cast<void*>(values[i]));
+      TORCH_CHECK(!failed, "trinix: a tensor could not be described, CUDA error " + std::to_string(failed));
+      params[i] = &map;
     }
     const LaunchConfig config{{step.blocks, 1, 1}, {step.threads, 1, 1}, step.shared, stream, &early, step.early};
     int failed = driver.launch(&config, step.function, params, nullptr);
@@ -230,7 +245,7 @@ std::vector<Layout> layouts(PyObject* t) {
 }
 
 // (made, steps): layouts; (function, blocks, threads, shared, early, parameters) each, a parameter being the number of a tensor,
-// (that, so many bytes behind its first), or the bytes of a scalar
+// (that, so many bytes behind its first), the bytes of a scalar, or (such a place of a tensor, a map of it at any address)
 Plan read_plan(PyObject* t) {
   Plan plan;
   plan.made = layouts(PyTuple_GET_ITEM(t, 0));
@@ -247,6 +262,14 @@ Plan read_plan(PyObject* t) {
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(parameters); k++) {
       PyObject* p = PyTuple_GET_ITEM(parameters, k);
       uint64_t bits = 0;
+      int map = -1;
+      if (PyTuple_Check(p) && PyBytes_Check(PyTuple_GET_ITEM(p, 1))) {
+        PyObject* bytes = PyTuple_GET_ITEM(p, 1);
+        TORCH_CHECK(PyBytes_GET_SIZE(bytes) == sizeof(TensorMap), "trinix: a map of another size");
+        map = static_cast<int>(step.maps.size());
+        std::memcpy(&step.maps.emplace_back(), PyBytes_AS_STRING(bytes), sizeof(TensorMap));
+        p = PyTuple_GET_ITEM(p, 0);
+      }
       if (PyBytes_Check(p)) std::memcpy(&bits, PyBytes_AS_STRING(p), std::min<Py_ssize_t>(8, PyBytes_GET_SIZE(p)));
       if (PyTuple_Check(p)) {
         bits = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(p, 1));
@@ -254,8 +277,9 @@ Plan read_plan(PyObject* t) {
       }
       step.tensor.push_back(PyBytes_Check(p) ? -1 : static_cast<int>(PyLong_AsLong(p)));
       step.scalar.push_back(bits);
+      step.map.push_back(map);
     }
-    TORCH_CHECK(step.tensor.size() <= 64, "trinix: a kernel of more than 64 parameters");
+    TORCH_CHECK(step.tensor.size() <= kMostParameters && step.maps.size() <= kMostMaps, "trinix: a kernel of too many parameters");
     plan.steps.push_back(std::move(step));
   }
   return plan;
@@ -427,17 +451,20 @@ PyObject* again(PyObject*, PyObject* const* a, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
-// set_driver(cuLaunchKernelEx, cuCtxGetCurrent, cuCtxSetCurrent), addresses
+// set_driver(cuLaunchKernelEx, cuCtxGetCurrent, cuCtxSetCurrent, cuTensorMapReplaceAddress), addresses
 PyObject* set_driver(PyObject*, PyObject* const* a, Py_ssize_t) {
   driver.launch = reinterpret_cast<decltype(driver.launch)>(PyLong_AsUnsignedLongLong(a[0]));
   driver.get_context = reinterpret_cast<decltype(driver.get_context)>(PyLong_AsUnsignedLongLong(a[1]));
   driver.set_context = reinterpret_cast<decltype(driver.set_context)>(PyLong_AsUnsignedLongLong(a[2]));
+  driver.move_map = reinterpret_cast<decltype(driver.move_map)>(PyLong_AsUnsignedLongLong(a[3]));
   Py_RETURN_NONE;
 }
 
-// A driver without a card, for the check after a build: function 1 writes twice its first tensor into its second, others fail.
+// A driver without a card, for the check after a build: function 1 writes twice its first tensor, which comes as a map that begins with
+// its address, into its second, others fail.
 int doubling_launch(const LaunchConfig*, void* function, void** params, void**) {
   if (function != reinterpret_cast<void*>(1)) return 98;
+  if (reinterpret_cast<uint64_t>(params[0]) % alignof(TensorMap) || static_cast<TensorMap*>(params[0])->bytes[127] != 7) return 97;
   const float* from = *static_cast<float**>(params[0]);
   float* to = *static_cast<float**>(params[1]);
   for (int i = 0; i < *static_cast<int*>(params[2]); i++) to[i] = 2 * from[i];
@@ -445,9 +472,13 @@ int doubling_launch(const LaunchConfig*, void* function, void** params, void**) 
 }
 int no_context(void**) { return 0; }
 int any_context(void*) { return 0; }
+int move_to_front(TensorMap* map, void* address) {
+  std::memcpy(map->bytes, &address, sizeof address);
+  return 0;
+}
 
 PyObject* set_doubling_driver(PyObject*, PyObject*) {
-  driver = {doubling_launch, no_context, any_context};
+  driver = {doubling_launch, no_context, any_context, move_to_front};
   Py_RETURN_NONE;
 }
 

@@ -1038,6 +1038,11 @@ def _hidden_plan(kind, x, dy, w1, w2, h, dz, splits):
     )
 
 
+def by_stages(x, w1, w2, b1, b2, w_gate, mean: bool) -> bool:
+    """Whether backward of a call goes by stages."""
+    return x.shape[-1] == STAGED_WIDTH
+
+
 def _backward_by_stages(x, w1, w2, dy, kind, wanted):
     (heads, d, e), b = w1.shape, x.shape[1]
     c = choose_hidden(kind)
@@ -1055,7 +1060,7 @@ def backward(x, w1, w2, b1, b2, w_gate, dy, kind: str, mean: bool, wanted: tuple
     dw1 = dw2 = None
     # clone: a dense gradient at an odd address, as of torch.cat, is contiguous; hooks on saved tensors may give others back
     x, w1, w2, dy = (t if _fits(t) else t.clone(memory_format=torch.contiguous_format) for t in (x, w1, w2, dy))
-    if x.shape[-1] == STAGED_WIDTH:
+    if by_stages(x, w1, w2, b1, b2, w_gate, mean):
         return [*_backward_by_stages(x, w1, w2, dy, kind, wanted[:3]), None, None, None]
     # made first: the rows' kernel overlaps with what other threads launch behind the weights', and with what they free
     dx = torch.empty_like(x) if wanted[0] else None

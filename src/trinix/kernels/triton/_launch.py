@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trinix.kernels import _native
+from trinix.kernels import _native, _noting
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if INTERPRETED:
@@ -42,7 +42,6 @@ _NO_ENTER_HOOK = _runtime.launch_enter_hook  # chains that are empty until a pro
 _NO_EXIT_HOOK = _runtime.launch_exit_hook
 # Triton sets a new kernel's launcher before it has loaded the function: no thread may see it so
 _lock = threading.RLock()
-_noting = {}  # thread -> who notes its launches (see ``_record``); while anybody does, all launches take Triton's own path
 
 
 def _initial_reason() -> str | None:
@@ -167,7 +166,7 @@ class Launch:
         if (
             fire is None
             or bits & 15
-            or _noting
+            or _noting.recorders
             or _runtime.launch_enter_hook is not _NO_ENTER_HOOK
             or _NO_ENTER_HOOK.calls
             or _runtime.launch_exit_hook is not _NO_EXIT_HOOK
@@ -181,7 +180,7 @@ class Launch:
         return True
 
     def _normal(self, blocks: int, tensors: tuple, scalars: tuple, key: tuple, keep: bool) -> None:
-        recorder = _noting.get(threading.get_ident()) if _noting else None
+        recorder = _noting.recorder()
         with contextlib.nullcontext() if recorder is None else recorder.noting(self, key, blocks, tensors, scalars):
             self._by_triton(blocks, tensors, scalars, key, keep)
 
@@ -200,17 +199,6 @@ class Launch:
                 return
         self.binaries[key] = compiled
         self.keep[key] = _fire(compiled, tuple(self.constants.values()))
-
-
-@contextlib.contextmanager
-def noted_by(recorder):
-    """Every launch of this thread runs within ``recorder.noting(launch, key, blocks, tensors, scalars)``."""
-    thread = threading.get_ident()
-    _noting[thread] = recorder
-    try:
-        yield
-    finally:
-        del _noting[thread]
 
 
 def by_table(table, *tensors: torch.Tensor | None):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trinix.kernels import _native
+from trinix.kernels import _native, _noting
 from trinix.kernels.triton import _launch
 
 _aten = torch.ops.aten
@@ -29,7 +29,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.launches = []  # (launch, key, blocks, tensors, scalars)
+        self.launches = []  # (launch, key, blocks, tensors, scalars); of a ``Boxed`` no key
         self.made = []  # memory in the order in which it was asked for; kept, so that no address comes twice
         self.other = None  # what no plan has
         self.launching = False
@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def recording():
-    with Recorder() as recorder, _launch.noted_by(recorder):
+    with Recorder() as recorder, _noting.noted_by(recorder):
         yield recorder
 
 
@@ -93,9 +93,14 @@ class _Numbers:
         return (around[0], address - self.known[around[0]].data_ptr()) if len(around) == 1 else None
 
 
-def step(launch, key: tuple, blocks: int, tensors: tuple, scalars: tuple, parameters: tuple) -> tuple | None:
+def step(launch, key: tuple | None, blocks: int, tensors: tuple, scalars: tuple, parameters: tuple) -> tuple | None:
     """A launch as a plan has it, ``parameters`` being where its tensors are; None where no binary of it is kept."""
-    compiled = launch.binaries.get(key)
+    boxes = iter(())
+    if key is not None:
+        compiled = launch.binaries.get(key)
+    else:
+        compiled = launch.binary.compiled if launch.binary.direct and not _launch._State.off else None
+        boxes = zip(launch.boxes, tensors, strict=True)
     if compiled is None:
         return None
     facts, source = compiled.metadata, compiled.src
@@ -104,6 +109,13 @@ def step(launch, key: tuple, blocks: int, tensors: tuple, scalars: tuple, parame
     for kind, value in zip(kinds, (*parameters, *scalars), strict=True):
         if kind.startswith("*"):
             given.append(value)
+        elif kind.startswith("tensordesc"):
+            box, t = next(boxes)
+            described = None if box.metadata is None else box.map_at(t.data_ptr())
+            if described is None:  # Triton passes something else, or the copy engine does not read it
+                return None
+            given.append((value, described))
+            given += [struct.pack("i", n) for n in box.shape] + [struct.pack("q", s) for s in box.strides]
         elif kind in _FORMATS:
             given.append(struct.pack(_FORMATS[kind], value))
         elif kind != "constexpr":  # an integer equal to 1 is no parameter of the binary

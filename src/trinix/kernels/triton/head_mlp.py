@@ -1065,14 +1065,6 @@ def _plan_of(x, w1, w2, b1, b2, w_gate, kind, mean, o):
     )  # fmt: skip
 
 
-def by_pointers(x, w1, w2, kind: str, grad: bool) -> bool:
-    """Whether the kernels of a call without biases, gate and mean, with ``grad`` those of both passes, have no descriptors."""
-    if not x.numel() or (grad and by_stages(x, w1, w2, None, None, None, False)):
-        return False
-    o = empty_output(x.to("meta"), w1, False)
-    return isinstance(_plan_of(x, w1, w2, None, None, None, kind, False, o)[0], Launch)
-
-
 def forward(
     x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: torch.Tensor | None, b2: torch.Tensor | None,
     w_gate: torch.Tensor | None, kind: str, mean: bool,

@@ -17,19 +17,23 @@ import torch
 from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 
+import gluon_on_cpu
 from helpers import Watch, same
 from trinix import ops
 from trinix.kernels import _native
+from trinix.ops.attention import Options
 
 pytest.importorskip("triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trinix.kernels import _binary, _noting
+from trinix.kernels.hopper import attention as hopper
 from trinix.kernels.triton import _launch, _record
 from trinix.kernels.triton import activation as kernels
 from trinix.kernels.triton import head_mlp as kernels_mlp
 
+op_attention = importlib.import_module("trinix.ops.attention")
 op_glu = importlib.import_module("trinix.ops.glu")
 op = importlib.import_module("trinix.ops.activation")  # the module: ``trinix.ops.activation`` is the function
 
@@ -139,7 +143,7 @@ FLAT, MASK = ((N,), (1,), torch.float32), ((N // 8,), (1,), torch.uint8)
 
 def relu_pair(native, functions=(1, 2), otherwise=None):
     def step(function):
-        return function, 3, 128, 16, function == 5, (0, 1, 2, struct.pack("i", N))
+        return function, (3, 1, 1), 128, 16, function == 5, (0, 1, 2, struct.pack("i", N))
 
     forward = (FLAT, MASK), (step(functions[0]),)
     backward = (FLAT,), (step(functions[1]),)
@@ -304,7 +308,7 @@ def described(place, letter):
 @pytest.mark.parametrize("behind", [0, 64])
 def test_a_map_goes_to_where_its_tensor_lies(native, behind):
     place = (0, behind) if behind else 0
-    step = 6, 3, 128, 16, False, (*described(place, "x"), *described(1, "y"), struct.pack("i", N - behind // 4))
+    step = 6, (3, 1, 1), 128, 16, False, (*described(place, "x"), *described(1, "y"), struct.pack("i", N - behind // 4))
     pair = native.make_pair(torch.empty(1), ((FLAT,), (step,)), ((), ()), (1,), (), (), (), None)
     for _ in range(3):
         x = torch.randn(N)
@@ -314,7 +318,7 @@ def test_a_map_goes_to_where_its_tensor_lies(native, behind):
 
 def test_what_cannot_be_described_raises(native):
     def call(letter, behind):
-        step = 6, 3, 128, 16, False, (*described((0, behind), letter), *described(1, "y"), struct.pack("i", 1))
+        step = 6, (3, 1, 1), 128, 16, False, (*described((0, behind), letter), *described(1, "y"), struct.pack("i", 1))
         native.call(
             native.make_pair(torch.empty(1), ((FLAT,), (step,)), ((), ()), (1,), (), (), (), None), 7, torch.ones(N)
         )
@@ -325,7 +329,7 @@ def test_what_cannot_be_described_raises(native):
         call("y", 0)
     with pytest.raises(RuntimeError, match="a map of another size"):
         native.make_pair(
-            torch.empty(1), ((FLAT,), ((6, 3, 128, 16, False, ((0, b"x"),)),)), ((), ()), (1,), (), (), (), None
+            torch.empty(1), ((FLAT,), ((6, (3, 1, 1), 128, 16, False, ((0, b"x"),)),)), ((), ()), (1,), (), (), (), None
         )
 
 
@@ -378,7 +382,7 @@ def test_backward_may_read_the_input_and_the_result(native):
         return (torch.where((x > 0) & (y > 0), dy, 0.0),)
 
     def step(function, *tensors):
-        return function, 3, 128, 16, False, (*tensors, struct.pack("i", N))
+        return function, (3, 1, 1), 128, 16, False, (*tensors, struct.pack("i", N))
 
     forward, backward = ((FLAT, MASK), (step(1, 0, 1, 2),)), ((FLAT,), (step(1, 0, 3, 1),))
     pair = native.make_pair(torch.empty(1), forward, backward, (1,), (0, 1), (FLAT, FLAT, FLAT), (3,), otherwise)
@@ -587,11 +591,11 @@ def planned(native, monkeypatch):
     monkeypatch.setattr(_native, "module", native)
     for name in PLANNED:
         monkeypatch.setattr(importlib.import_module(f"trinix.ops.{name}"), "_plans", _native.Plans())
-    for name in ("head_mlp", "norm"):
+    for name in ("attention", "head_mlp", "norm"):
         monkeypatch.setattr(importlib.import_module(f"trinix.ops.{name}"), "_prepared", {})
 
 
-PLANNED = "activation", "glu", "head_mlp", "norm", "rope", "softmax"  # modules of ops
+PLANNED = "activation", "attention", "glu", "head_mlp", "norm", "rope", "softmax"  # modules of ops
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -600,7 +604,7 @@ def test_relu_goes_by_its_plan(planned, monkeypatch, layout):
 
     def step(launch, key, blocks, tensors, scalars, parameters):
         forward = "forward" in launch.kernel.fn.__name__
-        return 3 if forward else 4, 3, 128, 16, False, (*parameters, struct.pack("i", scalars[0]))
+        return 3 if forward else 4, (3, 1, 1), 128, 16, False, (*parameters, struct.pack("i", scalars[0]))
 
     monkeypatch.setattr(_record, "step", step)
     x = torch.randn(31, 257)
@@ -669,7 +673,7 @@ def interpreted(planned, native, monkeypatch):
 
     def step(kept, key, blocks, tensors, scalars, parameters):
         steps.append((kept, [_record.layout(t) for t in tensors], scalars))
-        return len(steps), blocks, 32, 0, False, parameters
+        return len(steps), (blocks, 1, 1), 32, 0, False, parameters
 
     context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda to: 0)
     set_driver(native, launch, context, context, context)
@@ -686,6 +690,7 @@ def interpreted(planned, native, monkeypatch):
     [(True, "weight and bias"), (True, "weight"), (True, "bias"), (True, ""), (False, "weight"), (False, "")],
 )
 def test_norms_go_by_their_plans(interpreted, center, given, dtype):
+    torch.manual_seed(0)  # the last comparison is of two roundings to half types
     x = torch.randn(3, 5, 40, dtype=dtype)
     weight, bias = (torch.randn(40, dtype=dtype) if name in given else None for name in ("weight", "bias"))
     dy = torch.randn(3, 5, 40, dtype=dtype)
@@ -868,13 +873,8 @@ class Boxed:
     """``trinix.kernels._binary.Boxed`` in the interpreter."""
 
     def __init__(self, kernel, tensors, blocks, programs, integers, constants, gluon, **options):
-        self.kernel, self.blocks, self.programs, self.integers, self.constants = (
-            kernel,
-            blocks,
-            programs,
-            integers,
-            constants,
-        )
+        self.kernel, self.blocks, self.programs = kernel, blocks, programs
+        self.integers, self.constants = integers, constants
 
     def __call__(self, *tensors):
         recorder = _noting.recorder()
@@ -1105,7 +1105,7 @@ def test_a_step_has_the_binarys_parameters():
         return _record.step(launch, key, 3, (None, None), (7, 1, 1 << 40, 0.5), (0, (1, 32)))
 
     numbers = struct.pack("i", 7), struct.pack("q", 1 << 40), struct.pack("f", 0.5)
-    assert step() == (99, 3, 256, 1024, True, (0, (1, 32), *numbers, bytes(8), bytes(8)))
+    assert step() == (99, (3, 1, 1), 256, 1024, True, (0, (1, 32), *numbers, bytes(8), bytes(8)))
     assert step("other") is None
     signature["n"] = "u64"
     assert step() is None
@@ -1190,8 +1190,9 @@ def tripling(native, monkeypatch):
     monkeypatch.setattr(_native, "module", native)
     by_python = []
 
-    class Binary:
-        direct = True
+    class Binary(_binary.Binary):
+        direct = alone = True
+        are_tensors = True, True, False
         compiled = SimpleNamespace(
             function=6,
             src=SimpleNamespace(
@@ -1203,7 +1204,11 @@ def tripling(native, monkeypatch):
             metadata=SimpleNamespace(num_warps=4, shared=16, launch_pdl=False),
         )
 
-        def __call__(self, programs, stream, arguments):
+        def __init__(self):
+            pass
+
+        def launch(self, programs, y, z, stream, arguments):
+            assert (y, z) == (1, 1)
             x, y, n = arguments
             by_python.append((programs, stream, n))
             y.numpy()[:] = 3 * x.numpy()  # PyTorch is not asked
@@ -1273,6 +1278,157 @@ def test_another_threads_boxes_are_not_noted(tripling):
         call.by_itself(x)
     assert len(recorder.launches) == 1
     assert len(by_python) == 2
+
+
+@pytest.fixture
+def emulated(planned, native, monkeypatch):
+    """Hopper's attention by its plans, whose launches gluon_on_cpu.py runs: how many, and the stream that calls are on."""
+    gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, 4)
+    monkeypatch.setattr(hopper, "unsupported", lambda *call: None)
+    steps, wrong, ran = [], [], SimpleNamespace(count=0, stream=0)
+    monkeypatch.setattr(_launch, "_raw_stream", lambda index: ran.stream)
+
+    class Config(ctypes.Structure):
+        _fields_ = [("grid", ctypes.c_uint * 3)]
+
+    @ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.POINTER(Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+    )
+    def launch(config, function, params, extra):
+        try:
+            noted = steps[function - 1]
+            addresses = (ctypes.cast(p, ctypes.POINTER(ctypes.c_uint64))[0] for p in params)
+            given = []
+            for argument, is_tensor in zip(noted.arguments, noted.binary.are_tensors, strict=True):
+                address = next(addresses) if is_tensor else argument
+                given.append((argument[0], address) if isinstance(argument, tuple) else address)
+            x, y, z = config.contents.grid
+            noted.binary.run(x, tuple(given), y, z)
+            ran.count += 1
+        except BaseException as error:
+            wrong.append(error)
+            return 1
+        return 0
+
+    def step(noted, places):
+        steps.append(noted)
+        return len(steps), noted.grid, 32, 0, False, tuple(places)
+
+    context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda to: 0)
+    set_driver(native, launch, context, context, context)
+    monkeypatch.setattr(_record, "step_of_binary", step)
+    yield ran
+    driver = native.library
+    set_driver(native, driver.launch, driver.get_context, driver.set_context, driver.move_map)
+    assert not wrong
+
+
+def qkv(how, frozen=(), seed=0):
+    """(leaves, q, k, v) of 70 tokens and two heads of 64."""
+    torch.manual_seed(seed)
+    if how == "slices":
+        fused = torch.randn(1, 70, 6, 64).half().requires_grad_()
+        return [fused], *fused.split(2, dim=2)
+    tensors = [torch.randn(1, 70, 2, 64).half().requires_grad_(name not in frozen) for name in "qkv"]
+    return [t for t in tensors if t.requires_grad], *tensors
+
+
+@pytest.mark.parametrize(("how", "frozen", "short"), [
+    ("apart", "", True), ("slices", "", True), ("apart", "q", False), ("apart", "kv", False), ("slices", "", False),
+], ids=str)  # fmt: skip
+def test_attention_goes_by_its_plans(emulated, how, frozen, short, monkeypatch):
+    if not short:
+        monkeypatch.setattr(hopper, "choose_short", lambda *call: None)
+    options = {"causal": True, "deterministic": True, "backend": "hopper"}
+    counts = []
+    for call in range(5):
+        leaves, q, k, v = qkv(how, frozen, seed=call)
+        dout = torch.randn(q.shape).half()
+        before = emulated.count
+        out = ops.attention(q, k, v, **options)
+        grads = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        counts.append(emulated.count - before)
+        assert ("Trinix" in out.grad_fn.name()) == (call > 1)
+        want, lse = hopper.forward(
+            *(t.detach() for t in (q, k, v)), Options(scale=0.125, window_right=0, deterministic=True)
+        )
+        three = hopper.backward(
+            dout, None, *(t.detach().contiguous() for t in (q, k, v)), want, lse,
+            Options(scale=0.125, window_right=0, deterministic=True), (True,) * 5,
+        )[:3]  # fmt: skip
+        same([out], [want])
+        three = (
+            [torch.cat(three, 2)]
+            if how == "slices"
+            else [g for g, t in zip(three, (q, k, v), strict=True) if t.requires_grad]
+        )
+        same(grads, three)
+    assert counts == [0, 0, 4, 4, 4]
+    # what C++ cannot do
+    turned = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    same(torch.autograd.grad(out, leaves, turned, retain_graph=True), three)
+    again = torch.autograd.grad(out, leaves, dout, create_graph=True)
+    assert all(g.requires_grad for g in again)
+    torch.testing.assert_close([g.detach() for g in again], list(three), rtol=4e-3, atol=4e-3)
+    with torch.no_grad():
+        before = emulated.count
+        alone = [ops.attention(q, k, v, **options) for _ in range(4)]
+        assert emulated.count == before + 2
+    same(alone, [want] * 4)
+
+
+def test_attention_on_another_stream_has_no_plan_that_counts(emulated, monkeypatch):
+    leaves, q, k, v = qkv("apart")
+
+    def attention():
+        out = ops.attention(q, k, v, backend="hopper")
+        torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+        return out
+
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr(hopper, "choose_short", lambda *call: None)
+            op_attention._prepared.clear()
+            monkeypatch.setattr(op_attention, "_plans", _native.Plans())
+        emulated.stream = 0
+        outs = [attention() for _ in range(4)]
+        emulated.stream = 7
+        other = attention()
+        assert ["Trinix" in out.grad_fn.name() for out in (*outs, other)] == [False, False, True, True, short]
+        same(outs, [other] * 4)
+
+
+@pytest.mark.parametrize("option", [
+    {"return_lse": True}, {"window": [3, 0]}, {"scale": torch.tensor(0.1)}, {"sink": torch.zeros(2, dtype=torch.float16)},
+], ids=str)  # fmt: skip
+def test_attention_of_more_than_tensors_and_numbers_has_no_plan(emulated, option):
+    leaves, q, k, v = qkv("apart")
+    for _ in range(4):
+        out = ops.attention(q, k, v, backend="hopper", **option)
+        out = out[0] if isinstance(out, tuple) else out
+        assert "Trinix" not in out.grad_fn.name()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert not op_attention._plans.of
+
+
+def test_attention_is_found_by_all_that_it_names(emulated):
+    leaves, q, k, v = qkv("apart")
+    ways = [
+        {}, {"causal": True}, {"window": (5, 0)}, {"window": (6, 0)}, {"scale": 0.2}, {"softcap": 20.0}, {"deterministic": True},
+    ]  # fmt: skip
+
+    def all_ways():
+        outs = [ops.attention(q, k, v, backend="hopper", **way) for way in ways]
+        for out in outs:
+            torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+        return outs
+
+    first = all_ways()
+    for _ in range(3):
+        got = all_ways()
+        same(got, first)
+    assert all("Trinix" in out.grad_fn.name() for out in got)
+    assert len(op_attention._plans.of) == len(ways)
 
 
 def test_kept_binaries_are_not_launched_while_somebody_notes(monkeypatch):
@@ -1879,6 +2035,58 @@ def test_per_head_mlps_in_boxes_have_the_same_bits(on_card, backend, sizes, monk
         o = mlp(others, None, backend)
         got = [o, *torch.autograd.grad(o, [*others.values()], dy)]
     assert "Trinix" in o.grad_fn.name()
+    for t in got:
+        t.detach().zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    same(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["apart", "slices"])
+@pytest.mark.parametrize(
+    ("shape", "causal"),
+    [((2, 200, 4, 64), True), ((4, 256, 8, 64), False), ((2, 1000, 3, 128), True), ((1, 4096, 8, 64), False),
+     ((1, 700, 2, 256), True)],
+    ids=str,
+)  # fmt: skip
+def test_attention_has_the_same_bits(on_card, shape, causal, how):
+    """On Hopper; in a graph and by another stream too, with other tensors of the same layout."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
+    b, n, h, d = shape
+
+    def tensors():
+        if how == "slices":
+            fused = leaf(b, n, 3 * h, d)
+            return [fused], fused.split(h, dim=2)
+        apart = [leaf(*shape) for _ in range(3)]
+        return apart, apart
+
+    def function(q, k, v):
+        return ops.attention(q, k, v, causal=causal, deterministic=True, backend="hopper")
+
+    leaves, q_k_v = tensors()
+    dy = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    on_card(lambda: function(*leaves[0].split(h, dim=2)) if how == "slices" else function(*leaves), leaves, dy)
+    others, q_k_v = tensors()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    want = function(*q_k_v)
+    assert "Trinix" in want.grad_fn.name()
+    want = [want, *torch.autograd.grad(want, others, dy)]
+    with torch.no_grad():
+        alone = [function(*q_k_v) for _ in range(4)]
+    same(alone, [want[0]] * 4)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            q_k_v = others[0].split(h, dim=2) if how == "slices" else others
+            o = function(*q_k_v)
+            same([o, *torch.autograd.grad(o, others, dy)], want)
+        with torch.cuda.graph(graph, stream=stream):
+            q_k_v = others[0].split(h, dim=2) if how == "slices" else others
+            o = function(*q_k_v)
+            got = [o, *torch.autograd.grad(o, others, dy)]
     for t in got:
         t.detach().zero_()
     graph.replay()

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import threading
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -132,6 +133,7 @@ class Binary:
         self.device = device
         self.alone = torch.cuda.device_count() == 1
         self.boxes = tuple(boxes)
+        self.are_tensors = tuple(isinstance(a, (tuple, torch.Tensor)) for a in examples)
         self.constants = tuple(constants.values())
         self.launch = _direct(self.compiled, run, self.constants)
         for box, facts in zip(boxes, getattr(self.compiled.metadata, "tensordesc_meta", None) or (), strict=True):
@@ -142,12 +144,22 @@ class Binary:
                 box.at = box.shaped
             self.launch = self._slow
 
-    def __call__(self, blocks: int, stream: int, arguments: tuple, y: int = 1, z: int = 1) -> None:
+    def __call__(self, blocks: int, stream: int, arguments: tuple, y=1, z=1, noted: tuple | None = None) -> None:
+        """``noted``: the arguments for a recorder; a call without has no plan."""
+        if _noting.recorders:
+            self._note((blocks, y, z), noted)
         if self.alone or torch._C._cuda_getDevice() == self.device:
             self.launch(blocks, y, z, stream, arguments)
         else:
             with torch.cuda.device(self.device):
                 self.launch(blocks, y, z, stream, arguments)
+
+    def _note(self, grid, noted):
+        recorder = _noting.recorder()
+        if recorder is not None and noted is None:
+            recorder.other = "a launch that is not noted"
+        elif recorder is not None:
+            recorder.launches.append(Noted(self, grid, noted))
 
     def _slow(self, blocks, y, z, stream, arguments):
         compiled = self.compiled
@@ -155,6 +167,14 @@ class Binary:
             blocks, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments,
             *self.constants,
         )  # fmt: skip
+
+
+class Noted(NamedTuple):
+    """A launch as a recorder has it: a tensor among the arguments is its address, or (box, address)."""
+
+    binary: Binary
+    grid: tuple[int, int, int]
+    arguments: tuple
 
 
 _binaries = {}
@@ -183,13 +203,13 @@ class Boxed:
         self.binary, self.boxes = binary, boxes
 
     def __call__(self, *tensors):
-        recorder = _noting.recorder()
-        if recorder is not None:
-            recorder.launches.append((self, None, self.programs, tensors, self.integers))
+        noted = None
+        if _noting.recorders:
+            noted = *zip(self.boxes, [t.data_ptr() for t in tensors], strict=True), *self.integers
         arguments = ()
         for box, t in zip(self.boxes, tensors, strict=True):
             arguments += box.at(t.data_ptr())
-        self.binary(self.programs, raw_stream(self.index), arguments + self.integers)
+        self.binary(self.programs, raw_stream(self.index), arguments + self.integers, noted=noted)
 
 
 def _direct(compiled, run, constants):

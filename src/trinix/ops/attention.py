@@ -51,6 +51,7 @@ from torch.nn import Parameter
 
 from trinix import dispatch
 from trinix.dispatch import Explanation
+from trinix.kernels import _native
 from trinix.kernels.torch import attention as reference
 
 
@@ -226,16 +227,23 @@ def attention(
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_any_autocast_enabled():
         q, k, v = _cast(q, k, v)
-    key = None
+    key = named_call = None
     if (
         not compiling
         and bias is None and mask is None and alibi_slopes is None and sink is None and cu_seqlens_q is None
         and cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None and type(dropout_p) in _NUMBERS and dropout_p == 0
     ):  # fmt: skip
+        if not return_lse:
+            named_call = _named(causal, window, scale, softcap, deterministic, backend)
+            table = _plans.of.get(named_call)
+            if table is not None:
+                out = _launches().by_table(table, q, k, v)
+                if out is not None:
+                    return out
         key = _kind(q, k, v, causal, window, scale, softcap, deterministic, backend)
         call = _prepared.get(key)
         if call is not None:
-            return _run_prepared(call, q, k, v, key[-1], return_lse)
+            return _run_prepared(call, q, k, v, key[-1], return_lse, named_call)
     options = checked(
         q, k, v, causal, window, scale, softcap, bias, mask, alibi_slopes, sink, dropout_p, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, deterministic,
@@ -261,7 +269,7 @@ def attention(
     pair = (named, named) if named != "auto" else pick(q, k, v, options, grad)
     # the first call of a kind already: its backward may come after many others
     if key is not None and (call := _prepare(key, q, k, v, options, pair)) is not None:
-        return _run_prepared(call, q, k, v, grad, return_lse)
+        return _run_prepared(call, q, k, v, grad, return_lse, named_call)
     if grad and pair != _FORMULA:
         return _apply(q, k, v, options.bias, options.sink, options, pair, return_lse)
     if pair[0] == "flash_attn" and not return_lse:
@@ -274,6 +282,30 @@ def attention(
 
 _prepared = {}  # kind of a call without optional tensors -> its backend's ``Prepared``; emptied when it has grown
 _NUMBERS = (float, int, type(None))
+# Calls whose kernels are ours are C++'s from the third on, where there is that.
+_plans = _native.Plans()
+
+
+@functools.cache
+def _launches():
+    from trinix.kernels.triton import _launch
+
+    return _launch
+
+
+def _named(causal, window, scale, softcap, deterministic, backend) -> tuple | None:
+    """What a call names besides its tensors; None where that is no plain number or name."""
+    if (
+        type(causal) is not bool or type(deterministic) is not bool or type(backend) is not str
+        or type(scale) not in _NUMBERS or type(softcap) not in _NUMBERS
+        or not (window is None or (type(window) is tuple and all(type(side) in _SIDES for side in window)))
+    ):  # fmt: skip
+        return None
+    same_bits = deterministic or _pytorch_wants_the_same_bits()
+    return causal, window, scale, softcap, same_bits, backend, dispatch.forced
+
+
+_SIDES = (int, type(None))
 
 
 def _kind(q, k, v, causal, window, scale, softcap, deterministic, backend) -> tuple | None:
@@ -305,31 +337,44 @@ def _prepare(key, q, k, v, options, pair):
     return call
 
 
-def _run_prepared(call, q, k, v, grad: bool, return_lse: bool):
+def _run_prepared(call, q, k, v, grad: bool, return_lse: bool, named_call: tuple | None):
+    pending = None if named_call is None else _plans.begin(named_call, q, k, v)
     if grad:
-        return _apply_prepared(q, k, v, call, return_lse)
+        return _apply_prepared(q, k, v, call, return_lse, pending)
+    if pending is not None:
+        return pending.alone(lambda: call.forward(q, k, v, False)[0])
     results = call.forward(q, k, v, return_lse)
     return results if return_lse else results[0]
 
 
 class _PreparedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, call, with_lse):
-        out, lse = call.forward(q, k, v, True)
+    def forward(ctx, q, k, v, call, with_lse, pending):
+        run = functools.partial(call.forward, q, k, v, True)
+        out, lse = run() if pending is None else pending.forward(run)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = call
+        ctx.call, ctx.pending = call, pending
         ctx.set_materialize_grads(False)
+        if pending is not None:
+            pull_back = functools.partial(_pull_back, call, ctx.needs_input_grad[:3])
+            pending.keeps((out,), (q, k, v, out, lse), pull_back)
         return (out, lse) if with_lse else out
 
     @staticmethod
     def backward(ctx, dout, dlse=None):
-        q, k, v, out, lse = ctx.saved_tensors
+        call, saved, pending = ctx.call, ctx.saved_tensors, ctx.pending
         if dlse is None and dout is not None and dispatch.pulled_back_plainly(dout):
-            return *ctx.call.backward(dout, q, k, v, out, lse), None, None
+            run = functools.partial(call.backward, dout, *saved)
+            return *(run() if pending is None else pending.backward(run, saved, (dout,))), None, None, None
         needs = *ctx.needs_input_grad[:3], False, False
-        call = ctx.call
-        grads = _gradients(call.backend, dout, dlse, q, k, v, out, lse, call.options, needs)
-        return *grads[:3], None, None
+        return *_gradients(call.backend, dout, dlse, *saved, call.options, needs)[:3], None, None, None
+
+
+def _pull_back(call, needs, q, k, v, out, lse, dout) -> tuple:
+    """(dq, dk, dv) of a call that is C++'s, where that cannot make them."""
+    if dispatch.pulled_back_plainly(dout):
+        return call.backward(dout, q, k, v, out, lse)
+    return _gradients(call.backend, dout, None, q, k, v, out, lse, call.options, (*needs, False, False))[:3]
 
 
 _apply_prepared = dispatch.apply_of(_PreparedAttention)

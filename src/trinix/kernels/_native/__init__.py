@@ -132,7 +132,7 @@ def check(path: str) -> None:
 
     def pair(function):
         described = bytes(127) + b"\7"
-        step = function, 1, 1, 0, False, ((0, described), 1, (3).to_bytes(4, sys.byteorder))
+        step = function, (1, 1, 1), 1, 0, False, ((0, described), 1, (3).to_bytes(4, sys.byteorder))
         plan = (flat,), (step,)
         return built.make_pair(torch.empty(1), plan, plan, (1,), (), (flat,), (1,), None)
 

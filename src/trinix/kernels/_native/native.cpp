@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -58,11 +59,13 @@ struct Driver {
 struct Layout {
   std::vector<int64_t> sizes, strides;
   at::ScalarType dtype;
+  int base = -1;       // of a view: the tensor that it is part of
+  int64_t offset = 0;  // and how many elements behind its first it begins
 };
 
 struct Step {
   void* function;
-  unsigned blocks, threads, shared;
+  unsigned grid[3], threads, shared;
   bool early;                    // may begin before the kernel in front has ended
   std::vector<int> tensor;       // of every parameter: which tensor it points into, or -1
   std::vector<uint64_t> scalar;  // how many bytes behind the first; else its bits
@@ -74,6 +77,7 @@ constexpr size_t kMostParameters = 128, kMostMaps = 12;
 struct Plan {
   std::vector<Layout> made;
   std::vector<Step> steps;
+  bool default_stream = false;  // whose memory it uses: no other stream may run it
 };
 
 // The tensors of forward are numbered inputs first, then what it makes; of backward what was saved, the gradients of the results,
@@ -102,7 +106,8 @@ bool lies_as(const Layout& layout, const at::Tensor& t) {
 
 void run(const Pair& pair, const Plan& plan, std::vector<at::Tensor>& tensors, void* stream) {
   for (const Layout& one : plan.made)
-    tensors.push_back(at::empty_strided(one.sizes, one.strides, pair.options.dtype(one.dtype)));
+    tensors.push_back(one.base < 0 ? at::empty_strided(one.sizes, one.strides, pair.options.dtype(one.dtype))
+                                   : at::as_strided(tensors[one.base], one.sizes, one.strides, one.offset));
   uint64_t values[kMostParameters];
   void* params[kMostParameters];
   TensorMap maps[kMostMaps];
@@ -120,7 +125,7 @@ void run(const Pair& pair, const Plan& plan, std::vector<at::Tensor>& tensors, v
       TORCH_CHECK(!failed, "trinix: a tensor could not be described, CUDA error " + std::to_string(failed));
       params[i] = &map;
     }
-    const LaunchConfig config{{step.blocks, 1, 1}, {step.threads, 1, 1}, step.shared, stream, &early, step.early};
+    const LaunchConfig config{{step.grid[0], step.grid[1], step.grid[2]}, {step.threads, 1, 1}, step.shared, stream, &early, step.early};
     int failed = driver.launch(&config, step.function, params, nullptr);
     if (failed == kNoContext && !driver.set_context(pair.context))  // autograd's own threads begin without one
       failed = driver.launch(&config, step.function, params, nullptr);
@@ -238,23 +243,36 @@ Layout read_layout(PyObject* t) {
   return {integers<int64_t>(PyTuple_GET_ITEM(t, 0)), integers<int64_t>(PyTuple_GET_ITEM(t, 1)), dtype};
 }
 
+// (sizes, strides, dtype), and of a view the tensor that it is part of and its offset there
+Layout read_made(PyObject* t) {
+  Layout one = read_layout(t);
+  if (PyTuple_GET_SIZE(t) == 5) {
+    one.base = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(t, 3)));
+    one.offset = PyLong_AsLongLong(PyTuple_GET_ITEM(t, 4));
+  }
+  return one;
+}
+
 std::vector<Layout> layouts(PyObject* t) {
   std::vector<Layout> out;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t); i++) out.push_back(read_layout(PyTuple_GET_ITEM(t, i)));
   return out;
 }
 
-// (made, steps): layouts; (function, blocks, threads, shared, early, parameters) each, a parameter being the number of a tensor,
+// (made, steps, whether it is the default stream's only): layouts; (function, (x, y, z) blocks, threads, shared, early, parameters) each, a parameter being the number of a tensor,
 // (that, so many bytes behind its first), the bytes of a scalar, or (such a place of a tensor, a map of it at any address)
 Plan read_plan(PyObject* t) {
   Plan plan;
-  plan.made = layouts(PyTuple_GET_ITEM(t, 0));
+  PyObject* made = PyTuple_GET_ITEM(t, 0);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(made); i++) plan.made.push_back(read_made(PyTuple_GET_ITEM(made, i)));
+  plan.default_stream = PyTuple_GET_SIZE(t) == 3 && PyObject_IsTrue(PyTuple_GET_ITEM(t, 2));
   PyObject* steps = PyTuple_GET_ITEM(t, 1);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(steps); i++) {
     PyObject* one = PyTuple_GET_ITEM(steps, i);
     Step step;
     step.function = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(one, 0)));
-    step.blocks = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(one, 1));
+    for (int axis = 0; axis < 3; axis++)
+      step.grid[axis] = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(PyTuple_GET_ITEM(one, 1), axis));
     step.threads = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(one, 2));
     step.shared = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(one, 3));
     step.early = PyObject_IsTrue(PyTuple_GET_ITEM(one, 4));
@@ -441,6 +459,7 @@ PyObject* again(PyObject*, PyObject* const* a, Py_ssize_t n) {
     THPObjectPtr found(index ? PyObject_CallOneArg(a[1], index.get()) : nullptr);
     if (!found) return nullptr;
     void* stream = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(found.get()));
+    if (stream && pair->forward.default_stream) Py_RETURN_NONE;
     std::vector<at::Tensor> tensors;
     tensors.reserve(n - 2 + pair->forward.made.size());
     for (Py_ssize_t i = 2; i < n; i++)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from trinix.kernels import LEAST_SCALE
+from trinix.kernels import LEAST_SCALE, _noting
 from trinix.kernels._binary import Binary, Box, raw_stream
 from trinix.kernels._binary import multiprocessors as _multiprocessors
 from trinix.kernels._layout import dense, side_by_side
@@ -413,10 +413,12 @@ class _ForwardPlan:
         self.binary = _binary(forward_kernels.attention_forward, s.device, examples, constants, launch_pdl=EARLY)
 
     def launch(self, stream: int, *addresses: int) -> None:
-        self.binary(self.blocks, stream, _arguments.get((self, *addresses)) or _made(self, *addresses))
+        noted = self.arguments(_noted, *addresses) if _noting.recorders else None
+        given = _arguments.get((self, *addresses)) or _made(self, *addresses)
+        self.binary(self.blocks, stream, given, noted=noted)
 
-    def arguments(self, q, k, v, out, *more) -> tuple:
-        return self.q.at(q) + self.k.at(k) + self.v.at(v) + self.out.at(out) + (out, *more) + self.scalars
+    def arguments(self, at, q, k, v, out, *more) -> tuple:
+        return at(self.q, q) + at(self.k, k) + at(self.v, v) + at(self.out, out) + (out, *more) + self.scalars
 
 
 class _ShortPlan:
@@ -443,10 +445,11 @@ class _ShortPlan:
 
     def launch(self, stream: int, *addresses: int) -> None:
         x, y, z = self.grid
-        self.binary(x, stream, _arguments.get((self, *addresses)) or _made(self, *addresses), y, z)
+        noted = self.arguments(_noted, *addresses) if _noting.recorders else None
+        self.binary(x, stream, _arguments.get((self, *addresses)) or _made(self, *addresses), y, z, noted=noted)
 
-    def arguments(self, q, k, v, out, lse, *_) -> tuple:
-        return self.q.at(q) + self.k.at(k) + self.v.at(v) + self.out.at(out) + (lse,) + self.scalars
+    def arguments(self, at, q, k, v, out, lse, *_) -> tuple:
+        return at(self.q, q) + at(self.k, k) + at(self.v, v) + at(self.out, out) + (lse,) + self.scalars
 
 
 def _forward_plan(q, k, v, options, out, lse, counter, *more):
@@ -464,8 +467,17 @@ _MOST_ARGUMENTS = 1 << 14  # about 1 KB each
 def _made(plan, *addresses: int) -> tuple:
     if len(_arguments) >= _MOST_ARGUMENTS:
         _arguments.clear()
-    made = _arguments[plan, *addresses] = plan.arguments(*addresses)
+    made = _arguments[plan, *addresses] = plan.arguments(_described, *addresses)
     return made
+
+
+def _described(box: Box, address: int) -> tuple:
+    return box.at(address)
+
+
+def _noted(box: Box, address: int) -> tuple:
+    """The same for a recorder."""
+    return ((box, address),)
 
 
 _binaries = {}
@@ -600,7 +612,8 @@ class _ShortBackwardPlan:
         )  # fmt: skip
 
     def launch(self, stream: int, q, k, v, out, lse, dout, dlse, dq, dk, dv, *_) -> None:
-        self.binary(self.programs, stream, (q, k, v, out, lse, dout, dlse, dq, dk, dv, *self.scalars))
+        given = q, k, v, out, lse, dout, dlse, dq, dk, dv, *self.scalars
+        self.binary(self.programs, stream, given, noted=given)
 
 
 def short_backward_constants(c: ShortBackwardConfig, d: int, dv: int, *, causal: bool, even: bool, dlse: bool) -> dict:
@@ -715,22 +728,26 @@ class _BackwardPlan:
         self.space = self.sums + self.lines * self.padded_rows + self.sink_parts * s.batch * s.heads
 
     def launch(self, stream: int, *addresses: int) -> None:
+        noted = self.arguments(_noted, *addresses) if _noting.recorders else (None, None, None)
         before, main, after = _arguments.get((self, *addresses)) or _made(self, *addresses)
-        self.before(self.small, stream, before)
-        self.binary(self.grid, stream, main)
-        self.after(self.after_blocks, stream, after)
+        self.before(self.small, stream, before, noted=noted[0])
+        self.binary(self.grid, stream, main, noted=noted[1])
+        self.after(self.after_blocks, stream, after, noted=noted[2])
 
-    def arguments(self, q, k, v, out, lse, dout, dlse, dq, dk, dv, space, end_q, end_k, slopes, sink) -> tuple:
+    def arguments(self, at, q, k, v, out, lse, dout, dlse, dq, dk, dv, space, end_q, end_k, slopes, sink) -> tuple:
         rows = 4 * self.padded_rows
         lse2 = space + 4 * self.sums
         delta, turns, d_sinks = (lse2 + n * rows for n in (1, self.lines - 1, self.lines))
+        more_d_sinks = d_sinks + 4 * self.small
+        if not self.sink_parts:  # nobody reads it, and nothing lies behind the turns
+            d_sinks = more_d_sinks = space
         boxes = (
-            self.q.at(q) + self.dout.at(dout) + self.k.at(k) + self.v.at(v) + self.dk.at(dk) + self.dv.at(dv)
-            + (() if self.wide else self.dq.at(space)) + self.lse.at(lse2) + self.delta.at(delta)
+            at(self.q, q) + at(self.dout, dout) + at(self.k, k) + at(self.v, v) + at(self.dk, dk) + at(self.dv, dv)
+            + (() if self.wide else at(self.dq, space)) + at(self.lse, lse2) + at(self.delta, delta)
         )  # fmt: skip
         return (
             (out, dout, lse, dlse, lse2, delta, space, turns, sink, d_sinks, end_q, *self.before_scalars),
-            (*boxes, dk, dv, space, turns, end_q, end_k, slopes, *self.scalars, d_sinks + 4 * self.small),
+            (*boxes, dk, dv, space, turns, end_q, end_k, slopes, *self.scalars, more_d_sinks),
             (space, dq, end_q, *self.after_scalars),
         )
 
@@ -845,6 +862,10 @@ class Prepared:
         pieces = lse
         if plan.pieces is not None:
             pieces = torch.empty_strided(*plan.pieces, dtype=torch.float32, device=self.device)
+        if _noting.recorders and (recorder := _noting.recorder()) is not None:
+            # memory of all calls: what nobody reads, and the default stream's counter (another's is made for the call)
+            recorder.fixed |= {lse.data_ptr(): False} if lse is self.unread_lse else {}
+            recorder.fixed |= {at: True} if plan.counts else {}
         plan.launch(
             stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), at, at, at, at, at,
             pieces.data_ptr(),

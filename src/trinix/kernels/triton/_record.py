@@ -5,8 +5,10 @@ launches of one call are those of every call like it. A pass that does anything 
 """
 
 import contextlib
+import itertools
 import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +26,23 @@ _MEMORY = {  # operators that leave their result unwritten
 _FORMATS = {"i32": "i", "i64": "q", "fp32": "f"}
 
 
+class Launched(NamedTuple):
+    """A call of a ``_launch.Launch``, and the key of its binary."""
+
+    launch: object
+    key: tuple
+    blocks: int
+    tensors: tuple
+    scalars: tuple
+
+
 class Recorder(TorchDispatchMode):
     """Notes this thread's launches while it is entered, and all else that PyTorch is asked for."""
 
     def __init__(self):
         super().__init__()
-        self.launches = []  # (launch, key, blocks, tensors, scalars); of a ``Boxed`` no key
+        self.launches = []  # of Launched, or ``trinix.kernels._binary.Noted``
+        self.fixed = {}  # address of memory that is not the call's -> whether it is the default stream's
         self.made = []  # memory in the order in which it was asked for; kept, so that no address comes twice
         self.other = None  # what no plan has
         self.launching = False
@@ -37,7 +50,7 @@ class Recorder(TorchDispatchMode):
     @contextlib.contextmanager
     def noting(self, *launch):
         """Around a launch; what Triton asks PyTorch for in it does not count."""
-        self.launches.append(launch)
+        self.launches.append(Launched(*launch))
         self.launching = True
         try:
             yield
@@ -72,49 +85,61 @@ def _bytes(t: Tensor) -> range:
     return range(t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size())
 
 
-class _Numbers:
+class _Places:
     """Addresses of a pass as its plan has them: of a tensor and so many bytes behind its first."""
 
-    def __init__(self, inputs: list[Tensor], made: list[Tensor]):
+    def __init__(self, inputs: list[Tensor], made: list[Tensor], fixed: dict):
         self.known = [*inputs, *(t for t in made if t.device == inputs[0].device)]
         self.first = {t.data_ptr(): number for number, t in enumerate(self.known)}
         # two tensors at one address: another call's need not be; nor has it inputs at odd addresses
         self.ambiguous = len(self.first) < len(self.known) or any(
             not t.numel() or t.data_ptr() & 15 for t in self.known
         )
-        self.inputs = len(inputs)
+        self.inputs, self.fixed = len(inputs), fixed
 
-    def of(self, t: Tensor) -> int | tuple[int, int] | None:
-        address = t.data_ptr()
+    def of(self, address: int) -> int | tuple[int, int] | bytes | None:
         number = self.first.get(address)
         if number is not None:
             return number
+        if address in self.fixed:
+            return struct.pack("Q", address)
         around = [number for number, one in enumerate(self.known) if address in _bytes(one)]
         return (around[0], address - self.known[around[0]].data_ptr()) if len(around) == 1 else None
 
 
-def step(launch, key: tuple | None, blocks: int, tensors: tuple, scalars: tuple, parameters: tuple) -> tuple | None:
-    """A launch as a plan has it, ``parameters`` being where its tensors are; None where no binary of it is kept."""
-    boxes = iter(())
-    if key is not None:
-        compiled = launch.binaries.get(key)
-    else:
-        compiled = launch.binary.compiled if launch.binary.direct and not _launch._State.off else None
-        boxes = zip(launch.boxes, tensors, strict=True)
-    if compiled is None:
+def step(launch, key: tuple, blocks: int, tensors: tuple, scalars: tuple, places: tuple) -> tuple | None:
+    """A launch as a plan has it, ``places`` being where its tensors are; None where no binary of it is kept."""
+    compiled = launch.binaries.get(key)
+    return None if compiled is None else _step(compiled, (blocks, 1, 1), (*places, *scalars))
+
+
+def step_of_binary(noted, places: list) -> tuple | None:
+    """The same of a ``trinix.kernels._binary.Noted``."""
+    if not noted.binary.direct or _launch._State.off:
         return None
+    given, places = [], iter(places)
+    for argument, is_tensor in zip(noted.arguments, noted.binary.are_tensors, strict=True):
+        place = next(places) if is_tensor else argument
+        if isinstance(argument, tuple):
+            box, address = argument
+            described = None if box.metadata is None else box.map_at(address)
+            if described is None:  # Triton passes something else, or the copy engine does not read it
+                return None
+            place = place, described, box
+        given.append(place)
+    return _step(noted.binary.compiled, noted.grid, given)
+
+
+def _step(compiled, grid: tuple, arguments) -> tuple | None:
     facts, source = compiled.metadata, compiled.src
     kinds = [source.signature[p.name] for p in source.fn.params if not p.is_constexpr]
     given = []
-    for kind, value in zip(kinds, (*parameters, *scalars), strict=True):
+    for kind, value in zip(kinds, arguments, strict=True):
         if kind.startswith("*"):
             given.append(value)
         elif kind.startswith("tensordesc"):
-            box, t = next(boxes)
-            described = None if box.metadata is None else box.map_at(t.data_ptr())
-            if described is None:  # Triton passes something else, or the copy engine does not read it
-                return None
-            given.append((value, described))
+            place, described, box = value
+            given.append((place, described))
             given += [struct.pack("i", n) for n in box.shape] + [struct.pack("q", s) for s in box.strides]
         elif kind in _FORMATS:
             given.append(struct.pack(_FORMATS[kind], value))
@@ -123,37 +148,48 @@ def step(launch, key: tuple | None, blocks: int, tensors: tuple, scalars: tuple,
     # unused scratch pointers are parameters of the binary all the same
     given += [bytes(8) for name in ("global", "profile") if hasattr(facts, f"{name}_scratch_size")]
     early = bool(getattr(facts, "launch_pdl", False))
-    return compiled.function, blocks, 32 * facts.num_warps, facts.shared, early, tuple(given)
+    return compiled.function, grid, 32 * facts.num_warps, facts.shared, early, tuple(given)
 
 
-def _plan(recorder: Recorder, inputs: list[Tensor], out: list[Tensor | None]) -> tuple | None:
-    """((made, steps), where each of ``out`` is, -1 for None) of a pass that ran; None where it has no plan."""
-    numbers = _Numbers(inputs, recorder.made)
-    if recorder.other or numbers.ambiguous or not recorder.launches:
+def _plan(recorder: Recorder, inputs: list[Tensor], out: list[Tensor | None], views: bool) -> tuple | None:
+    """((made, steps, whether only the default stream may run it), where each of ``out`` is, -1 for None) of a pass that ran; None
+    where it has no plan. ``views``: whether ``out`` may be parts of what was made."""
+    places = _Places(inputs, recorder.made, recorder.fixed)
+    if recorder.other or places.ambiguous or not recorder.launches:
         return None
     touched, steps = set(), []
-    for launch, key, blocks, tensors, scalars in recorder.launches:
-        parameters = tuple([numbers.of(t) for t in tensors])
-        if None in parameters or any(t.data_ptr() & 15 for t in tensors):
+    for noted in recorder.launches:
+        of_binary = not isinstance(noted, Launched)
+        if of_binary:
+            tensors = itertools.compress(noted.arguments, noted.binary.are_tensors)
+            addresses = [a[1] if isinstance(a, tuple) else a for a in tensors]
+        else:
+            addresses = [t.data_ptr() for t in noted.tensors]
+        found = [places.of(a) for a in addresses]
+        if None in found or any(a & 15 for a in addresses):
             return None
-        touched.update(parameters)
-        steps.append(step(launch, key, blocks, tensors, scalars, parameters))
+        touched.update(found)
+        steps.append(step_of_binary(noted, found) if of_binary else step(*noted, tuple(found)))
     if None in steps:
         return None
-    found = []
+    made, found = [layout(t) for t in places.known[places.inputs :]], []
     for t in out:
-        number = -1 if t is None else numbers.of(t)
-        if number == -1:
+        place = -1 if t is None else places.of(t.data_ptr())
+        if place == -1:
             found.append(-1)
-        elif (
-            type(number) is int
-            and layout(t) == layout(numbers.known[number])
-            and (number < numbers.inputs or number in touched)
-        ):
-            found.append(number)
-        else:  # a view, or memory that nothing wrote to
-            return None
-    return (tuple([layout(t) for t in numbers.known[numbers.inputs :]]), tuple(steps)), tuple(found)
+            continue
+        number, behind = place if isinstance(place, tuple) else (place, 0)
+        if type(number) is not int or (number >= places.inputs and place not in touched):
+            return None  # memory that nothing wrote to
+        whole = places.known[number]
+        if behind or layout(t) != layout(whole):
+            if not views or number < places.inputs or t.dtype != whole.dtype:
+                return None
+            made.append((*layout(t), number, behind // t.element_size()))
+            number = places.inputs + len(made) - 1
+        found.append(number)
+    only_default = any(recorder.fixed.values())
+    return (tuple(made), tuple(steps), only_default), tuple(found)
 
 
 class Pending:
@@ -183,7 +219,7 @@ class Pending:
         """
         there = [t is not None for t in saved]
         saved = [t for t in saved if t is not None]
-        plan, inputs = _plan(self.recorder, self.inputs, [*results, *saved]), len(self.inputs)
+        plan, inputs = _plan(self.recorder, self.inputs, [*results, *saved], views=False), len(self.inputs)
         if plan is not None and min(plan[1][: len(results)]) >= inputs:  # else an input is given back
             self.forward_plan, numbers = plan
             self.results, self.saved = numbers[: len(results)], numbers[len(results) :]
@@ -202,7 +238,7 @@ class Pending:
             return run()
         with recording() as recorder:
             out = run()
-        plan = _plan(recorder, read, [t for t, given in zip(out, self.given, strict=True) if given])
+        plan = _plan(recorder, read, [t for t, given in zip(out, self.given, strict=True) if given], views=True)
         forward, self.forward_plan = self.forward_plan, None  # another thread may be at the same graph
         if plan is not None and forward is not None:
             self.add(self._pair(read[0], forward, plan[0], tuple(self.layouts), plan[1], self.otherwise))

@@ -791,6 +791,8 @@ def test_one_tensor_may_be_two_inputs(backend, device):
             TypeError,
             r"w2 must be a tensor of x's dtype torch.float32, got torch.float16",
         ),
+        ({"w2": None}, TypeError, r"w2 must be a tensor of x's dtype torch.float32, got NoneType; make it one"),
+        ({"b2": 0.0}, TypeError, r"b2 must be a tensor of x's dtype torch.float32, got float; make it one"),
         ({"b1": torch.ones(6)}, ValueError, r"b1 must be \[2, 6\]"),
         ({"b2": torch.ones(2, 6)}, ValueError, r"b2 must be \[2, 4\]"),
         ({"w_gate": torch.ones(2, 6, 4)}, ValueError, r"w_gate must be \[2, 4, 6\]"),

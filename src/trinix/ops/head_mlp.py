@@ -323,9 +323,8 @@ def _check(x, w1, w2, b1, b2, w_gate):
         if t is None and name not in ("w1", "w2"):
             continue
         if not isinstance(t, Tensor) or t.dtype != dtype:
-            raise TypeError(
-                f"head_mlp: {name} must be a tensor of x's dtype {dtype}, got {_name(t)}; convert it with {name}.to(x.dtype)"
-            )
+            cure = f"convert it with {name}.to(x.dtype)" if isinstance(t, Tensor) else "make it one"
+            raise TypeError(f"head_mlp: {name} must be a tensor of x's dtype {dtype}, got {_name(t)}; {cure}")
         if t.shape != shape:
             raise ValueError(
                 f"head_mlp: {name} must be {list(shape)} for w1 of shape {[h, d, e]}, got {list(t.shape)}; "

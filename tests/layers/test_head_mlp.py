@@ -1,5 +1,7 @@
 """FlashMLP beside the reference module, its initial scales and state_dict, and document 000's functions."""
 
+import re
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -55,10 +57,27 @@ def test_the_state_dict_has_only_what_the_form_needs():
     assert repr(trinix.FlashMLP(1, 4, 8, bias=True)) == "FlashMLP(1, 4, 8, activation='silu', bias=True)"
 
 
-@pytest.mark.parametrize("activation", ["SiLU", "swish", None.__class__.__name__])
+@pytest.mark.parametrize("activation", ["SiLU", "swish", None, False, 0, (), ["silu"]])
 def test_an_unknown_activation_is_refused(activation):
-    with pytest.raises(ValueError, match=f"FlashMLP: activation must be one of .* got {activation!r}"):
-        trinix.FlashMLP(1, 4, 8, activation)
+    """Only "" is the identity: the document's kernel takes every name that it does not know for it."""
+    x, w1, w2 = torch.ones(1, 2, 3), torch.ones(1, 3, 4), torch.ones(1, 4, 3)
+    for name, call in (
+        ("FlashMLP", lambda: trinix.FlashMLP(1, 4, 8, activation)),
+        ("PyTorchMLP", lambda: trinix.PyTorchMLP(1, 4, 8, activation)),
+        ("FlashMLPFunction", lambda: trinix.FlashMLPFunction.apply(x, w1, w2, activation)),
+        ("flashmlp_fwd", lambda: trinix.flashmlp_fwd(x, w1, w2, activation)),
+        ("flashmlp_bwd", lambda: trinix.flashmlp_bwd(x, w1, w2, x, activation)),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^{name}: activation must be one of .* got {re.escape(repr(activation))}$"
+        ):
+            call()
+
+
+def test_the_documents_functions_know_no_gated_unit():
+    x, w1, w2 = torch.ones(1, 2, 3), torch.ones(1, 3, 4), torch.ones(1, 4, 3)
+    with pytest.raises(ValueError, match=r"^flashmlp_fwd: activation must be one of .*'softplus'\], got 'swiglu'"):
+        trinix.flashmlp_fwd(x, w1, w2, "swiglu")
 
 
 def test_sizes_below_one_are_refused():
@@ -74,6 +93,8 @@ def test_sizes_below_one_are_refused():
         trinix.flashmlp_bwd(x, w1, w2, torch.ones(1, 2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"flashmlp_bwd: do must be of the output's shape \[1, 2, 3\], got \[2\]"):
         trinix.flashmlp_bwd(x, w1, w2, torch.ones(2))
+    with pytest.raises(ValueError, match=r"flashmlp_bwd: do must be on x's device cpu, got meta; move it with do.to"):
+        trinix.flashmlp_bwd(x, w1, w2, torch.ones(1, 2, 3, device="meta"))
     with pytest.raises(TypeError, match="FlashMLP: bias must be True or False, got 'no'"):
         trinix.FlashMLP(2, 4, 8, bias="no")
     with pytest.raises(TypeError, match="FlashMLP: use_triton must be None, True or False, got 'no'"):
@@ -95,3 +116,14 @@ def test_the_documents_functions(activation):
     torch.testing.assert_close(trinix.flashmlp_bwd(x, w1, w2, do, activation), grads)
     y = trinix.FlashMLPFunction.apply(*leaves, activation)
     same(torch.autograd.grad(y, leaves, do), trinix.flashmlp_bwd(x, w1, w2, do, activation))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_the_documents_backward_runs_in_inference_mode_and_on_what_that_has_made(backend):
+    given = [normal(s, torch.float32, seed=i) for i, s in enumerate([(2, 5, 8), (2, 8, 6), (2, 6, 8), (2, 5, 8)])]
+    with trinix.use_backend(backend):
+        wanted = trinix.flashmlp_bwd(*given, "silu")
+        with torch.inference_mode():
+            same(trinix.flashmlp_bwd(*given, "silu"), wanted)
+            made = [t.clone() for t in given]
+        same(trinix.flashmlp_bwd(*made, "silu"), wanted)

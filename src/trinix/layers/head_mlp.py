@@ -9,6 +9,14 @@ from trinix.layers.arguments import check_sizes, check_use_triton
 from trinix.ops.head_mlp import GATED_KINDS, KINDS, triton_can_run
 
 
+def _kind(name: str, activation: str, known: tuple[str, ...]) -> str:
+    """The op's kind; the documents' "" is the identity, and nothing else that is empty or false."""
+    kind = "none" if isinstance(activation, str) and not activation else activation
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"{name}: activation must be one of {['', *known]}, got {activation!r}")
+    return kind
+
+
 class FlashMLP(nn.Module):
     """``num_heads`` MLPs side by side, fused: x ``[H, B, hidden_dim]`` -> ``[H, B, hidden_dim]``.
 
@@ -43,10 +51,7 @@ class FlashMLP(nn.Module):
         check_sizes(name, num_heads=num_heads, hidden_dim=hidden_dim, intermediate_dim=intermediate_dim)
         check_use_triton(name, use_triton)
         dispatch.flags(name, bias=bias)
-        kind = activation or "none"
-        if kind not in KINDS:
-            known = ["", *KINDS]
-            raise ValueError(f"{name}: activation must be one of {known}, got {activation!r}")
+        kind = _kind(name, activation, KINDS)
         self.num_heads, self.hidden_dim, self.intermediate_dim = num_heads, hidden_dim, intermediate_dim
         self.activation, self.use_triton = kind, use_triton
 
@@ -92,19 +97,26 @@ class PyTorchMLP(FlashMLP):
         return self._call(x, "torch")
 
 
+_UNGATED = tuple(kind for kind in KINDS if kind not in GATED_KINDS)  # the documents' functions have no gate's weight
+
+
+def _documents_form(name, x, w1, w2, activation):
+    mean = isinstance(x, Tensor) and x.dim() == 2
+    return ops.head_mlp(x, w1, w2, _kind(name, activation, _UNGATED), reduce="mean" if mean else None)
+
+
 class FlashMLPFunction:
     """``FlashMLPFunction.apply(x, w1, w2, activation)``: document 000's differentiable form of ``trinix.ops.head_mlp``."""
 
     @staticmethod
     def apply(x: Tensor, w1: Tensor, w2: Tensor, activation: str = "") -> Tensor:
-        mean = isinstance(x, Tensor) and x.dim() == 2
-        return ops.head_mlp(x, w1, w2, activation or "none", reduce="mean" if mean else None)
+        return _documents_form("FlashMLPFunction", x, w1, w2, activation)
 
 
 def flashmlp_fwd(x: Tensor, w1: Tensor, w2: Tensor, activation: str = "") -> Tensor:
     """O = act(x w1) w2 a head, without a gradient; ``activation`` "" is the identity."""
     with torch.no_grad():
-        return FlashMLPFunction.apply(x, w1, w2, activation)
+        return _documents_form("flashmlp_fwd", x, w1, w2, activation)
 
 
 def flashmlp_bwd(x: Tensor, w1: Tensor, w2: Tensor, do: Tensor, activation: str = "") -> tuple[Tensor, Tensor, Tensor]:
@@ -115,12 +127,17 @@ def flashmlp_bwd(x: Tensor, w1: Tensor, w2: Tensor, do: Tensor, activation: str 
             raise TypeError(
                 f"flashmlp_bwd: {name} must be a floating-point tensor, got {got}; convert it with .float()"
             )
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (x, w1, w2)]
-        out = FlashMLPFunction.apply(*leaves, activation)
+    with torch.inference_mode(False), torch.enable_grad():
+        # what inference mode has made autograd refuses, but not its copy
+        leaves = [(t.clone() if t.is_inference() else t.detach()).requires_grad_() for t in (x, w1, w2)]
+        out = _documents_form("flashmlp_bwd", *leaves, activation)
         if do.shape != out.shape:
             wanted = list(out.shape)
             raise ValueError(
                 f"flashmlp_bwd: do must be of the output's shape {wanted}, got {list(do.shape)}; reshape it"
+            )
+        if do.device != out.device:
+            raise ValueError(
+                f"flashmlp_bwd: do must be on x's device {out.device}, got {do.device}; move it with do.to(x.device)"
             )
         return torch.autograd.grad(out, leaves, do)

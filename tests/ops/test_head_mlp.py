@@ -854,6 +854,20 @@ def test_explain_says_which_backend_and_why():
     assert "8 warps" in trinix.explain("head_mlp", x, w1, w2, backend="triton").config  # accesses of one element
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("d", "e"), [(257, 64), (1024, 4096), (4096, 11008)])
+def test_auto_gives_an_ordinary_mlp_to_pytorch_and_says_so(d, e, grad, monkeypatch):
+    """One head of a width beyond the kernels': a case for large matrix products."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(op, "_triton", lambda: pytest.fail("asked for a kernel"))
+    shapes = (1, 8, d), (1, d, e), (1, e, d)
+    explanation = trinix.explain(head_mlp, *(torch.empty(s, dtype=torch.bfloat16, requires_grad=grad) for s in shapes))
+    assert explanation.backend == "torch"
+    for name in ("hopper", "triton"):
+        assert f"D = {d} is more than " in explanation.rejected[name]
+        assert "large matrix products" in explanation.rejected[name]
+
+
 # ---- a citizen of PyTorch ------------------------------------------------------------------------------------------------
 
 

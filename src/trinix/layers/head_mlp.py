@@ -28,6 +28,8 @@ class FlashMLP(nn.Module):
         intermediate_dim: E, the width between the two projections.
         activation: a kind of ``trinix.ops.head_mlp``; "" is "none". A gated unit's name ("swiglu", "geglu", ...) adds a
             gate's weight.
+        dtype, device: of the parameters, by default PyTorch's own (the document's modules are float16 on the GPU). x has
+            to have them too.
         bias: add b1 and b2, which begin as zeros.
         use_triton: None lets trinix choose, False means PyTorch, True means trinix's own kernels wherever they can run.
 

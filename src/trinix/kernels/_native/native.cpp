@@ -243,7 +243,6 @@ Layout read_layout(PyObject* t) {
   return {integers<int64_t>(PyTuple_GET_ITEM(t, 0)), integers<int64_t>(PyTuple_GET_ITEM(t, 1)), dtype};
 }
 
-// (sizes, strides, dtype), and of a view the tensor that it is part of and its offset there
 Layout read_made(PyObject* t) {
   Layout one = read_layout(t);
   if (PyTuple_GET_SIZE(t) == 5) {
@@ -259,8 +258,9 @@ std::vector<Layout> layouts(PyObject* t) {
   return out;
 }
 
-// (made, steps, whether it is the default stream's only): layouts; (function, (x, y, z) blocks, threads, shared, early, parameters) each, a parameter being the number of a tensor,
-// (that, so many bytes behind its first), the bytes of a scalar, or (such a place of a tensor, a map of it at any address)
+// (made, steps, whether it is the default stream's only). made: (sizes, strides, dtype) each, of a view also the tensor that it is part
+// of, and its offset. steps: (function, (x, y, z) blocks, threads, shared, early, parameters) each, a parameter being a place (the
+// number of a tensor, or (that, so many bytes behind its first)), the bytes of a scalar, or (a place, a map of that tensor anywhere)
 Plan read_plan(PyObject* t) {
   Plan plan;
   PyObject* made = PyTuple_GET_ITEM(t, 0);

@@ -1267,6 +1267,16 @@ def test_a_launch_of_boxes_without_a_plan(tripling, why, monkeypatch):
     assert len(by_python) == 4
 
 
+def test_a_launch_that_is_not_noted_leaves_a_pass_without_a_plan(tripling):
+    _, boxed, by_python = tripling
+    x = torch.randn(N)
+    with _record.recording() as recorder:
+        boxed.binary(3, 7, (x, torch.empty_like(x), N))
+    assert recorder.other == "a launch that is not noted"
+    assert len(by_python) == 1
+    boxed.binary(3, 7, (x, torch.empty_like(x), N))  # while nobody notes
+
+
 def test_another_threads_boxes_are_not_noted(tripling):
     call, _, by_python = tripling
     x = torch.randn(N)
@@ -1324,12 +1334,12 @@ def emulated(planned, native, monkeypatch):
 
 
 def qkv(how, frozen=(), seed=0):
-    """(leaves, q, k, v) of 70 tokens and two heads of 64."""
+    """(leaves, q, k, v) of two sequences of 70 tokens and two heads of 64."""
     torch.manual_seed(seed)
     if how == "slices":
-        fused = torch.randn(1, 70, 6, 64).half().requires_grad_()
+        fused = torch.randn(2, 70, 6, 64).half().requires_grad_()
         return [fused], *fused.split(2, dim=2)
-    tensors = [torch.randn(1, 70, 2, 64).half().requires_grad_(name not in frozen) for name in "qkv"]
+    tensors = [torch.randn(2, 70, 2, 64).half().requires_grad_(name not in frozen) for name in "qkv"]
     return [t for t in tensors if t.requires_grad], *tensors
 
 
@@ -2006,40 +2016,61 @@ def test_per_head_mlps_have_the_same_bits(on_card, form, sizes):
     on_card(lambda: mlp(leaves, reduce), [*leaves.values()], dy)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "sizes", [(8, 512, 64, 512), (3, 77, 128, 72), (2, 1000, 64, 264), (2, 300, 128, 1024)], ids=str
-)
-@pytest.mark.parametrize("backend", ["hopper", "triton", "auto"])
-def test_per_head_mlps_in_boxes_have_the_same_bits(on_card, backend, sizes, monkeypatch):
-    """On Hopper; in a graph and by another stream too, with other tensors of the same layout."""
-    h, b, d, e = sizes
-    leaves = {"x": leaf(h, b, d), "w1": leaf(h, d, e), "w2": leaf(h, e, d)}
-    dy = torch.randn((h, b, d), device="cuda", dtype=torch.bfloat16)
-    kept, boxes = _record.step, []
-    monkeypatch.setattr(
-        _record, "step", lambda launch, key, *rest: boxes.append(key is None) or kept(launch, key, *rest)
-    )
-    on_card(lambda: mlp(leaves, None, backend), [*leaves.values()], dy)
-    if torch.cuda.get_device_capability() == (9, 0) and backend != "triton":
-        assert any(boxes)
-    others = {n: torch.randn_like(t).requires_grad_() for n, t in leaves.items()}
-    want = mlp(others, None, backend)
-    want = [want, *torch.autograd.grad(want, [*others.values()], dy)]
+def same_elsewhere(function, leaves, dy):
+    """Of a call that has plans: the same bits without gradients, on another stream and in a graph."""
+
+    def run():
+        y = function()
+        return y.grad_fn.name(), [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    name, want = run()
+    assert "Trinix" in name
     with torch.no_grad():
-        alone = [mlp(others, None, backend) for _ in range(4)]
-    same(alone, [want[0]] * 4)
+        same([function() for _ in range(4)], want[:1] * 4)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-        o = mlp(others, None, backend)
-        got = [o, *torch.autograd.grad(o, [*others.values()], dy)]
-    assert "Trinix" in o.grad_fn.name()
+    with torch.cuda.stream(stream):
+        same(run()[1], want)
+        with torch.cuda.graph(graph, stream=stream):
+            _, got = run()
     for t in got:
-        t.detach().zero_()
+        t.zero_()
     graph.replay()
     torch.cuda.synchronize()
     same(got, want)
+
+
+@pytest.fixture
+def on_hopper(on_card, monkeypatch):
+    """``on_card``, for calls one of whose launches at least is of boxes."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+    def both(*call):
+        kept, steps = _record.step_of_binary, []
+        monkeypatch.setattr(_record, "step_of_binary", lambda *launch: steps.append(kept(*launch)) or steps[-1])
+        on_card(*call)
+        assert steps
+        assert None not in steps
+
+    return both
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("backend", "sizes"),
+    [
+        ("hopper", (8, 512, 64, 512)), ("hopper", (3, 77, 128, 72)), ("hopper", (2, 1000, 64, 264)),
+        ("auto", (2, 300, 128, 1024)), ("auto", (8, 2048, 64, 512)), ("triton", (2, 300, 128, 1024)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_per_head_mlps_in_boxes_have_the_same_bits(on_hopper, backend, sizes):
+    h, b, d, e = sizes
+    dy = torch.randn((h, b, d), device="cuda", dtype=torch.bfloat16)
+    for check in (on_hopper, same_elsewhere):  # the second with other tensors of the same layout
+        leaves = {"x": leaf(h, b, d), "w1": leaf(h, d, e), "w2": leaf(h, e, d)}
+        check(lambda leaves=leaves: mlp(leaves, None, backend), [*leaves.values()], dy)
 
 
 @pytest.mark.gpu
@@ -2050,48 +2081,17 @@ def test_per_head_mlps_in_boxes_have_the_same_bits(on_card, backend, sizes, monk
      ((1, 700, 2, 256), True)],
     ids=str,
 )  # fmt: skip
-def test_attention_has_the_same_bits(on_card, shape, causal, how):
-    """On Hopper; in a graph and by another stream too, with other tensors of the same layout."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs Hopper")
+def test_attention_has_the_same_bits(on_hopper, shape, causal, how):
     b, n, h, d = shape
-
-    def tensors():
-        if how == "slices":
-            fused = leaf(b, n, 3 * h, d)
-            return [fused], fused.split(h, dim=2)
-        apart = [leaf(*shape) for _ in range(3)]
-        return apart, apart
-
-    def function(q, k, v):
-        return ops.attention(q, k, v, causal=causal, deterministic=True, backend="hopper")
-
-    leaves, q_k_v = tensors()
     dy = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    on_card(lambda: function(*leaves[0].split(h, dim=2)) if how == "slices" else function(*leaves), leaves, dy)
-    others, q_k_v = tensors()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    want = function(*q_k_v)
-    assert "Trinix" in want.grad_fn.name()
-    want = [want, *torch.autograd.grad(want, others, dy)]
-    with torch.no_grad():
-        alone = [function(*q_k_v) for _ in range(4)]
-    same(alone, [want[0]] * 4)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            q_k_v = others[0].split(h, dim=2) if how == "slices" else others
-            o = function(*q_k_v)
-            same([o, *torch.autograd.grad(o, others, dy)], want)
-        with torch.cuda.graph(graph, stream=stream):
-            q_k_v = others[0].split(h, dim=2) if how == "slices" else others
-            o = function(*q_k_v)
-            got = [o, *torch.autograd.grad(o, others, dy)]
-    for t in got:
-        t.detach().zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    same(got, want)
+    for check in (on_hopper, same_elsewhere):
+        leaves = [leaf(b, n, 3 * h, d)] if how == "slices" else [leaf(*shape) for _ in range(3)]
+
+        def function(leaves=leaves):
+            q, k, v = leaves[0].split(h, dim=2) if how == "slices" else leaves
+            return ops.attention(q, k, v, causal=causal, deterministic=True, backend="hopper")
+
+        check(function, leaves, dy)
 
 
 @pytest.mark.gpu

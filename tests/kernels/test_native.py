@@ -5,6 +5,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import itertools
 import struct
 import subprocess
 import sys
@@ -648,40 +649,51 @@ def at_addresses(addresses, layouts):
     )
 
 
-@pytest.fixture
-def interpreted(planned, native, monkeypatch):
-    """Every op by its plans, whose launches Triton's interpreter runs: the kernels' names."""
-    steps, wrong, ran = [], [], []
+class Config(ctypes.Structure):
+    _fields_ = [("grid", ctypes.c_uint * 3)]  # and more
 
-    class Config(ctypes.Structure):
-        _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint)]
+
+@contextlib.contextmanager
+def launched_by(native, run):
+    """The driver's launches are calls of ``run(function, grid, addresses)``, addresses being those that its parameters begin with."""
+    wrong = []
 
     @ctypes.CFUNCTYPE(
         ctypes.c_int, ctypes.POINTER(Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
     )
     def launch(config, function, params, extra):
         try:
-            kept, layouts, scalars = steps[function - 1]
-            addresses = [ctypes.cast(params[i], ctypes.POINTER(ctypes.c_uint64))[0] for i in range(len(layouts))]
-            tensors = at_addresses(addresses, layouts)
-            kept(config.contents.grid[0], tensors, scalars)
-            ran.append(kept.kernel.fn.__name__)
-        except Exception as error:
+            run(function, config.contents.grid, (ctypes.cast(p, ctypes.POINTER(ctypes.c_uint64))[0] for p in params))
+        except BaseException as error:
             wrong.append(error)
             return 1
         return 0
+
+    context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda to: 0)
+    set_driver(native, launch, context, context, context)
+    yield
+    driver = native.library
+    set_driver(native, driver.launch, driver.get_context, driver.set_context, driver.move_map)
+    assert not wrong
+
+
+@pytest.fixture
+def interpreted(planned, native, monkeypatch):
+    """Every op by its plans, whose launches Triton's interpreter runs: the kernels' names."""
+    steps, ran = [], []
+
+    def run(function, grid, addresses):
+        kept, layouts, scalars = steps[function - 1]
+        kept(grid[0], at_addresses([*itertools.islice(addresses, len(layouts))], layouts), scalars)
+        ran.append(kept.kernel.fn.__name__)
 
     def step(kept, key, blocks, tensors, scalars, parameters):
         steps.append((kept, [_record.layout(t) for t in tensors], scalars))
         return len(steps), (blocks, 1, 1), 32, 0, False, parameters
 
-    context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda to: 0)
-    set_driver(native, launch, context, context, context)
     monkeypatch.setattr(_record, "step", step)
-    yield ran
-    driver = native.library
-    set_driver(native, driver.launch, driver.get_context, driver.set_context, driver.move_map)
-    assert not wrong
+    with launched_by(native, run):
+        yield ran
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1295,42 +1307,25 @@ def emulated(planned, native, monkeypatch):
     """Hopper's attention by its plans, whose launches gluon_on_cpu.py runs: how many, and the stream that calls are on."""
     gluon_on_cpu.attention_on_cpu(monkeypatch, hopper, 4)
     monkeypatch.setattr(hopper, "unsupported", lambda *call: None)
-    steps, wrong, ran = [], [], SimpleNamespace(count=0, stream=0)
+    steps, ran = [], SimpleNamespace(count=0, stream=0)
     monkeypatch.setattr(_launch, "_raw_stream", lambda index: ran.stream)
 
-    class Config(ctypes.Structure):
-        _fields_ = [("grid", ctypes.c_uint * 3)]
-
-    @ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.POINTER(Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
-    )
-    def launch(config, function, params, extra):
-        try:
-            noted = steps[function - 1]
-            addresses = (ctypes.cast(p, ctypes.POINTER(ctypes.c_uint64))[0] for p in params)
-            given = []
-            for argument, is_tensor in zip(noted.arguments, noted.binary.are_tensors, strict=True):
-                address = next(addresses) if is_tensor else argument
-                given.append((argument[0], address) if isinstance(argument, tuple) else address)
-            x, y, z = config.contents.grid
-            noted.binary.run(x, tuple(given), y, z)
-            ran.count += 1
-        except BaseException as error:
-            wrong.append(error)
-            return 1
-        return 0
+    def run(function, grid, addresses):
+        noted, given = steps[function - 1], []
+        for argument, is_tensor in zip(noted.arguments, noted.binary.are_tensors, strict=True):
+            address = next(addresses) if is_tensor else argument
+            given.append((argument[0], address) if isinstance(argument, tuple) else address)
+        x, y, z = grid
+        noted.binary.run(x, tuple(given), y, z)
+        ran.count += 1
 
     def step(noted, places):
         steps.append(noted)
         return len(steps), noted.grid, 32, 0, False, tuple(places)
 
-    context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda to: 0)
-    set_driver(native, launch, context, context, context)
     monkeypatch.setattr(_record, "step_of_binary", step)
-    yield ran
-    driver = native.library
-    set_driver(native, driver.launch, driver.get_context, driver.set_context, driver.move_map)
-    assert not wrong
+    with launched_by(native, run):
+        yield ran
 
 
 def qkv(how, frozen=(), seed=0):

@@ -873,6 +873,8 @@ def test_per_head_mlps_go_by_their_plans(interpreted, form, rows, monkeypatch):
     same(alone[:1] * 3, alone[1:])
     count = len(interpreted)
     assert count
+    # whose kernels were Hopper's alone has never loaded the portable ones
+    monkeypatch.setattr(importlib.import_module("trinix.ops.head_mlp"), "_triton_module", None)
     with torch.no_grad():
         mlp(leaves, reduce)
     assert len(interpreted) > count
@@ -1380,6 +1382,48 @@ def test_attention_goes_by_its_plans(emulated, how, frozen, short, monkeypatch):
         alone = [ops.attention(q, k, v, **options) for _ in range(4)]
         assert emulated.count == before + 2
     same(alone, [want] * 4)
+
+
+class _ShortBackward:
+    """Takes the place of the binary of one kernel for both gradients, which is plain Triton: float16, from addresses alone."""
+
+    def __init__(self, kernel, device, examples, constants, **_):
+        self.kernel, self.constants = kernel, constants | {"DEPENDENT": False, "UPCAST": True}
+        self.are_tensors = tuple(isinstance(a, torch.Tensor) for a in examples)
+        self.like = [(t.numel(), t.dtype) for t in examples if isinstance(t, torch.Tensor)]
+
+    __call__ = gluon_on_cpu.Binary.__call__
+
+    def run(self, blocks, arguments, y, z):
+        tensors = []
+        for (numel, dtype), address in zip(self.like, arguments, strict=False):
+            held = (ctypes.c_char * (numel * dtype.itemsize)).from_address(address)
+            tensors.append(torch.frombuffer(held, dtype=dtype))
+        self.kernel[(blocks,)](*tensors, *arguments[len(tensors) :], **self.constants)
+
+
+def test_attention_whose_backward_is_one_kernel_goes_by_its_plans(emulated, monkeypatch):
+    others = hopper.Binary
+    monkeypatch.setattr(hopper, "choose_short_backward", lambda *call: hopper.ShortBackwardConfig(64, 64, 4, 3))
+    monkeypatch.setattr(
+        hopper,
+        "Binary",
+        lambda kernel, *rest, **options: (
+            _ShortBackward if kernel is hopper.short_backward_kernels.attention_backward_short else others
+        )(kernel, *rest, **options),
+    )
+    counts, names = [], []
+    for call in range(4):
+        leaves, q, k, v = qkv("apart", seed=call)
+        dout, before = torch.randn(q.shape).half(), emulated.count
+        out = ops.attention(q, k, v, causal=True, backend="hopper")
+        got = torch.autograd.grad(out, leaves, dout)
+        counts.append(emulated.count - before)
+        names.append("Trinix" in out.grad_fn.name())
+        want = torch.autograd.grad(ops.attention(q, k, v, causal=True, backend="torch"), leaves, dout)
+        torch.testing.assert_close(got, want, rtol=0, atol=4e-3)
+    assert counts == [0, 0, 2, 2]
+    assert names == [False, False, True, True]
 
 
 def test_attention_on_another_stream_has_no_plan_that_counts(emulated, monkeypatch):
@@ -2056,7 +2100,8 @@ def on_hopper(on_card, monkeypatch):
     ("backend", "sizes"),
     [
         ("hopper", (8, 512, 64, 512)), ("hopper", (3, 77, 128, 72)), ("hopper", (2, 1000, 64, 264)),
-        ("auto", (2, 300, 128, 1024)), ("auto", (8, 2048, 64, 512)), ("triton", (2, 300, 128, 1024)),
+        ("auto", (2, 300, 128, 1024)), ("auto", (16, 2048, 64, 1024)), ("auto", (12, 4096, 64, 768)),
+        ("triton", (2, 300, 128, 1024)),
     ],
     ids=str,
 )  # fmt: skip

@@ -237,7 +237,7 @@ def attention(
             named_call = _named(causal, window, scale, softcap, deterministic, backend)
             table = _plans.of.get(named_call)
             if table is not None:
-                out = _launches().by_table(table, q, k, v)
+                out = _native.launches().by_table(table, q, k, v)
                 if out is not None:
                     return out
         key = _kind(q, k, v, causal, window, scale, softcap, deterministic, backend)
@@ -284,13 +284,6 @@ _prepared = {}  # kind of a call without optional tensors -> its backend's ``Pre
 _NUMBERS = (float, int, type(None))
 # Calls whose kernels are ours are C++'s from the third on, where there is that.
 _plans = _native.Plans()
-
-
-@functools.cache
-def _launches():
-    from trinix.kernels.triton import _launch
-
-    return _launch
 
 
 def _named(causal, window, scale, softcap, deterministic, backend) -> tuple | None:

@@ -135,7 +135,7 @@ def head_mlp(
         what = kind, reduce, backend, dispatch.forced
         table = _plans.of.get(what)
         if table is not None:
-            o = _triton_module.by_table(table, x, w1, w2, b1, b2, w_gate)
+            o = _native.launches().by_table(table, x, w1, w2, b1, b2, w_gate)
             if o is not None:
                 return o
         if b1 is None and b2 is None and w_gate is None and reduce is None:

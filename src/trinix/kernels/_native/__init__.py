@@ -10,6 +10,7 @@ at all, and only after it has run without a card in a process of its own.
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import os
@@ -202,6 +203,14 @@ class Plans:
             module.add(self.of.setdefault(named, module.table()), pair, looks)
 
         return _record.Pending(inputs, add)
+
+
+@functools.cache
+def launches():
+    """Triton's side of a call by its plans, for ops whose kernels are of more than one backend."""
+    from trinix.kernels.triton import _launch
+
+    return _launch
 
 
 def loaded(build: bool = True):

@@ -896,7 +896,9 @@ class Prepared:
         parts_k, parts_v = dk, dv
         if parts:
             parts_k, parts_v = (torch.empty_strided(*shape, **place) for shape in parts)
-        space = torch.empty_strided(*space_shape, dtype=torch.float32, device=self.device)
+        space = lse
+        if plan.space:
+            space = torch.empty_strided(*space_shape, dtype=torch.float32, device=self.device)
         at = lse.data_ptr()
         plan.launch(
             stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, dout.data_ptr(), at, dq.data_ptr(),

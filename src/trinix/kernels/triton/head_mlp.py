@@ -38,7 +38,7 @@ import triton.language as tl
 from trinix.kernels import _stages
 from trinix.kernels.triton import activation, norm
 from trinix.kernels.triton._compile import POINTERS, compile_case
-from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, _State, by_table  # noqa: F401  (by_table: the op's)
+from trinix.kernels.triton._launch import INTERPRETED, Launch, Launcher, _State
 from trinix.kernels.triton.activation import DTYPES, LANES
 
 MOST_D = 256  # a tile holds whole rows of X

@@ -172,8 +172,11 @@ def mish(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, *, backend: str = "auto") -> Tensor:
     """x where x > 0, else ``negative_slope`` x; see ``activation``."""
-    slope = dispatch.number("leaky_relu", "negative_slope", negative_slope)
-    return _activation(x, "leaky_relu", slope + 0.0, 0.0, backend)  # launches are kept by it, to which -0.0 is 0.0
+    if type(negative_slope) is not float:  # asked here, not there: small calls count
+        negative_slope = dispatch.number("leaky_relu", "negative_slope", negative_slope)
+    return _activation(
+        x, "leaky_relu", negative_slope + 0.0, 0.0, backend
+    )  # launches are kept by it, to which -0.0 is 0.0
 
 
 def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -183,7 +186,9 @@ def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0, *, backend: str = "auto") -> Tensor:
     """log(1 + exp(beta x)) / beta, and x where beta x > threshold; see ``activation``."""
-    return _activation(x, "softplus", *_softplus_numbers(beta, threshold), backend)
+    if type(beta) is not float or type(threshold) is not float or not beta:
+        beta, threshold = _softplus_numbers(beta, threshold)
+    return _activation(x, "softplus", beta, threshold, backend)
 
 
 def identity(x: Tensor, *, backend: str = "auto") -> Tensor:

@@ -9,6 +9,11 @@ def _square(r: Tensor) -> Tensor:
     return r * r  # not r.square(): autocast would answer in float32
 
 
+def _softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
+    y = F.softplus(x, beta, threshold)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast answers in float32; the op's contract is x.dtype
+
+
 FORMULAS = {
     "none": lambda x, a, b: x,
     "relu": lambda x, a, b: torch.relu(x),
@@ -21,8 +26,7 @@ FORMULAS = {
     "mish": lambda x, a, b: F.mish(x),
     "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
     "tanh": lambda x, a, b: torch.tanh(x),
-    # autocast would answer in float32; the op's contract is x.dtype
-    "softplus": lambda x, a, b: F.softplus(x, a, b).to(x.dtype),
+    "softplus": _softplus,
 }
 
 

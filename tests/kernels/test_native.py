@@ -1919,7 +1919,7 @@ def test_auto_takes_it_where_it_wins(monkeypatch):
     monkeypatch.setattr(op, "_native_there", None)
     monkeypatch.setattr(_native, "module", object())
     assert [wins("relu", n) for n in ((1 << 22) - 1, 1 << 22, 1 << 23)] == [False, True, False]
-    assert [wins("silu", n) for n in ((1 << 22) - 1, 1 << 22, 1 << 25)] == [False, True, False]
+    assert [wins("silu", n) for n in ((1 << 22) - 1, 1 << 22, 1 << 26)] == [False, True, False]
     assert [wins("sigmoid", n) for n in ((1 << 22) - 1, 1 << 22, 1 << 23)] == [False, True, False]
     assert not wins("tanh", 1 << 22)
     monkeypatch.setattr(_native, "module", None)

@@ -135,6 +135,34 @@ def test_every_binary_compiles_well(few, forked_process, every_binary):
             assert 0 < one["waits"] < one["reads"], one
 
 
+COMPILE_JOIN = """
+import json, re
+from triton.compiler import ASTSource
+from binaries import compiled
+from trinix.kernels.hopper.attention_backward import join as kernel
+
+annotated = {p.name: p.annotation_type for p in kernel.params}
+tensors = ["parts_k", "parts_v", "dk", "dv"]
+for width, v_width in ((64, 64), (128, 128), (256, 128)):
+    constants = {"WIDTH": width, "V_WIDTH": v_width, "SIZE": 2048}
+    signature = {n: "constexpr" if n in constants else "*bf16" if n in tensors else annotated[n] or "i32" for n in kernel.arg_names}
+    binary, words = compiled(kernel, signature, constants, {"num_warps": 8, "launch_pdl": True}, tensors, source=ASTSource)
+    ptx = binary.asm["ptx"]
+    print(json.dumps({"accesses": re.findall(r"(?:ld|st)[.]global[.](\\w+)[.](\\w+)", ptx), "spills": re.findall("([0-9]+) bytes spill", words),
+                      "waits": ptx.find("griddepcontrol.wait"), "reads": ptx.find("ld.global")}))
+"""
+
+
+def test_the_sums_of_parts_compile_well(forked_process):
+    lines = [json.loads(line) for line in forked_process(COMPILE_JOIN).splitlines()]
+    assert len(lines) == 3
+    for one in lines:
+        assert len(one["accesses"]) >= 2, one
+        assert all(access == ["v4", "b32"] for access in one["accesses"]), one  # 16 bytes a thread
+        assert set(one["spills"]) <= {"0"}, one
+        assert 0 < one["waits"] < one["reads"], one
+
+
 # ---- choices -----------------------------------------------------------------------------------------------------------
 
 

@@ -1331,17 +1331,22 @@ def emulated(planned, native, monkeypatch):
 
 
 def qkv(how, frozen=(), seed=0):
-    """(leaves, q, k, v) of two sequences of 70 tokens and two heads of 64."""
+    """(leaves, q, k, v) of two sequences of 70 tokens and two heads of 64; grouped: of four query heads."""
     torch.manual_seed(seed)
-    if how == "slices":
-        fused = torch.randn(2, 70, 6, 64).half().requires_grad_()
-        return [fused], *fused.split(2, dim=2)
-    tensors = [torch.randn(2, 70, 2, 64).half().requires_grad_(name not in frozen) for name in "qkv"]
+    heads = (4, 2, 2) if "grouped" in how else (2, 2, 2)
+    if "slices" in how:
+        fused = torch.randn(2, 70, sum(heads), 64).half().requires_grad_()
+        return [fused], *fused.split(heads, dim=2)
+    tensors = [
+        torch.randn(2, 70, n, 64).half().requires_grad_(name not in frozen)
+        for name, n in zip("qkv", heads, strict=True)
+    ]
     return [t for t in tensors if t.requires_grad], *tensors
 
 
 @pytest.mark.parametrize(("how", "frozen", "short"), [
     ("apart", "", True), ("slices", "", True), ("apart", "q", False), ("apart", "kv", False), ("slices", "", False),
+    ("grouped", "", True), ("grouped", "q", False), ("grouped slices", "", False),
 ], ids=str)  # fmt: skip
 def test_attention_goes_by_its_plans(emulated, how, frozen, short, monkeypatch):
     if not short:
@@ -1366,11 +1371,12 @@ def test_attention_goes_by_its_plans(emulated, how, frozen, short, monkeypatch):
         same([out], [want])
         three = (
             [torch.cat(three, 2)]
-            if how == "slices"
+            if "slices" in how
             else [g for g, t in zip(three, (q, k, v), strict=True) if t.requires_grad]
         )
         same(grads, three)
-    assert counts == [0, 0, 4, 4, 4]
+    launches = 5 if "grouped" in how else 4  # dK and dV of two programs a head are added up
+    assert counts == [0, 0, launches, launches, launches]
     # what C++ cannot do
     turned = dout.transpose(1, 2).contiguous().transpose(1, 2)
     same(torch.autograd.grad(out, leaves, turned, retain_graph=True), three)
@@ -2116,19 +2122,20 @@ def test_per_head_mlps_in_boxes_have_the_same_bits(on_hopper, backend, sizes):
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["apart", "slices"])
 @pytest.mark.parametrize(
-    ("shape", "causal"),
-    [((2, 200, 4, 64), True), ((4, 256, 8, 64), False), ((2, 1000, 3, 128), True), ((1, 4096, 8, 64), False),
-     ((1, 700, 2, 256), True)],
+    ("shape", "causal", "key_heads"),
+    [((2, 200, 4, 64), True, 4), ((4, 256, 8, 64), False, 8), ((2, 1000, 3, 128), True, 3), ((1, 4096, 8, 64), False, 8),
+     ((1, 700, 2, 256), True, 2), ((2, 1000, 8, 128), True, 2), ((1, 300, 6, 64), False, 2), ((1, 2048, 32, 128), True, 1)],
     ids=str,
 )  # fmt: skip
-def test_attention_has_the_same_bits(on_hopper, shape, causal, how):
+def test_attention_has_the_same_bits(on_hopper, shape, causal, key_heads, how):
     b, n, h, d = shape
+    heads = h, key_heads, key_heads
     dy = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     for check in (on_hopper, same_elsewhere):
-        leaves = [leaf(b, n, 3 * h, d)] if how == "slices" else [leaf(*shape) for _ in range(3)]
+        leaves = [leaf(b, n, sum(heads), d)] if how == "slices" else [leaf(b, n, one, d) for one in heads]
 
         def function(leaves=leaves):
-            q, k, v = leaves[0].split(h, dim=2) if how == "slices" else leaves
+            q, k, v = leaves[0].split(heads, dim=2) if how == "slices" else leaves
             return ops.attention(q, k, v, causal=causal, deterministic=True, backend="hopper")
 
         check(function, leaves, dy)

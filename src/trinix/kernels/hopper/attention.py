@@ -664,6 +664,7 @@ class _BackwardPlan:
         device = q.device
         self.dk_shape = (*k.shape[:-2], s.key_heads * parts, s.d)
         self.dv_shape = (*v.shape[:-2], s.key_heads * parts, s.dv)
+        wholes = dk, dv
         if parts > 1:
             dk, dv = (torch.empty(shape, dtype=q.dtype, device=device) for shape in (self.dk_shape, self.dv_shape))
         line = torch.empty(4, dtype=torch.float32, device=device)
@@ -723,18 +724,40 @@ class _BackwardPlan:
             num_warps=8, launch_pdl=True,
         )  # fmt: skip
         self.after_blocks = 2 * self.small * (sums // width)
+        if parts > 1:
+            tokens = dk.shape[0] if s.varlen else s.batch * s.seq_k
+            widths = {"WIDTH": padded(s.d), "V_WIDTH": padded(s.dv), "SIZE": 2048}
+            blocks_k, blocks_v = (_cdiv(tokens * s.key_heads, 2048 // padded(d)) for d in (s.d, s.dv))
+            self.join_blocks = blocks_k + blocks_v
+            self.join_scalars = (
+                tokens, tokens if s.varlen else s.seq_k, s.key_heads, parts, *steps(wholes[0]), *steps(wholes[1]), s.d // 8,
+                s.dv // 8, blocks_k,
+            )  # fmt: skip
+            self.join = _binary(
+                backward_kernels.join,
+                s.device,
+                (dk, dv, *wholes, *self.join_scalars),
+                widths,
+                num_warps=8,
+                launch_pdl=True,
+            )
         self.sums = self.padded_rows * sums
         # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation
         self.space = self.sums + self.lines * self.padded_rows + self.sink_parts * s.batch * s.heads
 
     def launch(self, stream: int, *addresses: int) -> None:
-        noted = self.arguments(_noted, *addresses) if _noting.recorders else (None, None, None)
-        before, main, after = _arguments.get((self, *addresses)) or _made(self, *addresses)
+        noted = self.arguments(_noted, *addresses) if _noting.recorders else (None,) * 4
+        before, main, after, join = _arguments.get((self, *addresses)) or _made(self, *addresses)
         self.before(self.small, stream, before, noted=noted[0])
         self.binary(self.grid, stream, main, noted=noted[1])
         self.after(self.after_blocks, stream, after, noted=noted[2])
+        if self.parts > 1:
+            self.join(self.join_blocks, stream, join, noted=noted[3])
 
-    def arguments(self, at, q, k, v, out, lse, dout, dlse, dq, dk, dv, space, end_q, end_k, slopes, sink) -> tuple:
+    def arguments(
+        self, at, q, k, v, out, lse, dout, dlse, dq, dk, dv, space, end_q, end_k, slopes, sink, whole_k, whole_v
+    ) -> tuple:
+        """``dk`` and ``dv``: of each program, so parts of ``whole_k`` and ``whole_v`` where several share a head."""
         rows = 4 * self.padded_rows
         lse2 = space + 4 * self.sums
         delta, turns, d_sinks = (lse2 + n * rows for n in (1, self.lines - 1, self.lines))
@@ -749,11 +772,8 @@ class _BackwardPlan:
             (out, dout, lse, dlse, lse2, delta, space, turns, sink, d_sinks, end_q, *self.before_scalars),
             (*boxes, dk, dv, space, turns, end_q, end_k, slopes, *self.scalars, more_d_sinks),
             (space, dq, end_q, *self.after_scalars),
+            (dk, dv, whole_k, whole_v, *self.join_scalars) if self.parts > 1 else None,
         )
-
-    def join(self, parts: Tensor, gradient: Tensor) -> None:
-        """Adds up the parts of each key head's gradient."""
-        torch.sum(parts.unflatten(-2, (-1, self.parts)), -2, out=gradient)
 
 
 def choose_section(heads: int, head_bytes: int, most: int) -> int:
@@ -810,11 +830,9 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out, lse, options, need
         parts_k, parts_v = (make(shape, dtype=q.dtype, device=q.device) for shape in (plan.dk_shape, plan.dv_shape))
     space = torch.empty(plan.space, dtype=torch.float32, device=q.device)
     plan.launch(
-        stream, *[t.data_ptr() for t in (q, k, v, out, lse, dout, given_dlse, dq, parts_k, parts_v, space, *more)]
-    )  # fmt: skip
-    if plan.parts > 1:
-        plan.join(parts_k, dk)
-        plan.join(parts_v, dv)
+        stream,
+        *[t.data_ptr() for t in (q, k, v, out, lse, dout, given_dlse, dq, parts_k, parts_v, space, *more, dk, dv)],
+    )
     dsink = None
     if needs_sink:
         parts = space[-plan.sink_parts * plan.shape.batch * plan.shape.heads :].view(-1, plan.shape.heads)
@@ -902,11 +920,8 @@ class Prepared:
         at = lse.data_ptr()
         plan.launch(
             stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, dout.data_ptr(), at, dq.data_ptr(),
-            parts_k.data_ptr(), parts_v.data_ptr(), space.data_ptr(), at, at, at, at,
+            parts_k.data_ptr(), parts_v.data_ptr(), space.data_ptr(), at, at, at, at, dk.data_ptr(), dv.data_ptr(),
         )  # fmt: skip
-        if parts:
-            plan.join(parts_k, dk)
-            plan.join(parts_v, dv)
         return dq, dk, dv
 
     def _backward_kind(self, dout, q, k, v) -> tuple:

@@ -1,4 +1,4 @@
-"""The kernels of Hopper attention's backward: ``before`` and ``after`` in Triton, the work between them in Gluon.
+"""The kernels of Hopper attention's backward: ``before``, ``after`` and ``join`` in Triton, the work between them in Gluon.
 
 ``before`` makes delta = rowsum(dO * O) - dlse and the logsumexp in base 2, and clears dQ's sums. An item of the main
 kernel is 128 keys of one key head, two consumer warpgroups 64 keys each, which walk over the query tiles of every query head of
@@ -30,7 +30,9 @@ shared memory as it delivers: as many columns of K and V as there are registers 
 With KV_SLOTS a program draws one item after the other from a counter, which ``before`` sets to zero: K, V and the first
 tiles of the next arrive while this one's last tiles are worked on. Otherwise it has one.
 
-The three kernels follow each other by programmatic launches: each lets the next in early, and waits for the one before it.
+Where a key head has fewer keys than the card has programs, each of its programs has some of the query heads, and ``join`` adds up.
+
+The kernels follow each other by programmatic launches: each lets the next in early, and waits for the one before it.
 """
 
 import triton
@@ -161,6 +163,39 @@ def after(
     d = part * WIDTH + tl.arange(0, WIDTH)
     to = dq + (b * dq_b + (bh % H).to(tl.int64) * dq_h + (row0 + i).to(tl.int64)[:, None] * dq_s) * 8 + d[None, :]
     tl.store(to, x, mask=(i < rows)[:, None] & (d < DQ * 8)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=(
+        "rows", "seq_k", "H", "P", "dk_b", "dk_s", "dk_h", "dv_b", "dv_s", "dv_h", "DQK", "DV", "blocks",
+    )
+)  # fmt: skip
+def join(
+    parts_k, parts_v, dk, dv, rows, seq_k, H, P, dk_b: "i64", dk_s: "i64", dk_h: "i64", dv_b: "i64", dv_s: "i64", dv_h: "i64",
+    DQK, DV, blocks, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of key heads that several programs share: sums of their P parts, of ``rows`` tokens of H heads. The first ``blocks``
+    programs make dK. Strides, DQK and DV count 8 elements."""
+    tl.extra.cuda.gdc_wait()
+    if tl.program_id(0) < blocks:
+        _join(parts_k, dk, tl.program_id(0), rows, seq_k, H, P, dk_b, dk_s, dk_h, DQK, WIDTH, SIZE)
+    else:
+        _join(parts_v, dv, tl.program_id(0) - blocks, rows, seq_k, H, P, dv_b, dv_s, dv_h, DV, V_WIDTH, SIZE)
+
+
+@triton.jit
+def _join(parts, out, program, rows, seq_k, H, P, out_b, out_s, out_h, D, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    BLOCK: tl.constexpr = SIZE // WIDTH
+    i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, WIDTH)
+    inside = (i < rows * H)[:, None] & (d < D * 8)[None, :]
+    at = parts + (i * P * D * 8)[:, None] + d[None, :]
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for p in range(P):
+        total += tl.load(at + p * D * 8, mask=inside, other=0.0).to(tl.float32)
+    token = i // H
+    to = token // seq_k * out_b + token % seq_k * out_s + i % H * out_h
+    tl.store(out + (to * 8)[:, None] + d[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 # ---- barriers between the two consumers: hardware barriers 8, 9, 10 (Triton itself uses the low ids) --------------------

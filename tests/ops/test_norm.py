@@ -1562,6 +1562,16 @@ def test_gradients_in_another_layout_behind_a_call_like_it(form, monkeypatch):
     assert len(op._prepared) == 1
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "with gradients"])
+def test_parameters_in_another_layout_behind_a_call_like_it(grad):
+    x, w, b, wide = (normal(shape, torch.float32, seed=i) for i, shape in enumerate(((6, 32), (32,), (32,), (64,))))
+    for parameters in ((w, b), (wide[::2], b), (w, wide[::2]), (w, b)):
+        for call in ((ops.layer_norm, x, 32, *parameters), (ops.layer_norm_residual, x, x.flip(0), 32, *parameters)):
+            results = zip(called(call, "triton", grad), called(call, "torch", grad), strict=True)
+            for got, true in results:
+                torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("error", "words", "changed"),
     [

@@ -1060,6 +1060,26 @@ def test_no_call_is_served_by_what_was_kept_for_another(counting):
             head_mlp(*wrong, backend="triton")
 
 
+@pytest.mark.parametrize("which", range(3), ids=["x", "w1", "w2"])
+def test_what_was_kept_does_not_answer_for_a_layout_that_a_backend_refuses(counting, which, monkeypatch):
+    """Strides and odd addresses, which tensor descriptors cannot have."""
+    dense = Numbers(2, 8, 8, 8).tensors
+    others = (
+        lambda t: torch.stack((t, t), -1)[..., 0],
+        lambda t: t.mT.contiguous().mT,
+        lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    )
+    head_mlp(*dense, backend="triton")
+    asked = []
+    monkeypatch.setattr(counting, "unsupported", lambda *call: asked.append(call) or "cannot", raising=False)
+    head_mlp(*dense, backend="triton")
+    assert not asked
+    for other in others:
+        given = [other(t) if i == which else t for i, t in enumerate(dense)]
+        with pytest.raises(trinix.Unsupported, match="cannot"):
+            head_mlp(*given, backend="triton")
+
+
 def test_gradients_of_kept_calls(counting):
     """A second derivative, a batch of gradients, an expanded one: as without what was kept."""
     problem = Numbers(2, 5, 8, 16, dtype=torch.float64)

@@ -552,6 +552,7 @@ def test_a_pass_runs_what_its_name_says(pass_, gpu):
     inputs = gate.inputs_of(case_of(), "cpu")
     timed_call = run.pass_call(pass_, call, inputs)
     before = dict(calls)
+    assert before == dict.fromkeys(calls, 0) | ({"forward": 3, "recorded": 3, "backward": 2} if pass_ == "bwd" else {})
     result = timed_call()
     done = {k: calls[k] - before[k] for k in calls}
     forward, recorded, backward = {"fwd": (1, 0, 0), "fwd_grad": (1, 1, 0), "bwd": (0, 0, 1), "fwd_bwd": (1, 1, 1)}[

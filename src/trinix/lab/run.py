@@ -76,7 +76,8 @@ def subjects_of(case: Case, impls: Sequence[str], inputs: Inputs) -> list[Subjec
 
 
 def pass_call(pass_: str, call: Callable, inputs: Inputs) -> Callable:
-    """A callable without arguments that runs one pass; "bwd" records its forward now and runs only the backward."""
+    """A callable without arguments that runs one pass; "bwd" records its forward now and runs only the backward: that of a call
+    whose like was made before, as all but the first two of a training run are."""
     xs, dys = inputs.tensors, inputs.dys
     if pass_ == "fwd":
         return lambda: call(*xs)
@@ -84,6 +85,8 @@ def pass_call(pass_: str, call: Callable, inputs: Inputs) -> Callable:
     if pass_ == "fwd_grad":
         return lambda: call(*leaves)
     if pass_ == "bwd":
+        for _ in range(2):
+            torch.autograd.grad(call(*leaves), wanting, dys)
         edges = _edges(call(*leaves))
         return lambda: torch.autograd.grad(edges, wanting, dys, retain_graph=True)
     return lambda: torch.autograd.grad(call(*leaves), wanting, dys)

@@ -174,9 +174,8 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, *, backend: str = "auto"
     """x where x > 0, else ``negative_slope`` x; see ``activation``."""
     if type(negative_slope) is not float:  # asked here, not there: small calls count
         negative_slope = dispatch.number("leaky_relu", "negative_slope", negative_slope)
-    return _activation(
-        x, "leaky_relu", negative_slope + 0.0, 0.0, backend
-    )  # launches are kept by it, to which -0.0 is 0.0
+    # launches are kept by the slope, to which -0.0 is 0.0
+    return _activation(x, "leaky_relu", negative_slope + 0.0, 0.0, backend)
 
 
 def tanh(x: Tensor, *, backend: str = "auto") -> Tensor:

@@ -734,13 +734,8 @@ class _BackwardPlan:
                 s.dv // 8, blocks_k,
             )  # fmt: skip
             self.join = _binary(
-                backward_kernels.join,
-                s.device,
-                (dk, dv, *wholes, *self.join_scalars),
-                widths,
-                num_warps=8,
-                launch_pdl=True,
-            )
+                backward_kernels.join, s.device, (dk, dv, *wholes, *self.join_scalars), widths, num_warps=8, launch_pdl=True,
+            )  # fmt: skip
         self.sums = self.padded_rows * sums
         # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation
         self.space = self.sums + self.lines * self.padded_rows + self.sink_parts * s.batch * s.heads

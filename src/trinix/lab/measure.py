@@ -123,7 +123,7 @@ class Gpu:
 
         The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival. A loop
         is 6 calls, fewer where the GPU needs long for each: of loops of 40 few fitted into the budget, and in some rows all of
-        them were disturbed. Rounds are 40 at least, if a second holds them: the best of 11 read 14.1 us for a call of 11. A host
+        them were disturbed. Rounds are 20 at least, if half a second holds them: the best of 11 read 14.1 us for a call of 11. A host
         can be slow for longer than all rounds of a row, by half and more: ``RELU`` then is so too.
         """
         x = torch.empty(1024, dtype=torch.bfloat16, device="cuda")
@@ -132,7 +132,7 @@ class Gpu:
         count = {call: max(3, min(6, int(2 / ms))) for call, ms in cost.items()}
         warm = {call: 1 if ms > 0.3 else _WARM for call, ms in cost.items()}
         once = sum((count[c] + warm[c]) * cost[c] for c in cost) / 1000
-        rounds, _ = _plan(once, budget_s, rounds, (1, 1), fewest=max(3, min(40, int(1 / once))))
+        rounds, _ = _plan(once, budget_s, rounds, (1, 1), fewest=max(3, min(20, int(0.5 / once))))
         sample = _interleave(calls, rounds, lambda call: _enqueue_us(call, count[call], warm[call]))
         torch.cuda.synchronize()
         return {n: min(s) for n, s in sample.items()}

@@ -914,6 +914,19 @@ def test_every_clock_tells_a_long_call_from_a_short_one_within_its_budget(clock)
         assert all(0.9 * seconds[name] * unit < t < 4 * seconds[name] * unit for name, t in times.items())
 
 
+def test_host_times_are_the_best_of_twenty_rounds_or_of_half_a_second(clock, monkeypatch):
+    rounds = []
+    interleave = measure._interleave
+    monkeypatch.setattr(
+        measure, "_interleave", lambda calls, n, call: rounds.append(n) or interleave(calls, min(n, 1), call)
+    )
+    for seconds in (0.002, 0.02, 0.2):
+        clock.host_us({"one": lambda s=seconds: time.sleep(s)}, budget_s=0.01)
+    assert rounds[0] == 20
+    assert 4 <= rounds[1] <= 7
+    assert rounds[2] == 3
+
+
 class Graph:
     def __init__(self):
         self.replays = 0

@@ -726,15 +726,15 @@ class _BackwardPlan:
         self.after_blocks = 2 * self.small * (sums // width)
         if parts > 1:
             tokens = dk.shape[0] if s.varlen else s.batch * s.seq_k
-            widths = {"WIDTH": padded(s.d), "V_WIDTH": padded(s.dv), "SIZE": 2048}
-            blocks_k, blocks_v = (_cdiv(tokens * s.key_heads, 2048 // padded(d)) for d in (s.d, s.dv))
+            sizes = {"WIDTH": padded(s.d), "V_WIDTH": padded(s.dv), "SIZE": 2048}
+            blocks_k, blocks_v = (_cdiv(tokens * s.key_heads, sizes["SIZE"] // sizes[n]) for n in ("WIDTH", "V_WIDTH"))
             self.join_blocks = blocks_k + blocks_v
             self.join_scalars = (
                 tokens, tokens if s.varlen else s.seq_k, s.key_heads, parts, *steps(wholes[0]), *steps(wholes[1]), s.d // 8,
                 s.dv // 8, blocks_k,
             )  # fmt: skip
             self.join = _binary(
-                backward_kernels.join, s.device, (dk, dv, *wholes, *self.join_scalars), widths, num_warps=8, launch_pdl=True,
+                backward_kernels.join, s.device, (dk, dv, *wholes, *self.join_scalars), sizes, num_warps=8, launch_pdl=True,
             )  # fmt: skip
         self.sums = self.padded_rows * sums
         # the sums of dQ, and behind them lse, delta, turns and parts of the sink's gradient: one allocation

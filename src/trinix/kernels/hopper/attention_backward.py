@@ -30,7 +30,7 @@ shared memory as it delivers: as many columns of K and V as there are registers 
 With KV_SLOTS a program draws one item after the other from a counter, which ``before`` sets to zero: K, V and the first
 tiles of the next arrive while this one's last tiles are worked on. Otherwise it has one.
 
-Where a key head has fewer keys than the card has programs, each of its programs has some of the query heads, and ``join`` adds up.
+Where the items are too few for the card, several have the keys of one head, each for a part of its query heads, and ``join`` adds up.
 
 The kernels follow each other by programmatic launches: each lets the next in early, and waits for the one before it.
 """
@@ -174,8 +174,8 @@ def join(
     parts_k, parts_v, dk, dv, rows, seq_k, H, P, dk_b: "i64", dk_s: "i64", dk_h: "i64", dv_b: "i64", dv_s: "i64", dv_h: "i64",
     DQK, DV, blocks, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of key heads that several programs share: sums of their P parts, of ``rows`` tokens of H heads. The first ``blocks``
-    programs make dK. Strides, DQK and DV count 8 elements."""
+    """dK and dV of key heads that several programs share: sums of their P parts, of ``rows`` tokens of H heads, SIZE numbers a program. The
+    first ``blocks`` programs make dK. Strides, DQK and DV count 8 elements."""
     tl.extra.cuda.gdc_wait()
     if tl.program_id(0) < blocks:
         _join(parts_k, dk, tl.program_id(0), rows, seq_k, H, P, dk_b, dk_s, dk_h, DQK, WIDTH, SIZE)

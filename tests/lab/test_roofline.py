@@ -1,5 +1,6 @@
 """Gate, clocks and guards of the lab on a machine with no GPU: the card and its clock are stand-ins, the results are real."""
 
+import collections
 import contextlib
 import gc
 import itertools
@@ -924,6 +925,22 @@ def test_host_times_are_the_best_of_twenty_rounds_or_of_half_a_second(clock, mon
         costs[calls["one"]] = ms
         clock.host_us(calls, budget_s=0.01)
     assert rounds == [62, 20, 6, 3]
+
+
+def test_a_host_time_is_the_best_of_as_many_calls_of_each(clock, monkeypatch):
+    """A call behind few others costs more than one behind many."""
+    now, made = [0.0], collections.Counter()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def call(name, costs):
+        now[0] += costs[made[name] % len(costs)]
+        made[name] += 1
+
+    monkeypatch.setattr(torch, "relu", lambda x: call(measure.RELU, [3e-6, 2e-6]))
+    calls = {"short": lambda: call("short", [8e-6, 5e-6, 8e-6]), "long": lambda: call("long", [5e-3])}
+    found = clock.host_us(calls, budget_s=0.01)
+    assert found == {"short": pytest.approx(5), "long": pytest.approx(5000), measure.RELU: pytest.approx(2)}
+    assert len(set(made.values())) == 1
 
 
 class Graph:

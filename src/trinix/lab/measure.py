@@ -1,7 +1,7 @@
 """The only clocks of the lab. Four of them, never mixed:
 
 device_ms   what the GPU spends on a call: events on an idle stream, L2 cold, the host's time hidden behind a spin
-host_us     what the CPU spends to enqueue a call
+host_us     what the CPU spends to enqueue a call, at best
 wall_ms     one call after another, as a program that does nothing else sees it
 graph_ms    a call of several that one CUDA graph replays, each on inputs of its own, L2 cold
 
@@ -9,6 +9,7 @@ and memory, measured as the allocator's peak over what was there before the call
 """
 
 import gc
+import itertools
 import random
 import statistics
 import time
@@ -100,7 +101,7 @@ class Gpu:
     def _spin_us(self, call: Callable) -> float:
         """Microseconds to enqueue the call, from few calls where each takes the GPU long."""
         few = _loop_ms(call, 1, warm=1) > 1.0
-        return _enqueue_us(call, 2, warm=1) if few else _enqueue_us(call)
+        return statistics.mean(_enqueue_us(call, 2, warm=1) if few else _enqueue_us(call))
 
     def _record(self, call: Callable, spin: int, start, end) -> None:
         self._flush.zero_()
@@ -119,21 +120,22 @@ class Gpu:
         return time.perf_counter() - begin
 
     def host_us(self, calls: Mapping[str, Callable], *, rounds: int = 200, budget_s: float = 0.2) -> dict[str, float]:
-        """Microseconds to enqueue a call: the best loop of many interleaved rounds, the GPU idle before each; and of ``RELU``.
+        """Microseconds to enqueue a call: the best call of many interleaved rounds, the GPU idle before each; and of ``RELU``.
 
-        The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival. A loop
-        is 6 calls, fewer where the GPU needs long for each: of loops of 40 few fitted into the budget, and in some rows all of
-        them were disturbed. Rounds are 20 at least, if half a second holds them: the best of 11 read 14.1 us for a call of 11. A host
+        The best, not the median: what a call costs on a core that nothing else disturbs is the same for every rival. A round
+        is 6 calls of each, fewer where the GPU needs long for one, and as many of all: a call costs more behind few than behind
+        many. (Of calls of the same code, 20 rounds, the one in loops of 3 took 1.045 of the one in loops of 6, standard
+        deviation 0.02 and on a disturbed host 0.03, by the best loops' means; 1.00, 0.014 and 0.02 by the best calls of as
+        many.) Rounds are 20 at least, if half a second holds them: the best of 11 read 14.1 us for a call of 11. A host
         can be slow for longer than all rounds of a row, by half and more: ``RELU`` then is so too.
         """
         x = torch.empty(1024, dtype=torch.bfloat16, device="cuda")
         calls = {**calls, RELU: lambda: torch.relu(x)}
-        cost = {call: _loop_ms(call, 1, warm=1) for call in calls.values()}
-        count = {call: max(3, min(6, int(2 / ms))) for call, ms in cost.items()}
-        warm = {call: 1 if ms > 0.3 else _WARM for call, ms in cost.items()}
-        once = sum((count[c] + warm[c]) * cost[c] for c in cost) / 1000
+        cost = [_loop_ms(call, 1, warm=1) for call in calls.values()]
+        count, warm = max(3, min(6, int(2 / max(cost)))), 1 if max(cost) > 0.3 else _WARM
+        once = (count + warm) * sum(cost) / 1000
         rounds, _ = _plan(once, budget_s, rounds, (1, 1), fewest=max(3, min(20, int(0.5 / once))))
-        sample = _interleave(calls, rounds, lambda call: _enqueue_us(call, count[call], warm[call]))
+        sample = _interleave(calls, rounds, lambda call: min(_enqueue_us(call, count, warm)))
         torch.cuda.synchronize()
         return {n: min(s) for n, s in sample.items()}
 
@@ -239,14 +241,16 @@ def _plan(cost_s: float, budget_s: float, rounds: int, reps: tuple[int, int], *,
 _WARM = 2  # calls before a loop's clock starts: the loop before it ran other code, and its caches hold that
 
 
-def _enqueue_us(call: Callable, calls: int = 10, warm: int = 5) -> float:
+def _enqueue_us(call: Callable, calls: int = 10, warm: int = 5) -> list[float]:
+    """Of each call."""
     for _ in range(warm):
         call()
     torch.cuda.synchronize()
-    begin = time.perf_counter()
+    times = [time.perf_counter()]
     for _ in range(calls):
         call()
-    return (time.perf_counter() - begin) / calls * 1e6
+        times.append(time.perf_counter())
+    return [(end - begin) * 1e6 for begin, end in itertools.pairwise(times)]
 
 
 def _loop_ms(call: Callable, count: int, warm: int = _WARM) -> float:

@@ -524,20 +524,29 @@ def test_a_wrong_stage_fails_the_budget(staged, monkeypatch):
         judge_stages(tensors, dy)
 
 
-def test_stages_fill_the_card_with_few_heads_and_share_e_among_programs_where_rows_are_few():
-    assert _stages.choose(16384, 8, 256, 1024, 132, (128, 64)) == (8, 8192, 1)  # M-7
-    assert _stages.choose(2048, 8, 256, 1024, 132, (128, 64)) == (8, 2048, 1)  # 128 programs
-    assert _stages.choose(1024, 4, 256, 512, 132, (128, 64)) == (4, 1024, 4)
-    assert _stages.choose(16384, 64, 256, 1024, 132, (128, 64)) == (8, 8192, 1)
-    assert _stages.choose(4096, 64, 256, 512, 132, (128, 64)) == (
-        16,
-        4096,
-        1,
-    )  # 17 at a time it would be 20 rounds for 16
-    assert _stages.choose(2048, 16, 160, 640, 132, (128, 64)) == (16, 2048, 1)
-    assert _stages.choose(4096, 16, 192, 1024, 132, (128, 64)) == (8, 4096, 1)
-    assert _stages.choose(50000, 1, 256, 4096, 132, (128, 64)) == (1, 12544, 4)
-    assert _stages.choose(1, 1, 136, 8, 132, (128, 64)) == (1, 1, 1)
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ((16_384, 8, 256, 1024), (4, 16_384, 1)),  # M-7
+        ((16_384, 6, 256, 1024), (6, 8192, 1)),  # three heads' products would have 48 tiles for 132 processors
+        ((16_384, 16, 256, 512), (8, 16_384, 1)),
+        ((16_384, 64, 256, 1024), (4, 16_384, 1)),
+        ((32_768, 4, 256, 1024), (4, 16_384, 1)),
+        ((65_536, 8, 256, 1024), (8, 8192, 1)),
+        ((2048, 8, 256, 1024), (8, 2048, 1)),  # 128 programs
+        ((1024, 4, 256, 512), (4, 1024, 4)),
+        ((4096, 64, 256, 512), (16, 4096, 1)),  # 17 at a time it would be 20 rounds for 16
+        ((2048, 16, 160, 640), (16, 2048, 1)),
+        ((4096, 16, 192, 1024), (8, 4096, 1)),
+        ((50_000, 1, 256, 4096), (1, 12_544, 4)),
+        ((1, 1, 136, 8), (1, 1, 1)),
+    ],
+)
+def test_stages_fill_the_card_with_few_heads_and_share_e_among_programs_where_rows_are_few(sizes, wanted):
+    """Portions of the rows are added up in float32: rather all rows of some heads, where their products fill half of the card."""
+    chunk, portion, _ = found = _stages.choose(*sizes, 132, (128, 64))
+    assert found == wanted
+    assert 4 * chunk * portion * sizes[3] <= _stages.MOST_BYTES
 
 
 @pytest.mark.parametrize("rows", [1, 127, 129, 384, 512, 700, 4096, 100000])
